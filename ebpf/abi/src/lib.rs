@@ -1,0 +1,2 @@
+//! Types shared between the ebpf side and userspace.
+#![no_std]

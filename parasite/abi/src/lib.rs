@@ -1,0 +1,2 @@
+//! Types shared between the parasite side and userspace.
+#![no_std]

@@ -1,0 +1,3 @@
+//! The `standstill` command.
+
+fn main() {}

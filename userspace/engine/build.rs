@@ -1,0 +1,3 @@
+//! Builds what the engine embeds: the restorer blob and the eBPF programs.
+
+fn main() {}

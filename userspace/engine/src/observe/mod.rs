@@ -1,0 +1,1 @@
+//! What eBPF iterators and procfs tell about a tree.
