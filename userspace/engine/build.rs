@@ -1,3 +1,8 @@
 //! Builds what the engine embeds: the restorer blob and the eBPF programs.
 
-fn main() {}
+#[path = "build/blob.rs"]
+mod blob;
+
+fn main() {
+    blob::build();
+}

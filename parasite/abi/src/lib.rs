@@ -1,2 +1,74 @@
-//! Types shared between the parasite side and userspace.
+//! What the restoring process and the restorer blob share.
+//!
+//! The blob is an interpreter: it runs in the task that is being restored, where nothing else of ours is mapped any
+//! more, and executes a list of [`Op`]s, each one system call with constants or earlier results as its arguments. It
+//! knows nothing of checkpoints; what has to be done in which order is decided by the engine's plan.
 #![no_std]
+
+/// Results an operation list can keep.
+pub const SLOTS: usize = 64;
+
+/// What an [`Op`] does.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The system call `nr` with `args`.
+    Syscall = 0,
+    /// Stops for the tracer (`int3`), which continues or kills the task. `args[0]` is the [`stage`].
+    Trap = 1,
+    /// clone3(2): `args[0]`, `args[1]` are its arguments; the child runs the [`Task`] at `args[2]`.
+    Clone = 2,
+    /// pread64(2) until all bytes are there: fd, address, length, offset. An early end of file is an error.
+    ReadFull = 3,
+    /// Fails with EBADFD unless slot `args[0]` holds `args[1]`.
+    Expect = 4,
+    /// Leaves the thread by exit(2) with status `args[0]`: ends the list without a stop.
+    Exit = 5,
+    /// write(2) until all bytes are gone: fd, address, length.
+    WriteFull = 6,
+}
+
+/// Flag of an [`Op`]: a failing system call is not an error.
+pub const MAY_FAIL: u32 = 1 << 8;
+/// No slot keeps the result.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// One step of a restorer program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// A [`Kind`].
+    pub kind: u32,
+    /// Bits 0 to 5: argument n is the number of a slot. Further [`MAY_FAIL`].
+    pub flags: u32,
+    /// System call number.
+    pub nr: u32,
+    /// Slot for the result, or [`NO_SLOT`].
+    pub slot: u32,
+    /// Arguments.
+    pub args: [u64; 6],
+}
+
+/// A program with the state of its run. Lives in memory shared by all tasks and the restoring process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Task {
+    /// Address of the first [`Op`].
+    pub ops: u64,
+    /// Number of operations.
+    pub len: u64,
+    /// Index of the operation under way; the failed one when `error` is set.
+    pub at: u64,
+    /// errno of a failed operation, otherwise 0.
+    pub error: u64,
+    /// Top of the stack the interpreter runs on.
+    pub stack: u64,
+    /// Results.
+    pub slots: [u64; SLOTS],
+}
+
+/// Why a task stopped with `int3`: left in [`Trap`](Kind::Trap)'s first argument and in the task's `rax`.
+pub mod stage {
+    /// An operation failed: see [`Task::error`](super::Task::error).
+    pub const FAILED: u64 = u64::MAX;
+}

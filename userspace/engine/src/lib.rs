@@ -1,3 +1,19 @@
 //! The Standstill engine: freeze, collect, restore and observe Linux process trees.
+//!
+//! Data flows one way. [`dump`]: freeze → collect → images. [`restore()`]: images → plan → execute.
 
+mod dump;
+mod error;
+mod image;
+mod kernel;
+mod memory;
+mod objects;
 pub mod observe;
+mod restore;
+mod task;
+mod tree;
+
+pub use dump::{Afterwards, DumpOptions, Reader, dump};
+pub use error::{Error, Result};
+pub use image::Image;
+pub use restore::{RestoreOptions, restore};

@@ -1,0 +1,112 @@
+//! The records of an image: what a frozen tree consists of.
+//!
+//! Every type here is plain data. Ids (`OpenFileId`, …) are small numbers valid within one image; kernel addresses
+//! never appear.
+
+mod files;
+mod memory;
+mod task;
+
+pub use files::*;
+pub use memory::*;
+pub use task::*;
+
+use serde::{Deserialize, Serialize};
+
+/// A path or name as the kernel gives it: any bytes but NUL.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Default)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Bytes {
+    /// The bytes as a path.
+    pub fn as_path(&self) -> &std::path::Path {
+        use std::os::unix::ffi::OsStrExt;
+        std::path::Path::new(std::ffi::OsStr::from_bytes(&self.0))
+    }
+
+    /// The text for people: invalid UTF-8 is replaced.
+    pub fn lossy(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(&self.0)
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.lossy())
+    }
+}
+
+impl From<&std::path::Path> for Bytes {
+    fn from(path: &std::path::Path) -> Self {
+        use std::os::unix::ffi::OsStrExt;
+        Self(path.as_os_str().as_bytes().to_vec())
+    }
+}
+
+impl From<&[u8]> for Bytes {
+    fn from(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+}
+
+/// Where and with what the image was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Version of the writing program.
+    pub writer: String,
+    /// `uname -r` of the machine of the dump.
+    pub kernel: String,
+    /// `uname -m` of the machine of the dump.
+    pub machine: String,
+    /// Seconds since the epoch at the start of the dump.
+    pub created: u64,
+    /// Pid of the root of the tree.
+    pub root: i32,
+    /// `--shell-job`: the root's session and terminal belong to a shell outside the tree.
+    pub shell_job: bool,
+    /// Contents of the dumping kernel's `[vdso]`, to tell whether the restoring kernel's is the same.
+    pub vdso: Vec<u8>,
+}
+
+/// What the dump cost, phase by phase. Times in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpStats {
+    /// Who listed the descriptors: `ebpf` or `procfs`.
+    pub reader: String,
+    /// Before the freeze: loading observers, reading ahead.
+    pub prepare_us: u64,
+    /// From the first task interrupted until the last one stopped.
+    pub freezing_us: u64,
+    /// From the last task stopped until the tree was released (or killed).
+    pub frozen_us: u64,
+    /// Named parts of the frozen time.
+    pub phases: Vec<(String, u64)>,
+    /// Whole dump up to the publishing of the image.
+    pub total_us: u64,
+    /// Pages of 4 KiB stored.
+    pub pages_stored: u64,
+    /// Pages skipped because they hold only zeros.
+    pub pages_zero: u64,
+    /// Pages that share a stored page with another process.
+    pub pages_shared: u64,
+}
+
+macro_rules! records {
+    ($($ty:ty = $kind:literal v $version:literal;)*) => {
+        $(impl crate::frame::Record for $ty {
+            const KIND: u16 = $kind;
+            const VERSION: u16 = $version;
+        })*
+    };
+}
+
+records! {
+    Inventory = 1 v 1;
+    Task = 2 v 1;
+    AddressSpace = 3 v 1;
+    FdTable = 4 v 1;
+    OpenFile = 5 v 1;
+    SharedMemory = 6 v 1;
+    DumpStats = 8 v 1;
+    Pipe = 9 v 1;
+}

@@ -1,0 +1,101 @@
+//! The restorer: an interpreter of system call lists, position independent, without relocations or data.
+//!
+//! It is entered at `start` (the first byte of the blob) with the address of a [`Task`] in the first argument register,
+//! and runs on the task's own stack. Errors are left in the [`Task`] and reported by a breakpoint trap: a tracer is
+//! always there during a restore, and its death kills the task (`PTRACE_O_EXITKILL`).
+#![no_std]
+#![no_main]
+
+#[cfg_attr(target_arch = "x86_64", path = "arch/x86_64.rs")]
+mod arch;
+
+use arch::{clone, syscall, trap};
+use standstill_parasite_abi::{Kind, MAY_FAIL, NO_SLOT, Op, SLOTS, Task, stage};
+
+const EBADFD: u64 = 77;
+const ENODATA: u64 = 61;
+const EINVAL: u64 = 22;
+const EINTR: i64 = -4;
+const NR_PREAD64: u32 = arch::NR_PREAD64;
+const NR_WRITE: u32 = arch::NR_WRITE;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {
+        trap(stage::FAILED);
+    }
+}
+
+/// Runs the program of `task`; never returns.
+///
+/// # Safety
+/// `task` points to a complete [`Task`] whose operations and stack stay mapped at their addresses as long as it runs.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn interpret(task: *mut Task) -> ! {
+    // SAFETY: the caller keeps the task alive and only this thread runs it; the tracer reads it while we are stopped.
+    let task = unsafe { &mut *task };
+    while task.at < task.len {
+        // SAFETY: `ops` has `len` entries, and `at` is below it.
+        let op = unsafe { *(task.ops as *const Op).add(task.at as usize) };
+        match run(&op, task) {
+            Ok(value) => {
+                if op.slot != NO_SLOT && (op.slot as usize) < SLOTS {
+                    task.slots[op.slot as usize] = value;
+                }
+                task.at += 1;
+            }
+            Err(errno) => {
+                task.error = errno;
+                loop {
+                    trap(stage::FAILED);
+                }
+            }
+        }
+    }
+    loop {
+        trap(stage::FAILED);
+    }
+}
+
+fn run(op: &Op, task: &mut Task) -> Result<u64, u64> {
+    let mut args = op.args;
+    for (n, arg) in args.iter_mut().enumerate() {
+        if op.flags & (1 << n) != 0 {
+            *arg = *task.slots.get(*arg as usize).ok_or(EINVAL)?;
+        }
+    }
+    let result = match op.kind {
+        k if k == Kind::Syscall as u32 => syscall(op.nr, args),
+        k if k == Kind::Trap as u32 => {
+            trap(args[0]);
+            0
+        }
+        k if k == Kind::Clone as u32 => clone(args[0], args[1], args[2]),
+        k if k == Kind::ReadFull as u32 => return transfer_full(NR_PREAD64, args),
+        k if k == Kind::WriteFull as u32 => return transfer_full(NR_WRITE, args),
+        k if k == Kind::Expect as u32 => {
+            let found = *task.slots.get(args[0] as usize).ok_or(EINVAL)?;
+            return if found == args[1] { Ok(found) } else { Err(EBADFD) };
+        }
+        k if k == Kind::Exit as u32 => syscall(arch::NR_EXIT, args),
+        _ => return Err(EINVAL),
+    };
+    if (-4095..0).contains(&result) && op.flags & MAY_FAIL == 0 {
+        return Err(-result as u64);
+    }
+    Ok(result as u64)
+}
+
+/// One long read or write: the kernel moves at most 2 GiB per call, and signals cut transfers short.
+fn transfer_full(nr: u32, [fd, address, length, offset, ..]: [u64; 6]) -> Result<u64, u64> {
+    let mut done = 0;
+    while done < length {
+        match syscall(nr, [fd, address + done, length - done, offset + done, 0, 0]) {
+            EINTR => {}
+            0 => return Err(ENODATA),
+            n if n < 0 => return Err(-n as u64),
+            n => done += n as u64,
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,21 @@
+//! What the end-to-end tests and the benchmark have in common.
+//!
+//! A test takes its [`Turn`], starts a [`Target`], runs the [`Tool`] on it and compares [`Snapshot`]s. Whatever it
+//! started is gone when it ends, also when it fails.
+
+mod cycle;
+mod occupy;
+mod pidfd;
+pub mod proc;
+mod snapshot;
+mod target;
+mod tool;
+mod turn;
+
+pub use cycle::{check_undisturbed_while_stopped, dump_and_restore, full_cycle};
+pub use occupy::Occupier;
+pub use pidfd::Pidfd;
+pub use snapshot::{Memory, Snapshot};
+pub use target::{Target, workload};
+pub use tool::{Outcome, Run, Running, Tool};
+pub use turn::{Turn, skip, wait_until};

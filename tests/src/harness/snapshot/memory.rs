@@ -1,0 +1,81 @@
+//! The content of a stopped tree's memory.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use nix::unistd::Pid;
+
+use super::proc;
+
+/// Bytes that the kernel may change for each thread when it returns to user mode: the rseq area holds the cpu number.
+const RSEQ_AREA: usize = 32;
+
+/// Every readable byte of some processes.
+#[derive(Default)]
+pub struct Memory {
+    ranges: BTreeMap<(Pid, u64), Vec<u8>>,
+    threads: usize,
+}
+
+impl Memory {
+    /// Copies the memory of stopped processes.
+    pub fn take(pids: &[Pid]) -> Self {
+        let mut memory = Self::default();
+        for pid in pids {
+            memory.threads += proc::threads(*pid).len();
+            let Ok(file) = File::open(proc::path(*pid, "mem")) else { continue };
+            for (start, end) in readable_ranges(*pid) {
+                let mut bytes = vec![0; usize::try_from(end - start).expect("a length")];
+                // Pages beyond the end of a mapped file cannot be read.
+                if file.read_exact_at(&mut bytes, start).is_ok() {
+                    memory.ranges.insert((*pid, start), bytes);
+                }
+            }
+        }
+        memory
+    }
+
+    /// Bytes compared.
+    pub fn len(&self) -> usize {
+        self.ranges.values().map(Vec::len).sum()
+    }
+
+    /// True when there is nothing to compare.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where the content is no longer the same, but for one rseq area per thread.
+    pub fn changes(&self, after: &Self) -> Vec<String> {
+        let mut changes = Vec::new();
+        for (place, was) in &self.ranges {
+            let Some(is) = after.ranges.get(place) else {
+                changes.push(format!("{place:x?} is gone"));
+                continue;
+            };
+            let areas = was.chunks(RSEQ_AREA).zip(is.chunks(RSEQ_AREA)).enumerate();
+            for (number, (was, is)) in areas.filter(|(_, (was, is))| was != is) {
+                let address = place.1 + (number * RSEQ_AREA) as u64;
+                changes.push(format!("{} at {address:x}: was {was:x?}, is {is:x?}", place.0));
+            }
+        }
+        if changes.len() <= self.threads && changes.iter().all(|change| change.contains(" at ")) {
+            changes.clear();
+        }
+        changes
+    }
+}
+
+/// Mappings with content of their own: not the kernel's time pages, and nothing that may not be read.
+fn readable_ranges(pid: Pid) -> Vec<(u64, u64)> {
+    let maps = proc::text(pid, "maps");
+    let range = |line: &str| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let special = line.contains("[vvar") || line.contains("[vsyscall]");
+        let range = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        (rest.starts_with('r') && !special).then_some(range)
+    };
+    maps.lines().filter_map(range).collect()
+}

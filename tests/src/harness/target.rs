@@ -1,0 +1,270 @@
+//! A process tree to be checkpointed.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::{Pidfd, Snapshot, proc, wait_until};
+use crate::verdict::Verdict;
+
+/// How long a workload may take to start, or for a verdict.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Directory of the binaries that were built together with the running one.
+pub(super) fn bin_dir() -> PathBuf {
+    let exe = std::env::current_exe().expect("path of the running binary");
+    let dir = exe.parent().expect("a directory");
+    if dir.ends_with("deps") { dir.parent().expect("a directory").to_owned() } else { dir.to_owned() }
+}
+
+/// Command line of a workload: a binary of this crate by its name, or a script in `tests/workloads` by its file name.
+pub fn workload(name: &str) -> Command {
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
+    match Path::new(name).extension().and_then(|extension| extension.to_str()) {
+        Some("py") => {
+            let mut command = Command::new("/usr/bin/python3");
+            command.arg(scripts.join(name));
+            command
+        }
+        Some("sh") => Command::new(scripts.join(name)),
+        _ => Command::new(bin_dir().join(name)),
+    }
+}
+
+/// A running process tree with a directory of its own; both are gone when it is dropped.
+pub struct Target {
+    pid: Pid,
+    name: String,
+    dir: TempDir,
+    /// Processes seen last, for the clean-up.
+    seen: Vec<Pid>,
+    /// Processes that [`Target::stop`] stopped.
+    stopped: Vec<Pid>,
+    /// The root as our child, so that the standard library does not wait for it behind our back.
+    _child: Child,
+}
+
+impl Target {
+    /// Starts a workload of this crate with its directory as `--dir`, and waits until it is ready.
+    pub fn workload(name: &str, args: &[&str]) -> Self {
+        Self::start(name, |dir| {
+            let mut command = workload(name);
+            match name.contains('.') {
+                true => command.arg(dir),
+                false => command.arg("--dir").arg(dir),
+            };
+            command.args(args);
+            command
+        })
+        .await_ready()
+    }
+
+    /// Starts any program as the leader of a session of its own.
+    pub fn start(name: &str, command: impl FnOnce(&Path) -> Command) -> Self {
+        Self::start_in(name, command, |command| {
+            let lead = || {
+                nix::unistd::setsid()?;
+                Ok(())
+            };
+            // SAFETY: setsid is async-signal-safe and the closure allocates nothing.
+            unsafe { command.pre_exec(lead) };
+        })
+    }
+
+    /// Starts any program, prepared by `prepare` after its files are set up.
+    pub fn start_in(name: &str, command: impl FnOnce(&Path) -> Command, prepare: impl FnOnce(&mut Command)) -> Self {
+        let dir = tempfile::Builder::new().prefix("standstill-").tempdir_in("/var/tmp").expect("make a directory");
+        let mut command = command(dir.path());
+        let output = File::create(dir.path().join("output")).expect("create the output file");
+        command.stdin(Stdio::null()).stderr(output.try_clone().expect("dup")).stdout(output);
+        prepare(&mut command);
+        let child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        let pid = Pid::from_raw(child.id().cast_signed());
+        Self { pid, name: name.to_owned(), dir, seen: vec![pid], stopped: Vec::new(), _child: child }
+    }
+
+    /// Waits until the program has printed `READY`.
+    #[track_caller]
+    pub fn await_ready(self) -> Self {
+        wait_until(LIMIT, || self.output().contains("READY\n") || !self.is_alive());
+        assert!(self.output().contains("READY\n"), "{} does not get ready: {}", self.name, self.output());
+        self
+    }
+
+    /// Root of the tree.
+    pub const fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Directory of the target.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Makes an empty directory for images.
+    pub fn images(&self, name: &str) -> PathBuf {
+        let path = self.dir().join("images").join(name);
+        _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("make a directory for images");
+        path
+    }
+
+    /// What the program has printed.
+    pub fn output(&self) -> String {
+        fs::read_to_string(self.dir().join("output")).unwrap_or_default()
+    }
+
+    /// All processes of the tree as it is now.
+    pub fn processes(&mut self) -> Vec<Pid> {
+        let now = if self.is_alive() { proc::tree(self.pid) } else { Vec::new() };
+        self.seen.extend(&now);
+        self.seen.sort_unstable();
+        self.seen.dedup();
+        now
+    }
+
+    /// What can be seen of the tree from outside.
+    pub fn snapshot(&mut self) -> Snapshot {
+        let processes = self.processes();
+        Snapshot::take(&processes)
+    }
+
+    /// True while the root exists and is no zombie.
+    pub fn is_alive(&self) -> bool {
+        proc::state(self.pid).is_some_and(|state| state != 'Z')
+    }
+
+    /// Fails unless every process of the tree is alive, not traced and not stopped by force.
+    #[track_caller]
+    pub fn assert_free(&mut self) {
+        let name = self.name.clone();
+        assert!(self.is_alive(), "{name} is gone: {}", self.output());
+        for pid in self.processes() {
+            for thread in proc::threads(pid) {
+                let line = |what| proc::status_line(thread, what);
+                // A thread may have ended since it was listed.
+                assert!(matches!(line("TracerPid").as_deref(), Some("0") | None), "{name}: {thread} is traced");
+                assert!(!line("State").is_some_and(|state| state.starts_with('t')), "{name}: {thread} is held");
+            }
+        }
+    }
+
+    /// Asks for a verdict.
+    #[track_caller]
+    pub fn verdict(&self) -> Verdict {
+        let read = || Verdict::read(self.dir(), "root").expect("read the verdict");
+        let before = read().map_or(0, |verdict| verdict.seq);
+        self.signal(Signal::SIGUSR1);
+        let newer = || read().is_some_and(|verdict| verdict.seq > before);
+        wait_until(LIMIT, || newer() || !self.is_alive());
+        assert!(newer(), "{} gives no verdict (state {:?}): {}", self.name, proc::state(self.pid), self.output());
+        read().expect("a verdict")
+    }
+
+    /// Fails unless the target finds itself to be well.
+    #[track_caller]
+    pub fn assert_well(&self) -> Verdict {
+        let verdict = self.verdict();
+        assert!(verdict.ok, "{} finds itself changed: {:#?}", self.name, verdict.failures);
+        assert!(verdict.checks > 0, "{} has checked nothing", self.name);
+        verdict
+    }
+
+    /// Sends a signal to the root.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid, signal).unwrap_or_else(|error| panic!("signal {}: {error}", self.name));
+    }
+
+    /// Stops every process of the tree as a user would, and waits until all are stopped.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        // A process that is being stopped may still fork.
+        for _ in 0..3 {
+            for pid in self.processes() {
+                if !matches!(proc::state(pid), Some('T' | 'Z')) && kill(pid, Signal::SIGSTOP).is_ok() {
+                    self.stopped.push(pid);
+                }
+            }
+        }
+        let processes = self.processes();
+        let still = || {
+            let threads = processes.iter().flat_map(|pid| proc::threads(*pid));
+            threads.into_iter().all(|thread| matches!(proc::state(thread), Some('T' | 'Z') | None))
+        };
+        assert!(wait_until(LIMIT, still), "{} does not stop", self.name);
+    }
+
+    /// Lets the processes go on that were stopped by [`Target::stop`].
+    pub fn go_on(&mut self) {
+        for pid in self.stopped.drain(..) {
+            _ = kill(pid, Signal::SIGCONT);
+        }
+    }
+
+    /// Waits until the whole tree is gone, as after a dump that kills, and reaps what is our child.
+    #[track_caller]
+    pub fn await_gone(&mut self) {
+        let gone = wait_until(LIMIT, || {
+            self.reap();
+            self.seen.iter().all(|pid| proc::state(*pid).is_none())
+        });
+        assert!(gone, "{} is still there: {:?}", self.name, self.seen);
+    }
+
+    /// Waits for the end of the root and takes its status.
+    #[track_caller]
+    pub fn await_exit(&mut self, limit: Duration) -> Option<WaitStatus> {
+        let Ok(pidfd) = Pidfd::open(self.pid) else { return None };
+        assert!(pidfd.await_end(limit), "{} does not end", self.name);
+        pidfd.reap()
+    }
+
+    /// Ends the target and checks that it is content, or has the given exit status.
+    #[track_caller]
+    pub fn finish(mut self, status: i32) {
+        self.processes();
+        self.signal(Signal::SIGTERM);
+        let exit = self.await_exit(LIMIT);
+        let verdict = Verdict::read(self.dir(), "root").expect("read the verdict").unwrap_or_default();
+        assert!(verdict.ok, "{} finds itself changed at the end: {:#?}", self.name, verdict.failures);
+        assert_eq!(exit, Some(WaitStatus::Exited(self.pid, status)), "exit of {}: {}", self.name, self.output());
+    }
+
+    fn reap(&self) {
+        for pid in &self.seen {
+            if let Ok(pidfd) = Pidfd::open(*pid) {
+                pidfd.reap();
+            }
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("output of {}: {}", self.name, self.output());
+        }
+        // Only processes that still belong to us: pids seen earlier may be somebody else's by now.
+        self.processes();
+        let ours = proc::tree(nix::unistd::getpid());
+        for pid in self.seen.iter().filter(|pid| ours.contains(pid)) {
+            if let Ok(pidfd) = Pidfd::open(*pid) {
+                pidfd.kill();
+                pidfd.await_end(Duration::from_secs(5));
+            }
+        }
+        wait_until(Duration::from_secs(5), || {
+            self.reap();
+            let ours = proc::tree(nix::unistd::getpid());
+            !self.seen.iter().any(|pid| ours.contains(pid))
+        });
+    }
+}

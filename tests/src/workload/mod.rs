@@ -1,0 +1,25 @@
+//! What the self-verifying programs have in common.
+//!
+//! A workload is started with `--dir DIR`, prints `READY` once its state is set up, and then verifies itself until it
+//! is told to end. `SIGUSR1` makes it verify everything once more and write a [`crate::verdict::Verdict`], `SIGUSR2`
+//! resets its pause meter, `SIGTERM` ends it with status 0 (1 when something was wrong).
+
+mod args;
+mod checker;
+mod control;
+mod family;
+mod meter;
+mod pattern;
+mod rseq;
+mod selfstate;
+mod sys;
+
+pub use args::Args;
+pub use checker::Checker;
+pub use control::{Control, Request};
+pub use family::Family;
+pub use meter::Meter;
+pub use pattern::Pattern;
+pub use rseq::check_rseq;
+pub use selfstate::SelfState;
+pub use sys::{Mapping, fork_child, monotonic, now_us, proc_stat_fields, smaps_entry};

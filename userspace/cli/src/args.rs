@@ -1,0 +1,149 @@
+//! Command line. Flags that CRIU has too have its names and meanings.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Checkpoint and restore running Linux process trees
+#[derive(Debug, Parser)]
+#[command(name = "standstill", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Write a process tree to an image
+    Dump(DumpArgs),
+    /// Bring a process tree back from an image
+    Restore(RestoreArgs),
+    /// Tell what this kernel offers, feature by feature
+    Check(JsonArgs),
+    /// Show what an image holds
+    Inspect(ImageArgs),
+    /// Check every checksum and cross-reference of an image
+    Verify(ImageArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages to a directory
+    Manpages {
+        /// The directory, which must exist
+        dir: PathBuf,
+    },
+}
+
+/// Where messages go
+#[derive(Args, Clone, Debug)]
+pub(crate) struct LogArgs {
+    /// Write the log to this file (in the image directory unless absolute) instead of standard error
+    #[arg(short = 'o', long = "log-file", value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Say more: -v information, -vv debugging, -vvv everything; also -v0 to -v4 as in CRIU
+    #[arg(short = 'v', value_name = "LEVEL", num_args = 0..=1, require_equals = false, default_missing_value = "v", action = clap::ArgAction::Append)]
+    pub verbose: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DumpArgs {
+    /// Root of the tree to dump
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    pub tree: i32,
+    /// Directory of the image
+    #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
+    pub images_dir: PathBuf,
+    /// Let the tree run on after the dump
+    #[arg(short = 'R', long)]
+    pub leave_running: bool,
+    /// Leave the tree stopped after the dump (SIGCONT lets it go on)
+    #[arg(short = 's', long, conflicts_with = "leave_running")]
+    pub leave_stopped: bool,
+    /// The tree is a job of a shell outside of it
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Seconds within which the tree must be frozen
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u64,
+    /// Compression of the pages
+    #[arg(long, value_enum, default_value_t)]
+    pub compress: Compress,
+    /// Who lists the descriptors
+    #[arg(long, value_enum, default_value_t)]
+    pub reader: ReaderArg,
+    /// Print what the dump cost, phase by phase
+    #[arg(long)]
+    pub display_stats: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RestoreArgs {
+    /// Directory of the image
+    #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
+    pub images_dir: PathBuf,
+    /// Exit once the tree runs, instead of waiting for it
+    #[arg(short = 'd', long)]
+    pub restore_detached: bool,
+    /// The tree becomes a job of the shell that runs this command
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Write the root's pid to this file (in the image directory unless absolute)
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Print the plan and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print what the restore cost
+    #[arg(long)]
+    pub display_stats: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ImageArgs {
+    /// Directory of the image
+    #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
+    pub images_dir: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum Compress {
+    /// Pages as they are
+    #[default]
+    None,
+    /// LZ4
+    Lz4,
+    /// Zstandard, level 1
+    Zstd,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum ReaderArg {
+    /// eBPF iterators where they load, else procfs
+    #[default]
+    Auto,
+    /// eBPF iterators or nothing
+    Ebpf,
+    /// procfs
+    Procfs,
+}

@@ -1,0 +1,58 @@
+//! `standstill dump`.
+
+use crate::{
+    Failure,
+    args::{Compress, DumpArgs, ReaderArg},
+    logging,
+};
+use standstill_engine::{Afterwards, DumpOptions, Reader, dump};
+use standstill_images::{store::Compression, types::DumpStats};
+use std::time::Duration;
+
+pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
+    logging::start(&args.log, &args.images_dir)?;
+    let options = DumpOptions {
+        pid: args.tree,
+        dir: args.images_dir.clone(),
+        afterwards: match (args.leave_running, args.leave_stopped) {
+            (true, _) => Afterwards::Run,
+            (_, true) => Afterwards::Stop,
+            _ => Afterwards::Kill,
+        },
+        shell_job: args.shell_job,
+        timeout: Duration::from_secs(args.timeout),
+        compression: match args.compress {
+            Compress::None => Compression::None,
+            Compress::Lz4 => Compression::Lz4,
+            Compress::Zstd => Compression::Zstd(1),
+        },
+        reader: match args.reader {
+            ReaderArg::Auto => Reader::Auto,
+            ReaderArg::Ebpf => Reader::Ebpf,
+            ReaderArg::Procfs => Reader::Procfs,
+        },
+    };
+    let stats = dump(&options)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&stats).unwrap_or_default());
+    } else if args.display_stats {
+        print(&stats);
+    }
+    Ok(0)
+}
+
+/// Times and amounts for people.
+pub(crate) fn print(stats: &DumpStats) {
+    let ms = |us: u64| format!("{:.2} ms", us as f64 / 1000.0);
+    println!("reader          {}", stats.reader);
+    println!("prepare         {}", ms(stats.prepare_us));
+    println!("freezing        {}", ms(stats.freezing_us));
+    println!("frozen          {}", ms(stats.frozen_us));
+    for (name, us) in &stats.phases {
+        println!("  {name:<13} {}", ms(*us));
+    }
+    println!("total           {}", ms(stats.total_us));
+    println!("pages stored    {}", stats.pages_stored);
+    println!("pages zero      {}", stats.pages_zero);
+    println!("pages shared    {}", stats.pages_shared);
+}

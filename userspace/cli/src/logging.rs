@@ -1,0 +1,39 @@
+//! The log: standard error or a file, by tracing.
+
+use crate::{Failure, args::LogArgs};
+use std::{fs::OpenOptions, io::IsTerminal, os::unix::fs::OpenOptionsExt, path::Path, sync::Mutex};
+use tracing::level_filters::LevelFilter;
+
+fn level(verbose: &[String]) -> LevelFilter {
+    // -v, -vv, -vvv add up; -v4 says it at once.
+    let score: usize = verbose.iter().map(|v| v.parse().unwrap_or(v.len() + usize::from(v != "v"))).sum();
+    match score {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 | 3 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    }
+}
+
+/// Starts logging. A log file is created in `dir` with mode 0600.
+pub(crate) fn start(args: &LogArgs, dir: &Path) -> Result<(), Failure> {
+    let level = level(&args.verbose);
+    let Some(file) = &args.log_file else {
+        tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+            .init();
+        return Ok(());
+    };
+    let path = dir.join(file);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|e| Failure::io(&path.display().to_string(), &e))?;
+    tracing_subscriber::fmt().with_max_level(level).with_writer(Mutex::new(file)).with_ansi(false).init();
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! `standstill restore`.
+
+use crate::{Failure, args::RestoreArgs, logging};
+use nix::{
+    sys::{
+        signal::{SigSet, Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use standstill_engine::{Image, RestoreOptions, restore};
+use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt};
+
+pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
+    logging::start(&args.log, &args.images_dir)?;
+    let image = Image::open(&args.images_dir)?;
+    if image.inventory.shell_job && !args.shell_job {
+        return Err(Failure {
+            status: 2,
+            text: "the image is that of a shell job: restore it with --shell-job from a shell".into(),
+        });
+    }
+    // Signals for the tree must not be lost between its start and the loop that forwards them.
+    let forwarded = SigSet::all();
+    if !args.restore_detached && !args.dry_run {
+        forwarded.thread_block().map_err(|e| Failure::io("block signals", &e.into()))?;
+    }
+    let restored = restore(&image, &RestoreOptions { dry_run: args.dry_run })?;
+    if let Some(plan) = &restored.plan {
+        print!("{plan}");
+        return Ok(0);
+    }
+    if let Some(pidfile) = &args.pidfile {
+        let path = args.images_dir.join(pidfile);
+        let write = || -> std::io::Result<()> {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+            write!(file, "{}", restored.root)
+        };
+        write().map_err(|e| Failure::io(&path.display().to_string(), &e))?;
+    }
+    if args.json {
+        println!("{}", serde_json::json!({ "pid": restored.root, "elapsed_us": restored.elapsed_us }));
+    } else if args.display_stats {
+        println!("restored        {:.2} ms", restored.elapsed_us as f64 / 1000.0);
+    }
+    if args.restore_detached {
+        return Ok(0);
+    }
+    stay(Pid::from_raw(restored.root), &forwarded)
+}
+
+/// Forwards signals to the root and ends as it does.
+fn stay(root: Pid, signals: &SigSet) -> Result<u8, Failure> {
+    loop {
+        match waitpid(root, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(code as u8),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as u8),
+            Ok(_) => {}
+            Err(e) => return Err(Failure::io("wait for the restored tree", &e.into())),
+        }
+        match signals.wait() {
+            Ok(Signal::SIGCHLD) => {}
+            Ok(signal) => {
+                // The tree may have ended meanwhile: the next round sees it.
+                let _ = kill(root, signal);
+            }
+            Err(e) => return Err(Failure::io("wait for signals", &e.into())),
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The order of a dump; nothing but the order.
+
+use crate::{
+    error::{Context, Error, Result},
+    image,
+    memory::{self, collect::PrivatePages, copy::Copier},
+    objects::{self, Collected},
+    observe::{self, FdEntry, Iterators, ThreadState},
+    restore::{environment, sessions},
+    task::FrozenTree,
+    tree::process,
+};
+use standstill_images::{
+    publish::ImageDir,
+    store::{Compression, PageWriter},
+    types::{AddressSpace, Descriptor, DumpStats, FdTable, Inventory, Task},
+};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    time::{Duration, Instant, SystemTime},
+};
+use tracing::{info, warn};
+
+/// Who lists the descriptors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reader {
+    /// The eBPF iterators where they load, procfs elsewhere.
+    #[default]
+    Auto,
+    /// The eBPF iterators or nothing.
+    Ebpf,
+    /// procfs.
+    Procfs,
+}
+
+/// What becomes of the tree after a successful dump.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It is killed.
+    #[default]
+    Kill,
+    /// It goes on.
+    Run,
+    /// It goes on after a SIGCONT.
+    Stop,
+}
+
+/// A dump to make.
+#[derive(Clone, Debug)]
+pub struct DumpOptions {
+    /// Root of the tree.
+    pub pid: i32,
+    /// Directory of the image.
+    pub dir: PathBuf,
+    /// What becomes of the tree.
+    pub afterwards: Afterwards,
+    /// The root is the job of a shell that stays outside.
+    pub shell_job: bool,
+    /// Time limit of the freeze.
+    pub timeout: Duration,
+    /// Compression of the pages.
+    pub compression: Compression,
+    /// Who lists the descriptors.
+    pub reader: Reader,
+}
+
+/// Measures named parts of the frozen time.
+struct Phases {
+    last: Instant,
+    phases: Vec<(String, u64)>,
+}
+
+impl Phases {
+    fn end(&mut self, name: &str) {
+        let now = Instant::now();
+        self.phases.push((name.into(), (now - self.last).as_micros() as u64));
+        self.last = now;
+    }
+}
+
+/// Dumps the tree of `options.pid`. It goes on as it was if anything fails.
+///
+/// # Errors
+/// See [`Error`]; nothing is left in the image directory then.
+pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
+    let begin = Instant::now();
+    check_target(options.pid)?;
+    let dir = ImageDir::create(&options.dir)?;
+    let mut observer = observer(options.reader)?;
+    if let Some(iterators) = &mut observer {
+        let pids = running_tree(options.pid);
+        if let Err(e) = iterators.prefetch_paths(&pids) {
+            warn!("reading ahead: {e}");
+        }
+    }
+    let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
+    let prepare_us = begin.elapsed().as_micros() as u64;
+
+    let freezing = Instant::now();
+    let tree = FrozenTree::freeze(options.pid, options.timeout)?;
+    let frozen = Instant::now();
+    let mut phases = Phases { last: frozen, phases: Vec::new() };
+    let mut state = collect(&tree, options, &mut observer, &mut phases)?;
+    let counts = copy_pages(&tree, &mut state, &mut pages)?;
+    phases.end("pages");
+    let mut stats = DumpStats {
+        reader: if observer.is_some() { "ebpf" } else { "procfs" }.into(),
+        prepare_us,
+        freezing_us: (frozen - freezing).as_micros() as u64,
+        frozen_us: 0,
+        phases: Vec::new(),
+        total_us: 0,
+        pages_stored: counts.stored,
+        pages_zero: counts.zero,
+        pages_shared: counts.shared,
+    };
+    // A tree that goes on has waited long enough; one that is killed must not run before its image is safe.
+    let tree = match options.afterwards {
+        Afterwards::Kill => Some(tree),
+        Afterwards::Run => {
+            drop(tree);
+            phases.end("thaw");
+            stats.frozen_us = frozen.elapsed().as_micros() as u64;
+            None
+        }
+        Afterwards::Stop => {
+            tree.leave_stopped();
+            phases.end("thaw");
+            stats.frozen_us = frozen.elapsed().as_micros() as u64;
+            None
+        }
+    };
+    let index = pages.finish()?;
+    phases.end("write");
+    if tree.is_some() {
+        stats.frozen_us = frozen.elapsed().as_micros() as u64;
+    }
+    stats.phases = phases.phases;
+    stats.total_us = begin.elapsed().as_micros() as u64;
+    image::publish(dir, &state.into_records(options)?, &index, &stats)?;
+    if let Some(tree) = tree {
+        tree.kill();
+    }
+    info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
+    Ok(stats)
+}
+
+/// Everything collected under the freeze.
+struct State {
+    root: i32,
+    tasks: Vec<Task>,
+    spaces: Vec<AddressSpace>,
+    private: Vec<PrivatePages>,
+    tables: Vec<FdTable>,
+    objects: Collected,
+    vdso: Vec<u8>,
+}
+
+fn collect(
+    tree: &FrozenTree,
+    options: &DumpOptions,
+    observer: &mut Option<Iterators>,
+    phases: &mut Phases,
+) -> Result<State> {
+    let pids = tree.pids();
+    process::refuse_sharing(tree.processes())?;
+    let (entries, seen) = read(&pids, options.reader, observer)?;
+    phases.end("descriptors");
+    let next = entries.iter().map(|e| e.file.0 + 1).max().unwrap_or(0);
+    let mut state = State {
+        root: options.pid,
+        tasks: Vec::new(),
+        spaces: Vec::new(),
+        private: Vec::new(),
+        tables: tables(&pids, &entries),
+        objects: Collected::new(next),
+        vdso: environment::vdso(options.pid)?,
+    };
+    let mut done = HashSet::new();
+    for entry in entries.iter().filter(|e| done.insert(e.file.0)) {
+        objects::dump(entry, &entries, &mut state.objects)?;
+    }
+    phases.end("files");
+    for (n, process) in tree.processes().iter().enumerate() {
+        let id = n as u32;
+        let (task, inside) = process::collect(process, &seen, id, id)?;
+        let (space, private) = memory::collect::collect(process.pid, id, inside.brk, &mut state.objects)?;
+        state.tasks.push(task);
+        state.spaces.push(space);
+        state.private.push(private);
+    }
+    for &pid in tree.zombies() {
+        state.tasks.push(process::collect_zombie(pid)?);
+    }
+    phases.end("tasks");
+    check_restorable(&state, options)?;
+    Ok(state)
+}
+
+/// Refuses at once what the restore would refuse.
+fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
+    let by_pid: BTreeMap<i32, Task> = state.tasks.iter().map(|t| (t.pid, t.clone())).collect();
+    let Some(root) = by_pid.get(&options.pid) else { return Err(Error::Died(options.pid)) };
+    if root.live.is_none() {
+        return Err(Error::Target(format!("process {} is dead, only its parent has to notice", options.pid)));
+    }
+    if root.sid != root.pid && !options.shell_job {
+        return Err(Error::unsupported(
+            options.pid,
+            format!("the session of process {}, outside the tree,", root.sid),
+            "start the program with setsid, or dump and restore it as a --shell-job",
+        ));
+    }
+    sessions::order(&by_pid, options.pid).map(drop)
+}
+
+fn copy_pages(tree: &FrozenTree, state: &mut State, pages: &mut PageWriter) -> Result<memory::copy::Counts> {
+    let parents: HashMap<i32, i32> = state.tasks.iter().map(|t| (t.pid, t.ppid)).collect();
+    let mut copier = Copier::new(pages);
+    for (process, (space, private)) in tree.processes().iter().zip(state.spaces.iter_mut().zip(&state.private)) {
+        let parent = parents.get(&process.pid).copied();
+        let has_children = tree.processes().iter().any(|p| parents.get(&p.pid) == Some(&process.pid));
+        space.pages = copier.private(private, parent, has_children)?;
+    }
+    for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
+        copier.shared(object, source)?;
+    }
+    Ok(copier.counts())
+}
+
+impl State {
+    fn into_records(self, options: &DumpOptions) -> Result<image::Records> {
+        let uname = nix::sys::utsname::uname().context(|| "uname".into())?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(image::Records {
+            inventory: Inventory {
+                writer: env!("CARGO_PKG_VERSION").into(),
+                kernel: uname.release().to_string_lossy().into(),
+                machine: uname.machine().to_string_lossy().into(),
+                created: now.as_secs(),
+                root: self.root,
+                shell_job: options.shell_job,
+                vdso: self.vdso,
+            },
+            tasks: self.tasks,
+            spaces: self.spaces,
+            tables: self.tables,
+            files: self.objects.files,
+            pipes: self.objects.pipes.into_values().collect(),
+            shared: self.objects.shared,
+        })
+    }
+}
+
+fn observer(reader: Reader) -> Result<Option<Iterators>> {
+    if reader == Reader::Procfs {
+        return Ok(None);
+    }
+    match Iterators::load() {
+        Ok(iterators) => Ok(Some(iterators)),
+        Err(e) if reader == Reader::Auto => {
+            warn!("no eBPF iterators: {e}; reading procfs instead, which takes longer");
+            Ok(None)
+        }
+        Err(e) => Err(Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }),
+    }
+}
+
+/// Descriptors and thread states, from the iterators or else from procfs.
+fn read(pids: &[i32], reader: Reader, observer: &mut Option<Iterators>) -> Result<(Vec<FdEntry>, HashMap<i32, ThreadState>)> {
+    if let Some(iterators) = observer {
+        let both = iterators.files(pids).and_then(|files| Ok((files, iterators.threads(pids)?)));
+        match both {
+            Ok((files, threads)) => return Ok((files, threads.into_iter().map(|t| (t.tid, t)).collect())),
+            Err(e) if reader == Reader::Auto => warn!("the eBPF iterators failed: {e}; reading procfs instead"),
+            Err(e) => return Err(Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }),
+        }
+        *observer = None;
+    }
+    let files = observe::procfs::files(pids).map_err(|e| Error::System { call: "read descriptors from procfs".into(), source: std::io::Error::other(e) })?;
+    Ok((files, HashMap::new()))
+}
+
+fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {
+    let mut by_pid: HashMap<i32, Vec<Descriptor>> = HashMap::new();
+    for e in entries {
+        by_pid.entry(e.tgid).or_default().push(Descriptor { fd: e.fd, cloexec: e.cloexec, file: e.file.0 });
+    }
+    pids.iter()
+        .enumerate()
+        .map(|(n, pid)| FdTable { id: n as u32, fds: by_pid.remove(pid).unwrap_or_default() })
+        .collect()
+}
+
+/// Pids of the tree while it runs: a hint.
+fn running_tree(root: i32) -> Vec<i32> {
+    use crate::kernel::proc;
+    let mut pids = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = pids.get(next) {
+        next += 1;
+        let tids = proc::threads(pid).unwrap_or_default();
+        pids.extend(proc::children(pid, &tids).unwrap_or_default());
+    }
+    pids
+}
+
+/// Refuses what can never be a target.
+fn check_target(pid: i32) -> Result<()> {
+    use crate::kernel::{proc, sys};
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    if !sys::page_size_is_supported() {
+        return Err(Error::Missing { what: "a kernel with pages of 4 KiB".into(), remedy: "use such a kernel".into() });
+    }
+    if pid <= 0 {
+        return Err(Error::Target(format!("{pid} is not a process id")));
+    }
+    let stat = match proc::stat(pid) {
+        Ok(stat) => stat,
+        Err(e) if proc::is_gone(&e) => return Err(Error::Target(format!("no such process: {pid}"))),
+        Err(e) => return Err(e).context(|| format!("read /proc/{pid}/stat")),
+    };
+    let leader = proc::status(pid, pid).map(|s| s.tgid).unwrap_or(pid);
+    if leader != pid {
+        return Err(Error::Target(format!("{pid} is a thread of process {leader}: give that pid")));
+    }
+    if stat.flags & PF_KTHREAD != 0 {
+        return Err(Error::Target(format!("process {pid} is a kernel thread")));
+    }
+    if stat.state == b'Z' {
+        return Err(Error::Target(format!("process {pid} is dead, only its parent has to notice")));
+    }
+    let mut ancestor = std::process::id() as i32;
+    while ancestor > 0 {
+        if ancestor == pid {
+            return Err(Error::Target(format!(
+                "process {pid} is this standstill process or an ancestor of it, which it cannot freeze: run it from elsewhere"
+            )));
+        }
+        ancestor = proc::stat(ancestor).map_or(0, |s| s.ppid);
+    }
+    Ok(())
+}

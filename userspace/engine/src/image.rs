@@ -1,0 +1,249 @@
+//! A whole image in memory: what the dump writes, what the restore reads, and the checks that its parts fit together.
+
+use crate::error::{Error, Result};
+use standstill_images::{
+    frame::{Record, RecordReader, RecordWriter},
+    publish::ImageDir,
+    store::{PageReader, PageStoreIndex},
+    types::{
+        AddressSpace, AddressSpaceId, Backing, DumpStats, FdTable, FdTableId, FileKind, Inventory, OpenFile,
+        OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
+    },
+};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+/// The records of one dump.
+pub(crate) struct Records {
+    pub inventory: Inventory,
+    pub tasks: Vec<Task>,
+    pub spaces: Vec<AddressSpace>,
+    pub tables: Vec<FdTable>,
+    pub files: Vec<OpenFile>,
+    pub pipes: Vec<Pipe>,
+    pub shared: Vec<SharedMemory>,
+}
+
+/// Writes all records as the manifest and publishes the image.
+pub(crate) fn publish(dir: ImageDir, records: &Records, pages: &PageStoreIndex, stats: &DumpStats) -> Result<()> {
+    fn all<T: Record + serde::Serialize>(writer: &mut RecordWriter, records: &[T]) -> Result<()> {
+        records.iter().try_for_each(|r| Ok(writer.push(r)?))
+    }
+    let mut writer = RecordWriter::new();
+    writer.push(&records.inventory)?;
+    writer.push(stats)?;
+    writer.push(pages)?;
+    all(&mut writer, &records.tasks)?;
+    all(&mut writer, &records.spaces)?;
+    all(&mut writer, &records.tables)?;
+    all(&mut writer, &records.files)?;
+    all(&mut writer, &records.pipes)?;
+    all(&mut writer, &records.shared)?;
+    Ok(dir.commit(&writer.finish())?)
+}
+
+/// An image that was read and whose records fit together.
+#[derive(Debug)]
+pub struct Image {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Where and with what it was made.
+    pub inventory: Inventory,
+    /// What the dump cost.
+    pub stats: DumpStats,
+    /// Processes by pid.
+    pub tasks: BTreeMap<i32, Task>,
+    /// Address spaces.
+    pub spaces: BTreeMap<AddressSpaceId, AddressSpace>,
+    /// Descriptor tables.
+    pub tables: BTreeMap<FdTableId, FdTable>,
+    /// Open file descriptions, and files that are mapped or executed.
+    pub files: BTreeMap<OpenFileId, OpenFile>,
+    /// Pipes.
+    pub pipes: BTreeMap<PipeId, Pipe>,
+    /// Shared memory objects.
+    pub shared: BTreeMap<SharedMemoryId, SharedMemory>,
+    /// The page store's table of contents.
+    pub pages: PageStoreIndex,
+    store: PageReader,
+}
+
+impl Image {
+    /// Reads the image in `dir` and checks that its records fit together; page contents are not read.
+    ///
+    /// # Errors
+    /// Missing, truncated, corrupt or newer images.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let open = ImageDir::open(dir)?;
+        let bytes = open.manifest()?;
+        let content = |reason: &str| Error::ImageContent { dir: dir.into(), reason: reason.into() };
+        let (mut inventory, mut stats, mut pages) = (None, None, None);
+        let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut twice = false;
+        for record in RecordReader::new(&open.manifest_path(), &bytes)? {
+            let record = record?;
+            match record.kind() {
+                Inventory::KIND => twice |= inventory.replace(record.decode::<Inventory>()?).is_some(),
+                DumpStats::KIND => twice |= stats.replace(record.decode::<DumpStats>()?).is_some(),
+                PageStoreIndex::KIND => twice |= pages.replace(record.decode::<PageStoreIndex>()?).is_some(),
+                Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),
+                AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
+                FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
+                OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
+                Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
+                SharedMemory::KIND => twice |= insert(&mut shared, record.decode::<SharedMemory>()?, |s| s.id),
+                _ => record.unknown()?,
+            }
+        }
+        if twice {
+            return Err(content("a record is there twice"));
+        }
+        let pages = pages.ok_or_else(|| content("the page store's index is missing"))?;
+        let store = PageReader::open(&open.pages_path(&pages)?, &pages)?;
+        let image = Self {
+            dir: dir.into(),
+            inventory: inventory.ok_or_else(|| content("the inventory is missing"))?,
+            stats: stats.unwrap_or_default(),
+            tasks,
+            spaces,
+            tables,
+            files,
+            pipes,
+            shared,
+            pages,
+            store,
+        };
+        image.check().map_err(|reason| content(&reason))?;
+        Ok(image)
+    }
+
+    /// Reads all pages and compares their checksums.
+    ///
+    /// # Errors
+    /// A page that is not what was written.
+    pub fn verify_pages(&self) -> Result<()> {
+        Ok(self.store.verify(1, |_, _| ())?)
+    }
+
+    /// A file with page n at offset n × 4096: the store itself, or a decompressed copy in memory.
+    pub(crate) fn raw_pages(&self) -> Result<File> {
+        Ok(self.store.raw()?)
+    }
+
+    /// Every number refers to something, and every address is one.
+    fn check(&self) -> Result<(), String> {
+        let root = self.tasks.get(&self.inventory.root).ok_or("the root process is missing")?;
+        if root.live.is_none() {
+            return Err("the root process is dead".into());
+        }
+        let mut ids = HashSet::new();
+        for task in self.tasks.values() {
+            let pid = task.pid;
+            if pid <= 0 || !ids.insert(pid) {
+                return Err(format!("pid {pid} is there twice or no pid"));
+            }
+            let Some(live) = &task.live else { continue };
+            if live.threads.first().is_none_or(|t| t.tid != pid) {
+                return Err(format!("process {pid} has no leader"));
+            }
+            if let Some(t) = live.threads[1..].iter().find(|t| t.tid <= 0 || !ids.insert(t.tid)) {
+                return Err(format!("thread {} is there twice or no thread id", t.tid));
+            }
+            let short = |info: &Vec<u8>| info.len() != size_of::<libc::siginfo_t>();
+            if live.pending.iter().chain(live.threads.iter().flat_map(|t| &t.pending)).any(short) {
+                return Err(format!("process {pid} has a pending signal of an unknown format"));
+            }
+            self.spaces.get(&live.address_space).ok_or(format!("the memory of process {pid} is missing"))?;
+            self.tables.get(&live.fd_table).ok_or(format!("the descriptors of process {pid} are missing"))?;
+        }
+        self.spaces.values().try_for_each(|s| self.check_space(s))?;
+        for table in self.tables.values() {
+            if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {
+                return Err(format!("descriptor table {} is out of order", table.id));
+            }
+            if let Some(d) = table.fds.iter().find(|d| !self.files.contains_key(&d.file)) {
+                return Err(format!("file {} of descriptor {} is missing", d.file, d.fd));
+            }
+        }
+        self.files.values().try_for_each(|f| self.check_file(f))?;
+        for object in self.shared.values() {
+            self.check_runs(&object.pages, 0, object.size.saturating_add(4095))
+                .map_err(|e| format!("shared memory object {}: {e}", object.id))?;
+        }
+        Ok(())
+    }
+
+    fn check_file(&self, file: &OpenFile) -> Result<(), String> {
+        let whole = match &file.kind {
+            FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
+            FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
+            FileKind::Socket(s) => s.local.is_empty() || (8..=128).contains(&s.local.len()) || s.family == libc::AF_UNIX && s.local.len() > 2,
+            _ => true,
+        };
+        if whole { Ok(()) } else { Err(format!("what open file {} refers to is missing", file.id)) }
+    }
+
+    fn check_space(&self, space: &AddressSpace) -> Result<(), String> {
+        let in_space = |e: String| format!("address space {}: {e}", space.id);
+        let file = |id: &OpenFileId| self.files.contains_key(id);
+        if !file(&space.exe) {
+            return Err(in_space("the executable is missing".into()));
+        }
+        let mut end = 0;
+        for vma in &space.vmas {
+            let aligned = vma.start % 4096 == 0 && vma.end % 4096 == 0;
+            if !aligned || vma.start < end || vma.end <= vma.start || vma.end > crate::kernel::arch::TASK_SIZE {
+                return Err(in_space(format!("mapping {:x}-{:x} is out of order", vma.start, vma.end)));
+            }
+            end = vma.end;
+            let whole = match &vma.backing {
+                Backing::PrivateFile { file: id, .. } | Backing::SharedFile { file: id, .. } => file(id),
+                Backing::SharedAnonymous { object, .. } => self.shared.contains_key(object),
+                Backing::Anonymous { .. } | Backing::Kernel { .. } => true,
+            };
+            if !whole {
+                return Err(in_space(format!("what mapping {:x}-{:x} maps is missing", vma.start, vma.end)));
+            }
+        }
+        self.check_runs(&space.pages, 0, crate::kernel::arch::TASK_SIZE).map_err(in_space)?;
+        // Every page must lie in a private mapping, or it would be written over something else.
+        let mut vmas = space.vmas.iter().peekable();
+        for run in &space.pages {
+            let (mut at, end) = (run.start, run.start + run.pages * 4096);
+            while at < end {
+                while vmas.next_if(|v| v.end <= at).is_some() {}
+                match vmas.peek() {
+                    Some(v) if v.start <= at && matches!(v.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) => {
+                        at = v.end;
+                    }
+                    _ => return Err(in_space(format!("page {at:x} is in no private mapping"))),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_runs(&self, runs: &[PageRun], start: u64, end: u64) -> Result<(), String> {
+        let mut at = start;
+        for run in runs {
+            let run_end = run.pages.checked_mul(4096).and_then(|len| run.start.checked_add(len));
+            let in_store = run.store.checked_add(run.pages).is_some_and(|last| last <= self.pages.pages());
+            match run_end {
+                Some(run_end) if run.pages > 0 && run.start % 4096 == 0 && run.start >= at && run_end <= end && in_store => {
+                    at = run_end;
+                }
+                _ => return Err(format!("the pages at {:x} are out of order or not in the page store", run.start)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn insert<K: Ord, T>(map: &mut BTreeMap<K, T>, record: T, key: impl Fn(&T) -> K) -> bool {
+    map.insert(key(&record), record).is_some()
+}

@@ -1,0 +1,10 @@
+//! Every system call that nix does not wrap, one thin safe function each.
+
+pub(crate) mod arch;
+pub(crate) mod pagemap;
+pub(crate) mod proc;
+pub(crate) mod ptrace;
+pub(crate) mod sys;
+
+/// Page size of the images. The kernel's is checked once, by [`sys::page_size_is_supported`].
+pub(crate) const PAGE: u64 = 4096;

@@ -1,0 +1,185 @@
+//! System calls without a wrapper elsewhere.
+
+use super::PAGE;
+use std::{
+    io::{self, IoSliceMut},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Whether the kernel's pages are those of the image format.
+pub(crate) fn page_size_is_supported() -> bool {
+    // SAFETY: sysconf only reads a number.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) == PAGE as libc::c_long }
+}
+
+/// pidfd_open(2), Linux 5.3.
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed; a returned descriptor is new and ours.
+    unsafe { check(libc::syscall(libc::SYS_pidfd_open, pid, 0)).map(|fd| OwnedFd::from_raw_fd(fd as i32)) }
+}
+
+/// pidfd_getfd(2), Linux 5.6: a duplicate of descriptor `fd` of another process.
+pub(crate) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed; a returned descriptor is new and ours.
+    unsafe {
+        check(libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0)).map(|fd| OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// What two tasks may share, for [`kcmp`].
+#[derive(Clone, Copy, Debug)]
+#[repr(i32)]
+pub(crate) enum Kcmp {
+    Vm = 1,
+    Files = 2,
+    Fs = 3,
+    Sighand = 4,
+}
+
+/// kcmp(2): whether two tasks share the same object.
+pub(crate) fn kcmp(a: i32, b: i32, what: Kcmp) -> io::Result<bool> {
+    // SAFETY: no memory is passed.
+    unsafe { check(libc::syscall(libc::SYS_kcmp, a, b, what as i32, 0, 0)).map(|order| order == 0) }
+}
+
+/// process_vm_readv(2) of one remote range into one buffer; the number of bytes read.
+pub(crate) fn process_vm_read(pid: i32, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut local = [IoSliceMut::new(buffer)];
+    let remote = [nix::sys::uio::RemoteIoVec { base: address as usize, len: local[0].len() }];
+    Ok(nix::sys::uio::process_vm_readv(nix::unistd::Pid::from_raw(pid), &mut local, &remote)?)
+}
+
+/// process_vm_readv(2) of several remote ranges, gathered into one buffer; the number of bytes read.
+pub(crate) fn process_vm_gather(pid: i32, ranges: &[(u64, usize)], buffer: &mut [u8]) -> io::Result<usize> {
+    let remote: Vec<_> =
+        ranges.iter().map(|&(base, len)| nix::sys::uio::RemoteIoVec { base: base as usize, len }).collect();
+    let mut local = [IoSliceMut::new(buffer)];
+    Ok(nix::sys::uio::process_vm_readv(nix::unistd::Pid::from_raw(pid), &mut local, &remote)?)
+}
+
+/// clone3(2), Linux 5.5: all signal actions of the child are the default ones.
+pub(crate) const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
+/// `struct clone_args` of clone3(2).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CloneArgs {
+    pub flags: u64,
+    pub pidfd: u64,
+    pub child_tid: u64,
+    pub parent_tid: u64,
+    pub exit_signal: u64,
+    pub stack: u64,
+    pub stack_size: u64,
+    pub tls: u64,
+    pub set_tid: u64,
+    pub set_tid_size: u64,
+    pub cgroup: u64,
+}
+
+/// sched_getattr(2): policy, flags, nice, priority of a task.
+pub(crate) fn sched_getattr(tid: i32) -> io::Result<libc::sched_attr> {
+    let size = size_of::<libc::sched_attr>() as u32;
+    // SAFETY: all fields are integers, for which zero is valid.
+    let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: `attr` is writable for `size` bytes, which the kernel does not exceed.
+    unsafe { check(libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attr, size, 0))? };
+    Ok(attr)
+}
+
+/// sched_getaffinity(2) as a byte mask, without trailing zeros.
+pub(crate) fn sched_getaffinity(tid: i32) -> io::Result<Vec<u8>> {
+    let mut mask = vec![0u8; 1024];
+    // SAFETY: `mask` is writable for the length given.
+    let n = unsafe { check(libc::syscall(libc::SYS_sched_getaffinity, tid, mask.len(), mask.as_mut_ptr()))? };
+    mask.truncate(n as usize);
+    let used = mask.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
+    mask.truncate(used);
+    Ok(mask)
+}
+
+/// ioprio_get(2) of one thread.
+pub(crate) fn ioprio_get(tid: i32) -> io::Result<u32> {
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    // SAFETY: no memory is passed.
+    unsafe { check(libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid)).map(|p| p as u32) }
+}
+
+/// get_robust_list(2) of any thread: head and length.
+pub(crate) fn get_robust_list(tid: i32) -> io::Result<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: both pointers are to writable words of the size the kernel stores.
+    unsafe { check(libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len))? };
+    Ok((head, len))
+}
+
+/// Blocks every signal of the calling thread; gives back the mask that was in force.
+pub(crate) fn block_signals() -> io::Result<nix::sys::signal::SigSet> {
+    use nix::sys::signal::{SigSet, SigmaskHow};
+    Ok(SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?)
+}
+
+/// Memory mapped into this process; unmapped on drop.
+pub(crate) struct Mapping {
+    start: *mut libc::c_void,
+    len: usize,
+}
+
+impl Mapping {
+    /// Private anonymous memory.
+    #[cfg(test)]
+    pub(crate) fn anonymous(len: u64) -> io::Result<Self> {
+        Self::map(0, len, libc::MAP_PRIVATE)
+    }
+
+    /// Shared anonymous memory, where the kernel likes.
+    pub(crate) fn shared(len: u64) -> io::Result<Self> {
+        Self::map(0, len, libc::MAP_SHARED)
+    }
+
+    /// Shared anonymous, executable memory at an address where nothing is mapped.
+    pub(crate) fn shared_executable_at(start: u64, len: u64) -> io::Result<Self> {
+        let mapping = Self::map(start, len, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE)?;
+        // SAFETY: the range is the mapping just made.
+        unsafe { check(libc::mprotect(mapping.start, mapping.len, 7).into())? };
+        Ok(mapping)
+    }
+
+    fn map(start: u64, len: u64, flags: i32) -> io::Result<Self> {
+        // SAFETY: without MAP_FIXED the kernel places the mapping over nothing that exists.
+        let start = unsafe {
+            libc::mmap(
+                start as *mut _,
+                len as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start, len: len as usize }) }
+    }
+
+    /// First address.
+    pub(crate) fn start(&self) -> u64 {
+        self.start as u64
+    }
+
+    /// The memory. Tasks that share it are stopped whenever this process looks at it.
+    #[expect(clippy::mut_from_ref, reason = "the mapping is raw memory; callers never hold two overlapping slices")]
+    pub(crate) fn bytes_mut(&self) -> &mut [u8] {
+        // SAFETY: the mapping is readable and writable for its whole length and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is ours, and no slice of it outlives `self`.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
+}

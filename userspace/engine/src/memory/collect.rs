@@ -1,0 +1,166 @@
+//! The mappings of a frozen process as records.
+
+use super::smaps::{self, Mapped};
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{
+        pagemap::{Pagemap, Range},
+        proc,
+    },
+    objects::{Collected, regular, shared_memory},
+};
+use standstill_images::types::{
+    AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags,
+};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// What has to be copied of one address space.
+pub(crate) struct PrivatePages {
+    pub pid: i32,
+    /// Pages by address.
+    pub ranges: Vec<Range>,
+    /// Parts of `ranges` that process_vm_readv(2) must not be used for: not readable by the process itself.
+    pub unreadable: Vec<Range>,
+}
+
+/// Reads the address space of a process, all but the contents of its pages.
+pub(crate) fn collect(pid: i32, id: AddressSpaceId, brk: u64, all: &mut Collected) -> Result<(AddressSpace, PrivatePages)> {
+    let mapped = smaps::read(pid).context(|| format!("read the mappings of {pid}"))?;
+    let mut vmas = Vec::with_capacity(mapped.len());
+    let mut pages = PrivatePages { pid, ranges: Vec::new(), unreadable: Vec::new() };
+    let mut guards = Vec::new();
+    let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
+    for map in &mapped {
+        if map.name == b"[vsyscall]" {
+            continue; // not a mapping of the process but of the machine
+        }
+        let vma = record(pid, map, all)?;
+        if matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) {
+            let before = pages.ranges.len();
+            let scan = || format!("scan the pages of {pid}");
+            pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
+            pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
+            if vma.prot & libc::PROT_READ as u8 == 0 {
+                pages.unreadable.extend_from_slice(&pages.ranges[before.min(pages.ranges.len())..]);
+            }
+        }
+        vmas.push(vma);
+    }
+    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
+    let layout = MmLayout {
+        start_code: stat.start_code,
+        end_code: stat.end_code,
+        start_data: stat.start_data,
+        end_data: stat.end_data,
+        start_brk: stat.start_brk,
+        brk,
+        start_stack: stat.start_stack,
+        arg_start: stat.arg_start,
+        arg_end: stat.arg_end,
+        env_start: stat.env_start,
+        env_end: stat.env_end,
+    };
+    let space = AddressSpace {
+        id,
+        layout,
+        auxv: std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
+        exe: executable(pid, all)?,
+        vmas,
+        pages: Vec::new(),
+        guards: guards.into_iter().map(|g| (g.start, g.end)).collect(),
+    };
+    Ok((space, pages))
+}
+
+fn executable(pid: i32, all: &mut Collected) -> Result<OpenFileId> {
+    let link = proc::path(pid, "exe");
+    let name = std::fs::read_link(&link).context(|| format!("read {}", link.display()))?;
+    let meta = std::fs::metadata(&link).context(|| format!("stat {}", link.display()))?;
+    mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)
+}
+
+fn mapped_file(pid: i32, name: &Path, link: &Path, dev: u64, ino: u64, writable: bool, all: &mut Collected) -> Result<OpenFileId> {
+    let refuse = |why: &str| Error::unsupported(pid, format!("the mapped file {}", name.display()), why.to_string());
+    all.mapped(dev, ino, writable, |all| {
+        let meta = std::fs::metadata(link).context(|| format!("stat {}", link.display()))?;
+        if meta.nlink() == 0 {
+            let object = shared_memory::collect(name, link, dev, ino, all)?;
+            return Ok(standstill_images::types::FileKind::SharedMemory { object });
+        }
+        let mtime = (meta.mtime(), meta.mtime_nsec() as u32);
+        regular::describe(name, meta.size(), mtime, meta.mode(), meta.dev(), meta.ino())
+            .ok_or_else(|| refuse("its name is gone or leads elsewhere: give the file its name back"))
+    })
+}
+
+/// Attributes that say that the pages are not ordinary memory.
+fn refuse_special(pid: i32, map: &Mapped) -> Result<()> {
+    let name = if map.name.is_empty() { "anonymous".into() } else { String::from_utf8_lossy(&map.name) };
+    let object = || format!("the mapping {:x}-{:x} ({name})", map.start, map.end);
+    let why = if map.has(b"pf") || map.has(b"io") {
+        "it belongs to a device: close the device before the dump"
+    } else if map.has(b"ht") {
+        "huge pages of hugetlbfs are not supported: use transparent huge pages"
+    } else if map.has(b"um") || map.has(b"uw") || map.has(b"ui") {
+        "it is registered with userfaultfd: end its use before the dump"
+    } else if map.has(b"ss") {
+        "it is a shadow stack: run the program without one (glibc.cpu.x86_shstk=off)"
+    } else if map.name.starts_with(b"/secretmem") {
+        "memfd_secret memory cannot be read by anybody else: end its use before the dump"
+    } else if map.name.starts_with(b"/SYSV") {
+        "System V shared memory is not supported: use mmap or memfd_create"
+    } else if map.name.starts_with(b"/[aio]") {
+        "it is an AIO ring: end the use of io_setup before the dump"
+    } else if map.name.starts_with(b"anon_inode:") {
+        "it belongs to a kernel object that cannot be read: close it before the dump"
+    } else {
+        return Ok(());
+    };
+    Err(Error::unsupported(pid, object(), why))
+}
+
+fn record(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Vma> {
+    let kernel = [&b"[vdso]"[..], b"[uprobes]", b"[vectors]"].contains(&map.name.as_slice()) || map.name.starts_with(b"[vvar");
+    let backing = if kernel {
+        Backing::Kernel { name: map.name.as_slice().into() }
+    } else {
+        refuse_special(pid, map)?;
+        backing(pid, map, all)?
+    };
+    let flags = VmaFlags {
+        growsdown: map.has(b"gd"),
+        noreserve: map.has(b"nr"),
+        locked: map.has(b"lo"),
+        lock_on_fault: map.has(b"lf"),
+        dontfork: map.has(b"dc"),
+        wipeonfork: map.has(b"wf"),
+        dontdump: map.has(b"dd") && !kernel,
+        mergeable: map.has(b"mg"),
+        hugepage: map.has(b"hg"),
+        nohugepage: map.has(b"nh"),
+        sequential: map.has(b"sr"),
+        random: map.has(b"rr"),
+    };
+    Ok(Vma { start: map.start, end: map.end, prot: map.prot, backing, flags })
+}
+
+fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
+    if map.ino == 0 && !map.shared {
+        let name = map.name.strip_prefix(b"[anon:").and_then(|n| n.strip_suffix(b"]"));
+        return Ok(Backing::Anonymous { name: name.map(Bytes::from) });
+    }
+    let name = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(map.name.clone()));
+    let link: PathBuf = proc::path(pid, &format!("map_files/{:x}-{:x}", map.start, map.end));
+    let offset = map.offset;
+    if map.shared && map.name.starts_with(b"/dev/zero (deleted)") {
+        let object = shared_memory::collect(&name, &link, map.dev, map.ino, all)?;
+        return Ok(Backing::SharedAnonymous { object, offset });
+    }
+    // A shared mapping that may be written (now or after mprotect) came from a descriptor open for writing.
+    let writable = map.shared && map.has(b"mw");
+    let file = mapped_file(pid, &name, &link, map.dev, map.ino, writable, all)?;
+    Ok(if map.shared { Backing::SharedFile { file, offset } } else { Backing::PrivateFile { file, offset } })
+}

@@ -1,0 +1,285 @@
+//! The address space in the restorer's words: what to map, what to read where, and what only becomes right at the end.
+
+use crate::{
+    kernel::PAGE,
+    restore::program::{Arg, Program},
+};
+use standstill_images::types::{AddressSpace, Backing, OpenFileId, PageRun, SharedMemoryId, Vma};
+use std::collections::{BTreeSet, HashMap};
+
+/// Descriptors that a task holds while it maps its memory.
+pub(crate) struct MapFds<'a> {
+    pub files: &'a HashMap<OpenFileId, i32>,
+    pub shared: &'a HashMap<SharedMemoryId, i32>,
+    /// The page store.
+    pub pages: i32,
+}
+
+const WRITE: u8 = libc::PROT_WRITE as u8;
+
+fn is_kernel(vma: &Vma) -> bool {
+    matches!(vma.backing, Backing::Kernel { .. })
+}
+
+fn is_private(vma: &Vma) -> bool {
+    matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. })
+}
+
+/// Whether `parent` has exactly the same private mapping, so that its child need not make it.
+fn is_inherited(vma: &Vma, parent: &AddressSpace) -> bool {
+    is_private(vma)
+        && parent.vmas.binary_search_by_key(&vma.start, |v| v.start).is_ok_and(|i| {
+            let theirs = &parent.vmas[i];
+            theirs.end == vma.end && theirs.backing == vma.backing && theirs.flags == vma.flags
+        })
+}
+
+/// Ranges of `parent` that the child does not keep. Attributes that change what a fork copies are set only after all
+/// forks, so the child has all of the parent's mappings.
+pub(crate) fn to_unmap(space: &AddressSpace, parent: &AddressSpace) -> Vec<(u64, u64)> {
+    parent
+        .vmas
+        .iter()
+        .filter(|v| !is_kernel(v))
+        .filter(|v| {
+            let same = space.vmas.binary_search_by_key(&v.start, |o| o.start).map(|i| &space.vmas[i]);
+            !same.is_ok_and(|own| is_inherited(own, parent))
+        })
+        .map(|v| (v.start, v.end))
+        .collect()
+}
+
+/// What a task has when it begins: the mappings its parent had when it forked.
+#[derive(Clone, Copy)]
+pub(crate) struct Inherited<'a> {
+    pub space: &'a AddressSpace,
+    pub prots: &'a Prots,
+}
+
+/// Protections in force while memory is being restored, by start address. A mapping that gets content is writable
+/// until all children are forked, because they may have to write to it too.
+pub(crate) type Prots = HashMap<u64, u8>;
+
+/// Maps everything and reads the pages: of equal mappings of the parent only those that differ.
+pub(crate) fn restore(
+    space: &AddressSpace,
+    inherited: Option<Inherited<'_>>,
+    fds: &MapFds<'_>,
+    program: &mut Program,
+) -> Prots {
+    let mut prots = Prots::new();
+    for vma in space.vmas.iter().filter(|v| !is_kernel(v)) {
+        let own = cut(&space.pages, vma);
+        let kept = inherited.filter(|i| is_inherited(vma, i.space));
+        let (runs, gone, prot) = match kept {
+            None => {
+                let prot = if own.is_empty() { vma.prot } else { vma.prot | WRITE };
+                map(vma, prot, fds, program);
+                (own, Vec::new(), prot)
+            }
+            Some(parent) => {
+                let (runs, gone) = diff(&own, &cut(&parent.space.pages, vma));
+                let mut prot = parent.prots[&vma.start];
+                if !runs.is_empty() && prot & WRITE == 0 {
+                    prot |= WRITE;
+                    protect(vma, prot, program);
+                }
+                (runs, gone, prot)
+            }
+        };
+        for (start, pages) in gone {
+            let args = [start.into(), (pages * PAGE).into(), libc::MADV_DONTNEED.into()];
+            program.call("drop pages that only the parent has", libc::SYS_madvise, &args);
+        }
+        read(&runs, fds.pages, program);
+        prots.insert(vma.start, prot);
+    }
+    prots
+}
+
+/// Files that the mappings not inherited need.
+pub(crate) fn files_needed(space: &AddressSpace, inherited: Option<Inherited<'_>>) -> BTreeSet<OpenFileId> {
+    space
+        .vmas
+        .iter()
+        .filter(|v| !inherited.is_some_and(|i| is_inherited(v, i.space)))
+        .filter_map(|v| match v.backing {
+            Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => Some(file),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Brings protections and attributes to their final state, once all children are forked.
+pub(crate) fn finish(space: &AddressSpace, prots: &Prots, program: &mut Program) {
+    for vma in space.vmas.iter().filter(|v| !is_kernel(v)) {
+        if prots[&vma.start] != vma.prot {
+            protect(vma, vma.prot, program);
+        }
+        advise(vma, program);
+    }
+    for &(start, end) in &space.guards {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        let args = [start.into(), (end - start).into(), MADV_GUARD_INSTALL.into()];
+        program.call("install guard pages", libc::SYS_madvise, &args);
+    }
+}
+
+fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) {
+    let (kind, fd, offset) = match &vma.backing {
+        Backing::Anonymous { .. } => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, fds.files[file], *offset),
+        Backing::SharedFile { file, offset } => (libc::MAP_SHARED, fds.files[file], *offset),
+        Backing::SharedAnonymous { object, offset } => (libc::MAP_SHARED, fds.shared[object], *offset),
+        Backing::Kernel { .. } => return,
+    };
+    let mut flags = kind | libc::MAP_FIXED_NOREPLACE;
+    if vma.flags.growsdown {
+        flags |= libc::MAP_GROWSDOWN;
+    }
+    if vma.flags.noreserve {
+        flags |= libc::MAP_NORESERVE;
+    }
+    let args: [Arg; 6] =
+        [vma.start.into(), (vma.end - vma.start).into(), u64::from(prot).into(), flags.into(), fd.into(), offset.into()];
+    program.call_expecting(format!("map {:x}-{:x}", vma.start, vma.end), libc::SYS_mmap, &args, vma.start);
+    // Before the pages are touched: these decide how they are allocated.
+    for (set, advice) in [(vma.flags.hugepage, libc::MADV_HUGEPAGE), (vma.flags.nohugepage, libc::MADV_NOHUGEPAGE)] {
+        if set {
+            madvise(vma, advice, program);
+        }
+    }
+}
+
+fn protect(vma: &Vma, prot: u8, program: &mut Program) {
+    let args = [vma.start.into(), (vma.end - vma.start).into(), u64::from(prot).into()];
+    program.call(format!("protect {:x}-{:x}", vma.start, vma.end), libc::SYS_mprotect, &args);
+}
+
+fn madvise(vma: &Vma, advice: i32, program: &mut Program) {
+    // MERGEABLE and HUGEPAGE fail on kernels built without them: then they meant nothing.
+    let args = [vma.start.into(), (vma.end - vma.start).into(), advice.into()];
+    program.try_call(format!("advise {:x}-{:x}", vma.start, vma.end), libc::SYS_madvise, &args);
+}
+
+fn advise(vma: &Vma, program: &mut Program) {
+    let f = &vma.flags;
+    for (set, advice) in [
+        (f.dontfork, libc::MADV_DONTFORK),
+        (f.wipeonfork, libc::MADV_WIPEONFORK),
+        (f.dontdump, libc::MADV_DONTDUMP),
+        (f.mergeable, libc::MADV_MERGEABLE),
+        (f.sequential, libc::MADV_SEQUENTIAL),
+        (f.random, libc::MADV_RANDOM),
+    ] {
+        if set {
+            madvise(vma, advice, program);
+        }
+    }
+    if let Backing::Anonymous { name: Some(name) } = &vma.backing {
+        const PR_SET_VMA: i32 = 0x5356_4d41;
+        let name = program.string(&name.0);
+        let args = [PR_SET_VMA.into(), 0.into(), vma.start.into(), (vma.end - vma.start).into(), name];
+        program.try_call("name anonymous memory", libc::SYS_prctl, &args);
+    }
+    if f.locked {
+        let on_fault = if f.lock_on_fault { libc::MLOCK_ONFAULT as u64 } else { 0 };
+        let args = [vma.start.into(), (vma.end - vma.start).into(), on_fault.into()];
+        program.call(format!("lock {:x}-{:x}", vma.start, vma.end), libc::SYS_mlock2, &args);
+    }
+}
+
+/// Runs that follow each other in memory and in the store are one read.
+fn read(runs: &[PageRun], store: i32, program: &mut Program) {
+    let mut merged: Vec<PageRun> = Vec::new();
+    for run in runs {
+        match merged.last_mut() {
+            Some(last) if last.start + last.pages * PAGE == run.start && last.store + last.pages == run.store => {
+                last.pages += run.pages;
+            }
+            _ => merged.push(*run),
+        }
+    }
+    for run in merged {
+        program.read_full("read pages", store, run.start, run.pages * PAGE, run.store * PAGE);
+    }
+}
+
+/// The parts of `runs` inside `vma`.
+fn cut(runs: &[PageRun], vma: &Vma) -> Vec<PageRun> {
+    let first = runs.partition_point(|r| r.start + r.pages * PAGE <= vma.start);
+    runs[first..]
+        .iter()
+        .take_while(|r| r.start < vma.end)
+        .map(|r| {
+            let start = r.start.max(vma.start);
+            let end = (r.start + r.pages * PAGE).min(vma.end);
+            PageRun { start, pages: (end - start) / PAGE, store: r.store + (start - r.start) / PAGE }
+        })
+        .collect()
+}
+
+/// What turns the pages of `parent` into those of `own`: runs to read, and ranges to drop.
+fn diff(own: &[PageRun], parent: &[PageRun]) -> (Vec<PageRun>, Vec<(u64, u64)>) {
+    let mut edges: Vec<u64> = own.iter().chain(parent).flat_map(|r| [r.start, r.start + r.pages * PAGE]).collect();
+    edges.sort_unstable();
+    edges.dedup();
+    let at = |runs: &[PageRun], address: u64| {
+        let i = runs.partition_point(|r| r.start + r.pages * PAGE <= address);
+        runs.get(i).filter(|r| r.start <= address).map(|r| r.store + (address - r.start) / PAGE)
+    };
+    let (mut read, mut gone) = (Vec::new(), Vec::new());
+    for pair in edges.windows(2) {
+        let (start, pages) = (pair[0], (pair[1] - pair[0]) / PAGE);
+        match (at(own, start), at(parent, start)) {
+            (Some(store), theirs) if theirs != Some(store) => read.push(PageRun { start, pages, store }),
+            (None, Some(_)) => gone.push((start, pages)),
+            _ => {}
+        }
+    }
+    (read, gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn runs() -> impl Strategy<Value = Vec<PageRun>> {
+        proptest::collection::vec((0..4u64, 1..5u64, 0..40u64), 0..12).prop_map(|parts| {
+            let mut at = 0;
+            parts
+                .into_iter()
+                .map(|(gap, pages, store)| {
+                    at += gap;
+                    let run = PageRun { start: at * PAGE, pages, store };
+                    at += pages;
+                    run
+                })
+                .collect()
+        })
+    }
+
+    fn flat(runs: &[PageRun]) -> BTreeMap<u64, u64> {
+        runs.iter().flat_map(|r| (0..r.pages).map(|n| (r.start + n * PAGE, r.store + n))).collect()
+    }
+
+    proptest! {
+        /// Applying the difference to the parent's pages gives the child's, and nothing equal is read again.
+        #[test]
+        fn a_difference_turns_the_parent_into_the_child(own in runs(), parent in runs()) {
+            let (read, gone) = diff(&own, &parent);
+            let mut pages = flat(&parent);
+            for (start, n) in gone {
+                for p in 0..n {
+                    prop_assert!(pages.remove(&(start + p * PAGE)).is_some());
+                }
+            }
+            for (address, store) in flat(&read) {
+                prop_assert_ne!(pages.insert(address, store), Some(store));
+            }
+            prop_assert_eq!(pages, flat(&own));
+        }
+    }
+}

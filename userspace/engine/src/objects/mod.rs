@@ -1,0 +1,203 @@
+//! One file per kind of kernel object that a descriptor can refer to: its dump and its restore side by side.
+//!
+//! Dump: [`dump`] turns what a reader says of a descriptor into a record, looking at the object itself through a
+//! duplicate (pidfd_getfd(2)) where the reader's words are not enough. Restore: [`create`] emits the operations that
+//! make the object at a descriptor number the plan chose.
+
+pub(crate) mod device;
+pub(crate) mod directory;
+pub(crate) mod epoll;
+pub(crate) mod eventfd;
+pub(crate) mod pipe;
+pub(crate) mod regular;
+pub(crate) mod shared_memory;
+pub(crate) mod signalfd;
+pub(crate) mod socket;
+pub(crate) mod timerfd;
+
+use crate::{
+    error::{Context, Error, Result},
+    kernel::sys,
+    observe::FdEntry,
+    restore::{files::Numbers, program::Program},
+};
+use standstill_images::types::{
+    FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId,
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+// fcntl(2) commands that the libc crate lacks.
+const F_SETSIG: i32 = 10;
+const F_GETSIG: i32 = 11;
+const F_SETOWN_EX: i32 = 15;
+const F_GETOWN_EX: i32 = 16;
+
+/// Everything the dump has learnt of the tree's open files.
+#[derive(Default)]
+pub(crate) struct Collected {
+    pub files: Vec<OpenFile>,
+    pub pipes: BTreeMap<PipeId, Pipe>,
+    /// Contents are copied later, with the memory.
+    pub shared: Vec<SharedMemory>,
+    /// For each shared object a way to its contents.
+    pub shared_sources: Vec<OwnedFd>,
+    pipe_ids: HashMap<(u64, u64), PipeId>,
+    shared_ids: HashMap<(u64, u64), SharedMemoryId>,
+    pidfds: HashMap<i32, OwnedFd>,
+    /// Mapped and executed files by device, inode and access.
+    mapped: HashMap<(u64, u64, bool), OpenFileId>,
+    next_file: OpenFileId,
+}
+
+impl Collected {
+    /// Ids below `first` belong to descriptors.
+    pub(crate) fn new(first: OpenFileId) -> Self {
+        Self { next_file: first, ..Default::default() }
+    }
+
+    /// A duplicate of a descriptor of the target.
+    pub(crate) fn duplicate(&mut self, entry: &FdEntry) -> Result<OwnedFd> {
+        let failed = |e| Error::System { call: format!("duplicate descriptor {} of process {}", entry.fd, entry.tgid), source: e };
+        if !self.pidfds.contains_key(&entry.tgid) {
+            self.pidfds.insert(entry.tgid, sys::pidfd_open(entry.tgid).map_err(failed)?);
+        }
+        sys::pidfd_getfd(self.pidfds[&entry.tgid].as_fd(), entry.fd).map_err(failed)
+    }
+
+    /// Number of the pipe with this inode, and whether it is new.
+    fn pipe_id(&mut self, entry: &FdEntry) -> (PipeId, bool) {
+        let next = self.pipe_ids.len() as PipeId;
+        let id = *self.pipe_ids.entry((entry.dev, entry.ino)).or_insert(next);
+        (id, id == next)
+    }
+
+    /// Number of the shared object with this device and inode; `describe` makes it and a way to its contents.
+    pub(crate) fn shared_id(
+        &mut self,
+        dev: u64,
+        ino: u64,
+        describe: impl FnOnce(SharedMemoryId) -> Result<(SharedMemory, OwnedFd)>,
+    ) -> Result<SharedMemoryId> {
+        if let Some(&id) = self.shared_ids.get(&(dev, ino)) {
+            return Ok(id);
+        }
+        let id = self.shared.len() as SharedMemoryId;
+        let (object, source) = describe(id)?;
+        self.shared.push(object);
+        self.shared_sources.push(source);
+        self.shared_ids.insert((dev, ino), id);
+        Ok(id)
+    }
+
+    /// Number of a file that is mapped or executed.
+    pub(crate) fn mapped(
+        &mut self,
+        dev: u64,
+        ino: u64,
+        writable: bool,
+        describe: impl FnOnce(&mut Self) -> Result<FileKind>,
+    ) -> Result<OpenFileId> {
+        if let Some(&id) = self.mapped.get(&(dev, ino, writable)) {
+            return Ok(id);
+        }
+        let kind = describe(self)?;
+        let id = self.next_file;
+        self.next_file += 1;
+        let flags = if writable { libc::O_RDWR } else { libc::O_RDONLY };
+        self.files.push(OpenFile { id, flags: flags as u32, pos: 0, owner: None, kind });
+        self.mapped.insert((dev, ino, writable), id);
+        Ok(id)
+    }
+}
+
+/// Records the open file description that `entry` refers to. `entries` are all descriptors of the tree.
+pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<()> {
+    let kind = match entry.mode & libc::S_IFMT {
+        libc::S_IFREG => regular::dump(entry, all)?,
+        libc::S_IFDIR => directory::dump(entry)?,
+        libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
+        libc::S_IFIFO => pipe::dump(entry, all)?,
+        libc::S_IFSOCK => socket::dump(entry, all)?,
+        _ => match entry.path.to_str().unwrap_or("") {
+            "anon_inode:[eventfd]" => eventfd::dump(entry)?,
+            "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
+            "anon_inode:[timerfd]" => timerfd::dump(entry, all)?,
+            "anon_inode:[signalfd]" => signalfd::dump(entry)?,
+            "anon_inode:[io_uring]" => return Err(refuse(entry, "close the io_uring before the dump")),
+            "anon_inode:[userfaultfd]" => return Err(refuse(entry, "end the use of userfaultfd before the dump")),
+            _ => return Err(refuse(entry, "close it before the dump")),
+        },
+    };
+    let owner = if entry.flags & libc::O_ASYNC as u32 != 0 { Some(owner(entry, all)?) } else { None };
+    all.files.push(OpenFile { id: entry.file.0, flags: entry.flags, pos: entry.pos, owner, kind });
+    Ok(())
+}
+
+fn owner(entry: &FdEntry, all: &mut Collected) -> Result<FileOwner> {
+    let fd = all.duplicate(entry)?;
+    let mut owner = [0i32; 2];
+    // SAFETY: F_GETOWN_EX stores the two words of struct f_owner_ex; F_GETSIG only returns a number.
+    let (result, signal) = unsafe {
+        (libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()), libc::fcntl(fd.as_raw_fd(), F_GETSIG))
+    };
+    nix::errno::Errno::result(result).context(|| format!("F_GETOWN_EX of descriptor {}", entry.fd))?;
+    Ok(FileOwner { kind: owner[0], pid: owner[1], signal })
+}
+
+/// The refusal of a descriptor, by name.
+pub(crate) fn refuse(entry: &FdEntry, remedy: &str) -> Error {
+    Error::unsupported(entry.tgid, format!("descriptor {} ({})", entry.fd, entry.path.display()), remedy)
+}
+
+/// Records that others refer to by number.
+pub(crate) struct Referenced<'a> {
+    pub pipes: &'a BTreeMap<PipeId, Pipe>,
+    pub shared: &'a BTreeMap<SharedMemoryId, SharedMemory>,
+    /// Descriptor that the restoring process holds of each shared object, inherited by every task.
+    pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+}
+
+/// Emits the creation of `files`: one open file description, or all ends of one pipe or socket pair. Each gets the
+/// number `numbers` hands out; they are returned in order.
+pub(crate) fn create(
+    files: &[&OpenFile],
+    refs: &Referenced<'_>,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> Result<Vec<i32>> {
+    let file = files[0];
+    let made = match &file.kind {
+        FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
+        FileKind::Socket(_) => socket::create(files, numbers, program),
+        kind => vec![match kind {
+            FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),
+            FileKind::Directory { path } => directory::create(path, file.flags, numbers, program),
+            FileKind::Device { path, .. } => device::create(path, file.flags, numbers, program),
+            FileKind::SharedMemory { object } => {
+                shared_memory::create(&refs.shared[object], refs.shared_fds[object], file.flags, numbers, program)
+            }
+            FileKind::EventFd { count, semaphore } => eventfd::create(*count, *semaphore, file.flags, numbers, program),
+            FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, numbers, program),
+            FileKind::SignalFd { mask } => signalfd::create(*mask, file.flags, numbers, program),
+            FileKind::Epoll { .. } => epoll::create(numbers, program),
+            FileKind::Pipe { .. } | FileKind::Socket(_) => unreachable!("handled above"),
+        }],
+    };
+    for (file, &fd) in files.iter().zip(&made) {
+        let seekable = matches!(file.kind, FileKind::Regular(_) | FileKind::SharedMemory { .. } | FileKind::Directory { .. });
+        if seekable && file.pos != 0 && file.flags & libc::O_PATH as u32 == 0 {
+            program.call_expecting("set the file offset", libc::SYS_lseek, &[fd.into(), file.pos.into(), libc::SEEK_SET.into()], file.pos);
+        }
+        if let Some(owner) = &file.owner {
+            let words = [owner.kind, owner.pid].iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>();
+            let block = program.data(&words);
+            program.try_call("set the I/O owner", libc::SYS_fcntl, &[fd.into(), F_SETOWN_EX.into(), block]);
+            program.call("set the I/O signal", libc::SYS_fcntl, &[fd.into(), F_SETSIG.into(), owner.signal.into()]);
+            program.call("set O_ASYNC", libc::SYS_fcntl, &[fd.into(), libc::F_SETFL.into(), file.flags.into()]);
+        }
+    }
+    Ok(made)
+}

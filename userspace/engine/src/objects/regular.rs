@@ -1,0 +1,92 @@
+//! Regular files (open(2)): restored by path, after a check that the file is still the same.
+
+use super::{Collected, refuse, shared_memory};
+use crate::{
+    error::{Error, Result},
+    observe::FdEntry,
+    restore::{files::Numbers, program::Program},
+};
+use nix::sys::statfs;
+use standstill_images::types::{FileKind, RegularFile};
+use std::{os::unix::fs::MetadataExt, path::Path};
+
+/// A descriptor of a regular file, deleted ones and memfds included.
+pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
+    let path = &entry.path;
+    if entry.nlink == 0 || path.to_string_lossy().ends_with(" (deleted)") {
+        if entry.flags & libc::O_PATH as u32 != 0 {
+            return Err(refuse(entry, "close it before the dump: it is an O_PATH descriptor of a deleted file"));
+        }
+        return shared_memory::dump_deleted(entry, all);
+    }
+    describe(path, entry.size, entry.mtime, entry.mode, entry.dev, entry.ino)
+        .ok_or_else(|| refuse(entry, "its name is gone or leads elsewhere: give the file its name back"))
+}
+
+/// The record of the file at `path`, provided that the name still leads to this inode.
+pub(crate) fn describe(
+    path: &Path,
+    size: u64,
+    mtime: (i64, u32),
+    mode: u32,
+    dev: u64,
+    ino: u64,
+) -> Option<FileKind> {
+    let found = std::fs::metadata(path).ok()?;
+    // Overlay and btrfs give files other device numbers than their inodes have: the inode number must do there.
+    if found.ino() != ino && found.dev() == dev {
+        return None;
+    }
+    // Size and time of files that the kernel makes up mean nothing.
+    let pseudo = [
+        statfs::PROC_SUPER_MAGIC,
+        statfs::SYSFS_MAGIC,
+        statfs::CGROUP_SUPER_MAGIC,
+        statfs::CGROUP2_SUPER_MAGIC,
+        statfs::DEBUGFS_MAGIC,
+        statfs::TRACEFS_MAGIC,
+    ];
+    let made_up = statfs::statfs(path).is_ok_and(|s| pseudo.contains(&s.filesystem_type()));
+    let (size, mtime) = if made_up { (0, (0, 0)) } else { (size, mtime) };
+    Some(FileKind::Regular(RegularFile { path: path.into(), size, mtime, mode }))
+}
+
+/// Checks that the file is the one of the dump, before any process exists.
+pub(crate) fn check(file: &RegularFile) -> Result<()> {
+    let path = file.path.as_path();
+    let changed = |reason: String| Error::File { path: path.into(), reason };
+    let found = std::fs::metadata(path).map_err(|e| changed(format!("cannot be restored: {e}")))?;
+    if found.mode() & libc::S_IFMT != file.mode & libc::S_IFMT {
+        return Err(changed("is not a regular file any more".into()));
+    }
+    if file.mtime == (0, 0) {
+        return Ok(());
+    }
+    if found.size() != file.size {
+        return Err(changed(format!(
+            "has changed since the dump: {} bytes, was {}; put the file of the dump back",
+            found.size(),
+            file.size
+        )));
+    }
+    if (found.mtime(), found.mtime_nsec() as u32) != file.mtime {
+        return Err(changed("was modified since the dump; put the file of the dump back".into()));
+    }
+    Ok(())
+}
+
+/// Opens the file.
+pub(super) fn create(file: &RegularFile, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+    open(&file.path.0, flags, numbers, program)
+}
+
+/// Opens a path at the lowest free number.
+pub(super) fn open(path: &[u8], flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+    let fd = numbers.lowest();
+    let name = program.string(path);
+    // O_NOCTTY: opening a terminal must not make it the controlling one.
+    let flags = flags & !(libc::O_ASYNC as u32) | libc::O_NOCTTY as u32;
+    let args = [libc::AT_FDCWD.into(), name, u64::from(flags).into()];
+    program.call_expecting(format!("open {}", String::from_utf8_lossy(path)), libc::SYS_openat, &args, fd);
+    fd
+}

@@ -1,0 +1,205 @@
+//! Which task creates which open file, and how every descriptor gets its number.
+//!
+//! A file that only one task has is made by that task; one that several have is made by the root before anybody else
+//! exists and inherited by all at a high number that no table uses.
+
+use super::{files::Numbers, program::Program};
+use crate::{
+    error::{Error, Result},
+    objects::{self, Referenced, epoll},
+};
+use standstill_images::types::{FdTable, FileKind, OpenFile, OpenFileId};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// Numbers that no table of the tree uses: those just above all others (a descriptor table is as long as its highest
+/// number demands), then gaps.
+pub(crate) struct HighNumbers {
+    used: BTreeSet<i32>,
+    limit: i32,
+}
+
+impl HighNumbers {
+    pub(crate) fn new<'a>(tables: impl Iterator<Item = &'a FdTable>, limit: i32) -> Self {
+        Self { used: tables.flat_map(|t| t.fds.iter().map(|d| d.fd)).collect(), limit }
+    }
+
+    pub(crate) fn take(&mut self) -> Result<i32> {
+        let above = self.used.last().map_or(0, |last| last + 1);
+        let free = (above < self.limit).then_some(above);
+        let free = free.or_else(|| (0..self.limit).rev().find(|n| !self.used.contains(n)));
+        let number = free.ok_or_else(|| Error::Missing {
+            what: "room for descriptors".into(),
+            remedy: "raise the hard limit RLIMIT_NOFILE (ulimit -Hn) above the number of files the tree has open".into(),
+        })?;
+        self.used.insert(number);
+        Ok(number)
+    }
+}
+
+/// Files that must be made together: the ends of one pipe, the ends of one socket pair, or one file.
+fn group_key(file: &OpenFile) -> (u8, u32) {
+    match &file.kind {
+        FileKind::Pipe { pipe } => (1, *pipe),
+        FileKind::Socket(s) => match s.pair.as_ref().and_then(|p| p.peer) {
+            Some(peer) => (2, peer.min(file.id)),
+            None => (0, file.id),
+        },
+        _ => (0, file.id),
+    }
+}
+
+/// The distribution of files over creators.
+pub(crate) struct Distribution<'a> {
+    files: &'a BTreeMap<OpenFileId, OpenFile>,
+    groups: BTreeMap<(u8, u32), Vec<&'a OpenFile>>,
+    /// Number at which a file made by the root is inherited.
+    pub inherited: HashMap<OpenFileId, i32>,
+    /// Numbers to move the ends of a pipe to while they are in each other's way.
+    scratch: Vec<i32>,
+    /// Table that registers the targets of each epoll set.
+    epoll_owner: HashMap<OpenFileId, u32>,
+}
+
+impl<'a> Distribution<'a> {
+    /// Decides for all files that `tables` have.
+    pub(crate) fn new(
+        files: &'a BTreeMap<OpenFileId, OpenFile>,
+        tables: &BTreeMap<u32, FdTable>,
+        high: &mut HighNumbers,
+    ) -> Result<Self> {
+        let mut groups: BTreeMap<(u8, u32), Vec<&OpenFile>> = BTreeMap::new();
+        let mut users: BTreeMap<(u8, u32), BTreeSet<u32>> = BTreeMap::new();
+        let mut epoll_owner = HashMap::new();
+        let mut seen = BTreeSet::new();
+        for table in tables.values() {
+            for descriptor in &table.fds {
+                let file = &files[&descriptor.file];
+                let key = group_key(file);
+                users.entry(key).or_default().insert(table.id);
+                if seen.insert(file.id) {
+                    groups.entry(key).or_default().push(file);
+                }
+                if let FileKind::Epoll { targets } = &file.kind {
+                    let registers = |t: &standstill_images::types::EpollTarget| {
+                        table.fds.iter().any(|d| d.fd == t.fd && d.file == t.file)
+                    };
+                    if targets.iter().all(registers) {
+                        epoll_owner.entry(file.id).or_insert(table.id);
+                    }
+                }
+            }
+        }
+        for file in groups.values().flatten().filter(|f| matches!(f.kind, FileKind::Epoll { .. })) {
+            if !epoll_owner.contains_key(&file.id) {
+                return Err(Error::Target(format!(
+                    "no process of the image has all descriptors that epoll set {} watches",
+                    file.id
+                )));
+            }
+        }
+        let mut inherited = HashMap::new();
+        for (key, group) in &groups {
+            if users[key].len() > 1 {
+                for file in group {
+                    inherited.insert(file.id, high.take()?);
+                }
+            }
+        }
+        let widest = groups.values().map(Vec::len).max().unwrap_or(0);
+        let scratch = (0..if widest > 1 { widest } else { 0 }).map(|_| high.take()).collect::<Result<_>>()?;
+        Ok(Self { files, groups, inherited, scratch, epoll_owner })
+    }
+
+    /// The root's part: makes what several tasks have.
+    pub(crate) fn make_inherited(&self, refs: &Referenced<'_>, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        for group in self.groups.values().filter(|g| self.inherited.contains_key(&g[0].id)) {
+            let made = objects::create(group, refs, numbers, program)?;
+            for (file, fd) in group.iter().zip(made) {
+                move_to(fd, self.inherited[&file.id], numbers, program);
+            }
+        }
+        Ok(())
+    }
+
+    /// One task's part: its whole descriptor table.
+    pub(crate) fn make_table(
+        &self,
+        table: &FdTable,
+        refs: &Referenced<'_>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<()> {
+        let mut places: BTreeMap<OpenFileId, Vec<(i32, bool)>> = BTreeMap::new();
+        for d in &table.fds {
+            places.entry(d.file).or_default().push((d.fd, d.cloexec));
+        }
+        let mut done = BTreeSet::new();
+        for d in &table.fds {
+            let key = group_key(&self.files[&d.file]);
+            if let Some(&from) = self.inherited.get(&d.file) {
+                duplicate(from, d.fd, d.cloexec, program);
+                numbers.occupy(d.fd);
+            } else if done.insert(key) {
+                let group = &self.groups[&key];
+                let mut made = objects::create(group, refs, numbers, program)?;
+                let targets = |file: &OpenFile| places.get(&file.id).map_or(&[][..], Vec::as_slice);
+                let in_the_way = group.len() > 1
+                    && group.iter().zip(&made).any(|(f, own)| {
+                        targets(f).iter().any(|(fd, _)| fd != own && made.contains(fd))
+                    });
+                if in_the_way {
+                    for (fd, &scratch) in made.iter_mut().zip(&self.scratch) {
+                        move_to(*fd, scratch, numbers, program);
+                        *fd = scratch;
+                    }
+                }
+                for (file, &fd) in group.iter().zip(&made) {
+                    place(fd, targets(file), numbers, program);
+                }
+            }
+        }
+        for d in &table.fds {
+            if let FileKind::Epoll { targets } = &self.files[&d.file].kind {
+                if self.epoll_owner.get(&d.file) == Some(&table.id) && places[&d.file][0].0 == d.fd {
+                    for target in targets {
+                        epoll::add(d.fd, target, program);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives a new file all its numbers and closes the one it was made at if that is none of them.
+fn place(made: i32, targets: &[(i32, bool)], numbers: &mut Numbers, program: &mut Program) {
+    let mut stays = false;
+    for &(fd, cloexec) in targets {
+        if fd == made {
+            stays = true;
+            if cloexec {
+                let args = [fd.into(), libc::F_SETFD.into(), libc::FD_CLOEXEC.into()];
+                program.call("set close-on-exec", libc::SYS_fcntl, &args);
+            }
+        } else {
+            duplicate(made, fd, cloexec, program);
+            numbers.occupy(fd);
+        }
+    }
+    if !stays {
+        program.call("close the temporary number", libc::SYS_close, &[made.into()]);
+        numbers.release(made);
+    }
+}
+
+fn duplicate(from: i32, to: i32, cloexec: bool, program: &mut Program) {
+    let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
+    program.call(format!("place descriptor {to}"), libc::SYS_dup3, &[from.into(), to.into(), flags.into()]);
+}
+
+fn move_to(from: i32, to: i32, numbers: &mut Numbers, program: &mut Program) {
+    duplicate(from, to, false, program);
+    program.call("close the temporary number", libc::SYS_close, &[from.into()]);
+    numbers.release(from);
+    numbers.occupy(to);
+}

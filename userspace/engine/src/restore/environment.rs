@@ -1,0 +1,90 @@
+//! What the plan must know of the restoring process: every task begins as a copy of it.
+
+use crate::{
+    error::{Context, Result},
+    kernel::{arch, proc},
+    tree::{creds, sched},
+};
+use standstill_images::types::{Creds, Sched};
+
+/// One of the kernel's own mappings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KernelMapping {
+    pub name: String,
+    pub start: u64,
+    pub len: u64,
+}
+
+/// Facts about this process and machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Environment {
+    pub creds: Creds,
+    pub sched: Sched,
+    pub limits: Vec<(u64, u64)>,
+    pub personality: u32,
+    pub may_raise_limits: bool,
+    pub kernel_mappings: Vec<KernelMapping>,
+    /// Address ranges in use.
+    pub used: Vec<(u64, u64)>,
+    /// Contents of the `[vdso]`.
+    pub vdso: Vec<u8>,
+    /// Highest descriptor number plus one.
+    pub fd_limit: i32,
+    pub xstate_size: usize,
+}
+
+/// Names of the kernel's mappings that a process may move.
+pub(crate) fn is_kernel_mapping(name: &str) -> bool {
+    name == "[vdso]" || name.starts_with("[vvar")
+}
+
+/// The kernel's own mappings of a process.
+pub(crate) fn kernel_mappings(pid: i32) -> Result<Vec<KernelMapping>> {
+    let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
+    Ok(maps
+        .into_iter()
+        .filter(|m| is_kernel_mapping(&m.name))
+        .map(|m| KernelMapping { name: m.name, start: m.start, len: m.end - m.start })
+        .collect())
+}
+
+/// The bytes of a process's `[vdso]`; empty if it has none.
+pub(crate) fn vdso(pid: i32) -> Result<Vec<u8>> {
+    let Some(vdso) = kernel_mappings(pid)?.into_iter().find(|m| m.name == "[vdso]") else { return Ok(Vec::new()) };
+    let mut bytes = vec![0; vdso.len as usize];
+    let memory = std::fs::File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
+    std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, vdso.start)
+        .context(|| format!("read the vdso of {pid}"))?;
+    Ok(bytes)
+}
+
+impl Environment {
+    /// Looks at this process. Its soft limit of descriptors is raised to the hard one, for the tree's sake.
+    pub(crate) fn current() -> Result<Self> {
+        let pid = std::process::id() as i32;
+        let limits = proc::limits(pid).context(|| "read own limits".into())?;
+        let status = proc::status(pid, pid).context(|| "read own status".into())?;
+        let hard = limits[libc::RLIMIT_NOFILE as usize].1;
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
+            .context(|| "raise RLIMIT_NOFILE".into())?;
+        // SAFETY: 0xffffffff only asks.
+        let personality = unsafe { libc::personality(0xffff_ffff) } as u32;
+        const CAP_SYS_RESOURCE: u32 = 24;
+        Ok(Self {
+            creds: creds::with_securebits(&status, 0),
+            sched: sched::collect(pid)?,
+            limits: proc::limits(pid).context(|| "read own limits".into())?,
+            personality,
+            may_raise_limits: status.caps[2] & (1 << CAP_SYS_RESOURCE) != 0,
+            kernel_mappings: kernel_mappings(pid)?,
+            used: proc::maps(pid)
+                .context(|| "read own mappings".into())?
+                .into_iter()
+                .map(|m| (m.start, m.end))
+                .collect(),
+            vdso: vdso(pid)?,
+            fd_limit: i32::try_from(hard.min(1 << 20)).unwrap_or(1 << 20),
+            xstate_size: arch::xstate_size(),
+        })
+    }
+}

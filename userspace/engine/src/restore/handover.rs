@@ -1,0 +1,134 @@
+//! The last step of a restore, and the only one a task does not do itself: the restorer is unmapped, registers, signal
+//! masks and interrupted waits are set by ptrace, and all tasks go on at once.
+
+use super::execute::Execution;
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{
+        arch, proc,
+        ptrace::{self, Wait},
+    },
+    tree::thread,
+};
+use standstill_images::types::{LiveTask, Task, TaskState, Thread};
+use std::io;
+
+/// Gives every task its own state and lets it go.
+pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
+    let image = run.image;
+    for planned in run.plan.tasks.iter().filter(|t| !t.zombie) {
+        let task = &image.tasks[&planned.pid];
+        let live = live(task)?;
+        outside(task.pid, live)?;
+        unmap_restorer(run, planned.pid, planned.syscall_at)?;
+        for (thread, planned) in live.threads.iter().zip(&planned.threads) {
+            set_state(thread, planned.waits)?;
+        }
+        if let TaskState::Stopped(_) = task.state {
+            // SAFETY: kill takes no memory; the process is ours and stopped.
+            unsafe { libc::kill(task.pid, libc::SIGSTOP) };
+        }
+    }
+    // From here on nothing can fail but the detaching itself, and tasks run.
+    for planned in run.plan.tasks.iter().filter(|t| !t.zombie) {
+        for thread in planned.threads.iter().rev() {
+            match ptrace::detach(thread.tid, 0) {
+                Ok(()) => {}
+                // Already handed-over siblings may have ended their process.
+                Err(e) if proc::is_gone(&e) => {}
+                Err(e) => return Err(e).context(|| format!("detach from thread {}", thread.tid)),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn live(task: &Task) -> Result<&LiveTask> {
+    task.live.as_ref().ok_or_else(|| Error::Target(format!("process {} has no state in the image", task.pid)))
+}
+
+/// What is set through procfs.
+fn outside(pid: i32, live: &LiveTask) -> Result<()> {
+    let set = |name: &str, value: String| -> Result<()> {
+        let path = proc::path(pid, name);
+        match std::fs::read_to_string(&path) {
+            Ok(now) if now.trim() == value => Ok(()),
+            Ok(_) => std::fs::write(&path, &value).context(|| format!("set {} to {value}", path.display())),
+            Err(_) => Ok(()), // not built into this kernel
+        }
+    };
+    set("oom_score_adj", live.oom_score_adj.to_string())?;
+    set("loginuid", live.loginuid.to_string())
+}
+
+/// Makes the leader, from an instruction that stays, unmap the restorer: its own code could not.
+fn unmap_restorer(run: &Execution<'_>, pid: i32, syscall_at: u64) -> Result<()> {
+    let context = || format!("unmap the restorer of process {pid}");
+    let regs = ptrace::registers(pid).context(context)?;
+    let args = [run.plan.base, run.restorer_size(), 0, 0, 0, 0];
+    ptrace::set_registers(pid, &regs.for_syscall(syscall_at, libc::SYS_munmap, args)).context(context)?;
+    for _ in ["entry", "exit"] {
+        ptrace::cont_to_syscall(pid).context(context)?;
+        match ptrace::wait(pid).context(context)? {
+            Wait::Syscall => {}
+            other => return Err(unexpected(pid, other)),
+        }
+    }
+    let result = ptrace::registers(pid).context(context)?.result();
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result as i32)).context(context);
+    }
+    stop_in_signal_handling(pid)
+}
+
+/// From a stop at a system call to one where the kernel, when the task goes on, looks at how an interrupted system call
+/// is to be restarted.
+fn stop_in_signal_handling(tid: i32) -> Result<()> {
+    let context = || format!("stop thread {tid}");
+    ptrace::interrupt(tid).context(context)?;
+    ptrace::cont(tid, 0).context(context)?;
+    match ptrace::wait(tid).context(context)? {
+        Wait::EventStop(_) => Ok(()),
+        other => Err(unexpected(tid, other)),
+    }
+}
+
+fn set_state(thread: &Thread, waits: bool) -> Result<()> {
+    let tid = thread.tid;
+    let context = || format!("set the registers of thread {tid}");
+    let (mut regs, xstate) = thread::registers(&thread.context);
+    if waits {
+        if let Some(result) = enter_wait(tid)? {
+            // The wait is over: go on behind the system call.
+            regs.rax = result as u64;
+            regs.orig_rax = u64::MAX;
+        }
+    }
+    ptrace::set_regset(tid, arch::NT_X86_XSTATE, xstate).context(context)?;
+    ptrace::set_registers(tid, &regs).context(context)?;
+    ptrace::set_sigmask(tid, thread.blocked).context(context)
+}
+
+/// Lets the thread enter its interrupted wait again, so that the kernel fills its restart_block, and stops it there.
+/// The result of the call if it came to an end.
+fn enter_wait(tid: i32) -> Result<Option<i64>> {
+    let context = || format!("let thread {tid} wait again");
+    ptrace::cont_to_syscall(tid).context(context)?;
+    match ptrace::wait(tid).context(context)? {
+        Wait::Syscall => {}
+        other => return Err(unexpected(tid, other)),
+    }
+    ptrace::interrupt(tid).context(context)?;
+    ptrace::cont(tid, 0).context(context)?;
+    match ptrace::wait(tid).context(context)? {
+        Wait::EventStop(_) => {
+            let regs = ptrace::registers(tid).context(context)?;
+            Ok((!regs.uses_restart_block()).then(|| regs.result()))
+        }
+        other => Err(unexpected(tid, other)),
+    }
+}
+
+fn unexpected(tid: i32, what: Wait) -> Error {
+    Error::System { call: format!("thread {tid}"), source: io::Error::other(format!("stopped unexpectedly: {what:?}")) }
+}

@@ -1,0 +1,70 @@
+//! Restore: image → [`plan`] (a value) → [`execute`].
+
+pub(crate) mod descriptors;
+pub(crate) mod environment;
+pub(crate) mod execute;
+pub(crate) mod files;
+pub(crate) mod handover;
+pub(crate) mod plan;
+pub(crate) mod program;
+pub(crate) mod sessions;
+
+use crate::{
+    error::Result,
+    image::Image,
+    objects::regular,
+};
+use standstill_images::types::{FileKind, OpenFile};
+
+/// A restore to carry out.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// Only make the plan and return it as text.
+    pub dry_run: bool,
+}
+
+/// What a restore did.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    /// Pid of the root, which is a child of this process.
+    pub root: i32,
+    /// The plan, one step a line, if asked for.
+    pub plan: Option<String>,
+    /// Microseconds it took.
+    pub elapsed_us: u64,
+}
+
+/// Restores the tree of `image`. When this returns it runs, and its root is a child of this process.
+///
+/// # Errors
+/// Everything that could be created before the error has been killed again.
+pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
+    let begin = std::time::Instant::now();
+    for file in image.files.values() {
+        check_file(file)?;
+    }
+    let env = environment::Environment::current()?;
+    let plan = plan::plan(image, &env, execute::BLOB.len())?;
+    let root = image.inventory.root;
+    if options.dry_run {
+        let mut text = String::new();
+        for task in &plan.tasks {
+            for thread in &task.threads {
+                text += &format!("task {}, thread {}\n", task.pid, thread.tid);
+                for line in plan.programs[thread.program].listing() {
+                    text += &format!("  {line}\n");
+                }
+            }
+        }
+        return Ok(Restored { root, plan: Some(text), elapsed_us: 0 });
+    }
+    execute::run(image, &plan)?;
+    Ok(Restored { root, plan: None, elapsed_us: begin.elapsed().as_micros() as u64 })
+}
+
+fn check_file(file: &OpenFile) -> Result<()> {
+    match &file.kind {
+        FileKind::Regular(f) => regular::check(f),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,465 @@
+//! The plan of a restore: who forks whom, who opens what, in which stage. A pure function of the image and the
+//! [`Environment`]; what cannot be ordered is rejected here, before any process exists.
+
+use super::{
+    descriptors::{Distribution, HighNumbers},
+    environment::{Environment, is_kernel_mapping},
+    files::Numbers,
+    program::{Layout, Program},
+    sessions::{self, Births},
+};
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    kernel::{PAGE, arch, sys},
+    memory::map::{self, Inherited, MapFds, Prots},
+    objects::{self, Referenced},
+    tree::{creds, limits, process, signals, thread, timers},
+};
+use standstill_images::types::{
+    AddressSpace, Backing, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// Points at which every task waits for all others. What is promised when all have arrived:
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u64)]
+pub(crate) enum Stage {
+    /// Every process exists, in its session, with its memory mapped and filled.
+    Forked = 1,
+    /// Every process group has its leader.
+    Groups = 2,
+    /// Memory, files, threads, signals, timers and credentials are in place; only the registers and signal masks are
+    /// missing, and the restorer itself is still mapped.
+    Done = 3,
+}
+
+/// A thread of the plan.
+#[derive(Debug)]
+pub(crate) struct PlannedThread {
+    pub tid: i32,
+    /// Index of its program.
+    pub program: usize,
+    /// It enters a wait again after [`Stage::Done`].
+    pub waits: bool,
+}
+
+/// A process of the plan.
+#[derive(Debug)]
+pub(crate) struct PlannedTask {
+    pub pid: i32,
+    pub zombie: bool,
+    /// Threads, the leader first.
+    pub threads: Vec<PlannedThread>,
+    /// Address of a `syscall` instruction in its final memory.
+    pub syscall_at: u64,
+}
+
+/// A complete plan.
+pub(crate) struct Plan {
+    pub programs: Vec<Program>,
+    /// By order of creation; the root first.
+    pub tasks: Vec<PlannedTask>,
+    /// Where the restorer lies in every task.
+    pub base: u64,
+    /// Bytes of the blob and the programs, and of the free room behind for the kernel's mappings.
+    pub programs_size: u64,
+    pub parking: u64,
+    /// Number at which every task inherits the page store.
+    pub pages_fd: i32,
+    /// Numbers at which every task inherits shared memory objects.
+    pub shared_fds: HashMap<SharedMemoryId, i32>,
+}
+
+struct Planner<'a> {
+    image: &'a Image,
+    env: &'a Environment,
+    births: HashMap<i32, Births>,
+    files: Distribution<'a>,
+    shared_fds: HashMap<SharedMemoryId, i32>,
+    pages_fd: i32,
+    /// All numbers above the tree's own.
+    high: BTreeSet<i32>,
+    /// Where the parked kernel mappings go; set once the layout is known.
+    base: u64,
+    programs_size: u64,
+    programs: Vec<Program>,
+    tasks: Vec<PlannedTask>,
+}
+
+/// Makes the plan for an image. `blob` is the size of the restorer's code.
+pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan> {
+    check_machine(image, env)?;
+    // The size of the programs does not depend on their addresses: lay everything out at zero, then for good.
+    let draft = build(image, env, 0, 0)?;
+    let size = Layout::size_for(blob, &draft.programs);
+    let parking = env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
+    let base = find_gap(image, env, size + parking)?;
+    let mut plan = build(image, env, base, size)?;
+    plan.parking = parking;
+    Ok(plan)
+}
+
+fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
+    let births = sessions::order(&image.tasks, image.inventory.root)?;
+    let mut high = HighNumbers::new(image.tables.values(), env.fd_limit);
+    let pages_fd = high.take()?;
+    let shared_fds: HashMap<_, _> =
+        image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
+    let files = Distribution::new(&image.files, &image.tables, &mut high)?;
+    let high = std::iter::once(pages_fd).chain(shared_fds.values().copied()).collect();
+    let mut planner = Planner {
+        image,
+        env,
+        births,
+        files,
+        shared_fds,
+        pages_fd,
+        high,
+        base,
+        programs_size,
+        programs: Vec::new(),
+        tasks: Vec::new(),
+    };
+    let root = &image.tasks[&image.inventory.root];
+    planner.process(root, None)?;
+    if planner.tasks.len() != image.tasks.len() {
+        return Err(Error::ImageContent {
+            dir: image.dir.clone(),
+            reason: "some processes are not descendants of the root".into(),
+        });
+    }
+    Ok(Plan {
+        programs: planner.programs,
+        tasks: planner.tasks,
+        base,
+        programs_size,
+        parking: 0,
+        pages_fd,
+        shared_fds: planner.shared_fds,
+    })
+}
+
+/// What of the machine must be as it was.
+fn check_machine(image: &Image, env: &Environment) -> Result<()> {
+    let content = |reason: String| Error::ImageContent { dir: image.dir.clone(), reason };
+    for task in image.tasks.values() {
+        let Some(live) = &task.live else { continue };
+        for t in &live.threads {
+            let size = thread::registers(&t.context).1.len();
+            if size != env.xstate_size {
+                return Err(content(format!(
+                    "its processor state is {size} bytes, this machine's {}: restore it on the same kind of processor",
+                    env.xstate_size
+                )));
+            }
+        }
+        if !env.may_raise_limits {
+            if let Some(name) = limits::first_raised(&live.rlimits, &env.limits) {
+                return Err(Error::Missing {
+                    what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
+                    remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
+                });
+            }
+        }
+        let space = &image.spaces[&live.address_space];
+        let own: Vec<_> = env.kernel_mappings.iter().map(|m| (m.name.as_bytes(), m.len)).collect();
+        let theirs: Vec<_> = space
+            .vmas
+            .iter()
+            .filter_map(|v| match &v.backing {
+                Backing::Kernel { name } if is_kernel_mapping(&name.lossy()) => Some((name.0.as_slice(), v.end - v.start)),
+                _ => None,
+            })
+            .collect();
+        if !theirs.is_empty() && (own != theirs || image.inventory.vdso != env.vdso) {
+            return Err(content(format!(
+                "it was made on kernel {} whose vdso differs from this one's: restore it there",
+                image.inventory.kernel
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A range that is free in every task and in this process.
+fn find_gap(image: &Image, env: &Environment, size: u64) -> Result<u64> {
+    const LOWEST: u64 = 0x1_0000;
+    // Stacks that grow down may not come closer than their guard gap (mmap(2), MAP_GROWSDOWN).
+    const DISTANCE: u64 = 16 << 20;
+    let mut used: Vec<(u64, u64)> = image
+        .spaces
+        .values()
+        .flat_map(|s| s.vmas.iter().map(|v| (v.start, v.end)))
+        .chain(env.used.iter().copied())
+        .collect();
+    used.sort_unstable();
+    let mut free_from = LOWEST;
+    let mut best = None;
+    for (start, end) in used.into_iter().chain([(arch::TASK_SIZE, arch::TASK_SIZE)]) {
+        if start > free_from && start - free_from >= size + 2 * DISTANCE {
+            best = Some((free_from + DISTANCE).next_multiple_of(PAGE));
+        }
+        free_from = free_from.max(end);
+    }
+    best.ok_or_else(|| Error::Target("no free range of addresses is common to all processes of the tree".into()))
+}
+
+impl<'a> Planner<'a> {
+    /// Plans a process and all its descendants; the index of its program.
+    fn process(&mut self, task: &'a Task, parent: Option<(&'a AddressSpace, &Prots)>) -> Result<usize> {
+        let index = self.programs.len();
+        self.programs.push(Program::default());
+        let mut program = Program::default();
+        let births = self.births.get(&task.pid).cloned().unwrap_or_default();
+        let slot = self.tasks.len();
+        self.tasks.push(PlannedTask { pid: task.pid, zombie: task.live.is_none(), threads: Vec::new(), syscall_at: 0 });
+        let Some(live) = &task.live else {
+            self.zombie(task, &births, &mut program);
+            self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits: false });
+            self.programs[index] = program;
+            return Ok(index);
+        };
+        let space = &self.image.spaces[&live.address_space];
+        let mut numbers = Numbers::new(self.high.iter().copied());
+        match parent {
+            None => self.root_begin(&mut numbers, &mut program)?,
+            Some((parent, _)) => {
+                for (start, end) in map::to_unmap(space, parent) {
+                    program.call("unmap what only the parent has", libc::SYS_munmap, &[start.into(), (end - start).into()]);
+                }
+            }
+        }
+        let inherited = parent.map(|(space, prots)| Inherited { space, prots });
+        let prots = self.memory(space, inherited, &mut numbers, &mut program)?;
+        self.forks(&births.before, space, &prots, &mut program)?;
+        if births.setsid {
+            program.call("setsid", libc::SYS_setsid, &[]);
+        }
+        self.forks(&births.after, space, &prots, &mut program)?;
+        self.groups(task, &mut program);
+        self.finish_memory(space, parent.map(|p| p.0), &prots, &mut numbers, &mut program)?;
+        self.descriptors(live, &mut numbers, &mut program)?;
+        let threads = self.threads(live, &mut program);
+        let waits = self.attributes(task, live, &mut program);
+        self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits });
+        self.tasks[slot].threads.extend(threads);
+        self.tasks[slot].syscall_at = self.syscall_instruction(task.pid, space)?;
+        self.programs[index] = program;
+        Ok(index)
+    }
+
+    fn zombie(&self, task: &Task, births: &Births, program: &mut Program) {
+        if births.setsid {
+            program.call("setsid", libc::SYS_setsid, &[]);
+        }
+        self.groups(task, program);
+        let name = program.string(&task.comm.0);
+        program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
+        let TaskState::Zombie(status) = task.state else { return };
+        let signal = status & 0x7f;
+        if signal != 0 {
+            let none = program.words(&[0, 0]);
+            program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
+            let mask = program.words(&[0]);
+            program.call("unblock signals", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()]);
+            program.call("die by the signal", libc::SYS_kill, &[task.pid.into(), signal.into()]);
+        }
+        program.exit(status >> 8 & 0xff);
+    }
+
+    /// The root begins as a copy of this process: everything of it goes, and what all share is made.
+    fn root_begin(&self, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        let mut parked = self.base + self.programs_size;
+        let end = parked + self.env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
+        for m in &self.env.kernel_mappings {
+            move_mapping(&m.name, m.start, m.len, parked, program);
+            parked += m.len;
+        }
+        program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
+        let rest = arch::TASK_SIZE - end;
+        program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
+        self.files.make_inherited(&self.references(), numbers, program)
+    }
+
+    fn references(&self) -> Referenced<'_> {
+        Referenced { pipes: &self.image.pipes, shared: &self.image.shared, shared_fds: &self.shared_fds }
+    }
+
+    fn memory(
+        &self,
+        space: &AddressSpace,
+        inherited: Option<Inherited<'_>>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<Prots> {
+        let mut fds: HashMap<OpenFileId, i32> = HashMap::new();
+        for id in map::files_needed(space, inherited) {
+            fds.insert(id, self.open(id, numbers, program)?);
+        }
+        let map_fds = MapFds { files: &fds, shared: &self.shared_fds, pages: self.pages_fd };
+        let prots = map::restore(space, inherited, &map_fds, program);
+        for fd in fds.into_values().collect::<BTreeSet<_>>() {
+            program.call("close a mapped file", libc::SYS_close, &[fd.into()]);
+            numbers.release(fd);
+        }
+        Ok(prots)
+    }
+
+    fn open(&self, id: OpenFileId, numbers: &mut Numbers, program: &mut Program) -> Result<i32> {
+        let file = &self.image.files[&id];
+        Ok(objects::create(&[file], &self.references(), numbers, program)?[0])
+    }
+
+    fn forks(&mut self, children: &[i32], space: &'a AddressSpace, prots: &Prots, program: &mut Program) -> Result<()> {
+        let image = self.image;
+        for pid in children {
+            let child = &image.tasks[pid];
+            let index = self.process(child, Some((space, prots)))?;
+            program.clone_task(format!("fork process {pid}"), sys::CLONE_CLEAR_SIGHAND, child.exit_signal, *pid, index);
+        }
+        Ok(())
+    }
+
+    fn groups(&self, task: &Task, program: &mut Program) {
+        program.trap(Stage::Forked as u64);
+        if task.pgid == task.pid && task.sid != task.pid {
+            program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        }
+        program.trap(Stage::Groups as u64);
+        if task.pgid != task.pid && self.image.tasks.contains_key(&task.pgid) {
+            program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
+        }
+    }
+
+    fn finish_memory(
+        &self,
+        space: &AddressSpace,
+        parent: Option<&AddressSpace>,
+        prots: &Prots,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<()> {
+        map::finish(space, prots, program);
+        let targets: Vec<_> = space.vmas.iter().filter(|v| matches!(v.backing, Backing::Kernel { .. })).collect();
+        let mut parked = self.base + self.programs_size;
+        for (n, m) in self.env.kernel_mappings.iter().enumerate() {
+            match targets.get(n) {
+                Some(vma) => move_mapping(&m.name, parked, m.len, vma.start, program),
+                None => program.call("unmap a kernel mapping", libc::SYS_munmap, &[parked.into(), m.len.into()]),
+            }
+            parked += m.len;
+        }
+        if parent.is_some_and(|p| p.layout == space.layout && p.exe == space.exe && p.auxv == space.auxv) {
+            return Ok(());
+        }
+        let fd = self.open(space.exe, numbers, program)?;
+        let auxv = program.data(&space.auxv);
+        let l = &space.layout;
+        let block = program.words(&[
+            l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack, l.arg_start,
+            l.arg_end, l.env_start, l.env_end, 0, (space.auxv.len() as u64) | (fd as u64) << 32,
+        ]);
+        program.point(block, 88, auxv);
+        const PR_SET_MM: i32 = 35;
+        const PR_SET_MM_MAP: i32 = 14;
+        program.call("set the layout of the address space", libc::SYS_prctl, &[
+            PR_SET_MM.into(),
+            PR_SET_MM_MAP.into(),
+            block,
+            104.into(),
+            0.into(),
+        ]);
+        program.call("close the executable", libc::SYS_close, &[fd.into()]);
+        numbers.release(fd);
+        Ok(())
+    }
+
+    fn descriptors(&self, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        process::restore_cwd(live, program);
+        // At the start only the numbers handed over by the restoring process and those of inherited files are in use.
+        for &fd in self.files.inherited.values() {
+            numbers.occupy(fd);
+        }
+        self.files.make_table(&self.image.tables[&live.fd_table], &self.references(), numbers, program)?;
+        let mut close: Vec<i32> = self.high.iter().chain(self.files.inherited.values()).copied().collect();
+        close.sort_unstable();
+        for run in close.chunk_by(|a, b| a + 1 == *b) {
+            let (first, last) = (run[0], run[run.len() - 1]);
+            program.call("close inherited descriptors", libc::SYS_close_range, &[first.into(), last.into(), 0.into()]);
+        }
+        Ok(())
+    }
+
+    fn threads(&mut self, live: &LiveTask, program: &mut Program) -> Vec<PlannedThread> {
+        let flags = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+        let pid = live.threads[0].tid;
+        live.threads[1..]
+            .iter()
+            .map(|t| {
+                let index = self.programs.len();
+                let mut own = Program::default();
+                signals::restore_block(&mut own);
+                thread::restore(t, &self.env.sched, &mut own);
+                signals::restore_pending(pid, Some(t.tid), &t.pending, &mut own);
+                creds::restore(&t.creds, &self.env.creds, &mut own);
+                thread::restore_pdeath_signal(t, &mut own);
+                let waits = Self::done(t, &mut own);
+                self.programs.push(own);
+                program.clone_task(format!("start thread {}", t.tid), flags as u64, 0, t.tid, index);
+                PlannedThread { tid: t.tid, program: index, waits }
+            })
+            .collect()
+    }
+
+    /// What comes last for the leader: everything that needs all threads, or after which privileges are gone.
+    fn attributes(&self, task: &Task, live: &LiveTask, program: &mut Program) -> bool {
+        let leader = &live.threads[0];
+        signals::restore_block(program);
+        thread::restore(leader, &self.env.sched, program);
+        process::restore(live, self.env.personality, program);
+        signals::restore_actions(&live.sigactions, program);
+        timers::restore_posix_timers(&live.posix_timers, program);
+        timers::restore_itimers(&live.itimers, program);
+        signals::restore_pending(task.pid, None, &live.pending, program);
+        signals::restore_pending(task.pid, Some(task.pid), &leader.pending, program);
+        limits::restore(&live.rlimits, &self.env.limits, program);
+        creds::restore(&leader.creds, &self.env.creds, program);
+        if live.dumpable < 2 {
+            program.call("set dumpable", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE.into(), live.dumpable.into()]);
+        }
+        thread::restore_pdeath_signal(leader, program);
+        Self::done(leader, program)
+    }
+
+    fn done(t: &standstill_images::types::Thread, program: &mut Program) -> bool {
+        program.trap(Stage::Done as u64);
+        thread::restore_wait(t, program)
+    }
+
+    /// A `syscall` instruction that is there when the restorer is not: in the vdso.
+    fn syscall_instruction(&self, pid: i32, space: &AddressSpace) -> Result<u64> {
+        let vdso = space.vmas.iter().find(|v| matches!(&v.backing, Backing::Kernel { name } if name.0 == b"[vdso]"));
+        vdso.zip(arch::find_syscall(&self.env.vdso))
+            .map(|(v, offset)| v.start + offset as u64)
+            .ok_or_else(|| Error::Target(format!("process {pid} has no vdso, so the restorer cannot leave it")))
+    }
+}
+
+fn move_mapping(name: &str, from: u64, len: u64, to: u64, program: &mut Program) {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let args = [from.into(), len.into(), len.into(), flags.into(), to.into()];
+    program.call_expecting(format!("move {name}"), libc::SYS_mremap, &args, to);
+}
+
+impl Plan {
+    /// All ids the restore needs free.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = i32> {
+        self.tasks.iter().flat_map(|t| t.threads.iter().map(|t| t.tid))
+    }
+
+    /// Program of a thread.
+    pub(crate) fn program_of(&self) -> BTreeMap<i32, usize> {
+        self.tasks.iter().flat_map(|t| t.threads.iter().map(|t| (t.tid, t.program))).collect()
+    }
+}

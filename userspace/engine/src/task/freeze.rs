@@ -1,0 +1,287 @@
+//! A frozen tree is a guard: dropping it lets every task go on exactly as it was.
+//!
+//! Tasks are seized and interrupted (ptrace(2), PTRACE_SEIZE), so no signal is involved and nobody else notices. The
+//! kernel detaches all of them when this process dies, however it dies.
+
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{
+        proc,
+        ptrace::{self, Wait},
+    },
+};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::{Duration, Instant},
+};
+use tracing::{debug, warn};
+
+/// How a thread was when it was frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// It was running or sleeping.
+    ByUs,
+    /// Its process was stopped by job control with this signal, and will be again after the thaw.
+    ByJobControl(i32),
+}
+
+/// A process whose threads are all stopped.
+#[derive(Debug)]
+pub(crate) struct FrozenProcess {
+    /// Process id.
+    pub pid: i32,
+    /// Thread ids, the leader first, and how they were.
+    pub threads: Vec<(i32, Stopped)>,
+}
+
+/// A frozen tree.
+#[derive(Debug)]
+pub(crate) struct FrozenTree {
+    root: i32,
+    /// Parents before their children.
+    processes: Vec<FrozenProcess>,
+    zombies: Vec<i32>,
+    seized: HashMap<i32, Option<Stopped>>,
+    deadline: Instant,
+    limit: Duration,
+}
+
+impl FrozenTree {
+    /// Freezes the process `root` and all its descendants.
+    ///
+    /// # Errors
+    /// When a task cannot be seized (traced already, not permitted) or does not stop within `limit`; the tasks already
+    /// frozen go on then.
+    pub(crate) fn freeze(root: i32, limit: Duration) -> Result<Self> {
+        let deadline = Instant::now() + limit;
+        let mut tree =
+            Self { root, processes: Vec::new(), zombies: Vec::new(), seized: HashMap::new(), deadline, limit };
+        // A task that is not stopped yet can make new ones; once all known ones are stopped and the lists show nobody
+        // new, nobody new can come.
+        while tree.seize_new(root)? {
+            tree.wait_for_stops()?;
+        }
+        tree.forget_the_dead();
+        if tree.processes.is_empty() {
+            return Err(Error::Died(root));
+        }
+        Ok(tree)
+    }
+
+    /// The processes, parents before children.
+    pub(crate) fn processes(&self) -> &[FrozenProcess] {
+        &self.processes
+    }
+
+    /// Dead members of the tree that nobody waited for.
+    pub(crate) fn zombies(&self) -> &[i32] {
+        &self.zombies
+    }
+
+    /// Seizes every task that is not yet; whether there was any.
+    fn seize_new(&mut self, root: i32) -> Result<bool> {
+        let mut new = false;
+        self.processes.clear();
+        self.zombies.clear();
+        let mut queue = vec![root];
+        let mut next = 0;
+        let mut seen = HashSet::from([root]);
+        while let Some(&pid) = queue.get(next) {
+            next += 1;
+            if Instant::now() > self.deadline {
+                return Err(self.timeout("new tasks keep appearing"));
+            }
+            let tids = match proc::threads(pid) {
+                Ok(tids) if !tids.is_empty() => tids,
+                Ok(_) => continue,
+                Err(e) if proc::is_gone(&e) => continue,
+                Err(e) => return Err(e).context(|| format!("list the threads of {pid}")),
+            };
+            let mut living = Vec::new();
+            for &tid in &tids {
+                if self.seized.contains_key(&tid) {
+                    living.push(tid);
+                } else if self.seize(pid, tid)? {
+                    new = true;
+                    living.push(tid);
+                }
+            }
+            if living.is_empty() {
+                if proc::stat(pid).is_ok_and(|s| s.state == b'Z') {
+                    self.zombies.push(pid);
+                }
+                continue;
+            }
+            if living[0] != pid {
+                return Err(Error::unsupported(
+                    pid,
+                    "a thread group whose leader has exited",
+                    "let the other threads end first",
+                ));
+            }
+            let children = proc::children(pid, &living).context(|| format!("list the children of {pid}"))?;
+            queue.extend(children.into_iter().filter(|&c| seen.insert(c)));
+            self.processes
+                .push(FrozenProcess { pid, threads: living.into_iter().map(|t| (t, Stopped::ByUs)).collect() });
+        }
+        Ok(new)
+    }
+
+    /// Seizes and interrupts one thread; false if it is dead.
+    fn seize(&mut self, pid: i32, tid: i32) -> Result<bool> {
+        let options = libc::PTRACE_O_TRACESYSGOOD;
+        match ptrace::seize(tid, options) {
+            Ok(()) => {}
+            Err(e) if proc::is_gone(&e) => return Ok(false),
+            Err(e) => {
+                if proc::stat(tid).map_or(true, |s| matches!(s.state, b'Z' | b'X')) {
+                    return Ok(false);
+                }
+                let tracer = proc::status(pid, tid).map_or(0, |s| s.tracer);
+                return Err(if tracer != 0 {
+                    Error::Target(format!(
+                        "process {pid} (thread {tid}) is traced by process {tracer}: detach that debugger first"
+                    ))
+                } else if e.raw_os_error() == Some(libc::EPERM) {
+                    Error::Missing {
+                        what: format!("permission to trace process {pid}"),
+                        remedy: "run as root, with CAP_SYS_PTRACE".into(),
+                    }
+                } else {
+                    Error::System { call: format!("PTRACE_SEIZE of thread {tid}"), source: e }
+                });
+            }
+        }
+        self.seized.insert(tid, None);
+        match ptrace::interrupt(tid) {
+            Ok(()) => Ok(true),
+            Err(e) if proc::is_gone(&e) => Ok(true), // wait_for_stops sees its end
+            Err(e) => Err(e).context(|| format!("PTRACE_INTERRUPT of thread {tid}")),
+        }
+    }
+
+    fn wait_for_stops(&mut self) -> Result<()> {
+        let mut running: Vec<i32> = self.seized.iter().filter(|(_, s)| s.is_none()).map(|(&t, _)| t).collect();
+        let mut idle = 0u32;
+        while !running.is_empty() {
+            let before = running.len();
+            let mut still = Vec::with_capacity(before);
+            for tid in running {
+                match ptrace::try_wait(tid) {
+                    Ok(Wait::EventStop(libc::SIGTRAP)) => {
+                        self.seized.insert(tid, Some(Stopped::ByUs));
+                    }
+                    Ok(Wait::EventStop(signal)) => {
+                        self.seized.insert(tid, Some(Stopped::ByJobControl(signal)));
+                    }
+                    // The interrupt stays pending while the signal is delivered as if we were not there.
+                    Ok(Wait::Signal(signal)) => {
+                        ptrace::cont(tid, signal).context(|| format!("deliver signal {signal} to thread {tid}"))?;
+                        still.push(tid);
+                    }
+                    Ok(Wait::Nothing) => still.push(tid),
+                    Ok(Wait::Event(_) | Wait::Syscall) => {
+                        ptrace::cont(tid, 0).context(|| format!("continue thread {tid}"))?;
+                        still.push(tid);
+                    }
+                    Ok(Wait::Gone(_)) => {
+                        self.seized.remove(&tid);
+                    }
+                    Err(e) if e.raw_os_error() == Some(libc::ECHILD) => {
+                        self.seized.remove(&tid);
+                    }
+                    Err(e) => return Err(e).context(|| format!("wait for thread {tid}")),
+                }
+            }
+            running = still;
+            if let (Some(&tid), true) = (running.first(), Instant::now() > self.deadline) {
+                let state = proc::stat(tid).map_or('?', |s| s.state as char);
+                return Err(self.timeout(&format!("thread {tid} (state {state}) does not stop")));
+            }
+            if running.len() < before {
+                idle = 0;
+            } else if idle < 100 {
+                idle += 1;
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        Ok(())
+    }
+
+    fn timeout(&self, reason: &str) -> Error {
+        Error::Timeout { seconds: self.limit.as_secs(), reason: reason.into() }
+    }
+
+    /// Leaves in `processes` only threads that are stopped, with how they stopped.
+    fn forget_the_dead(&mut self) {
+        for process in &mut self.processes {
+            process.threads.retain_mut(|(tid, how)| match self.seized.get(tid) {
+                Some(Some(stopped)) => {
+                    *how = *stopped;
+                    true
+                }
+                _ => false,
+            });
+        }
+        self.processes.retain(|p| !p.threads.is_empty());
+    }
+
+    /// Pids of all living processes.
+    pub(crate) fn pids(&self) -> Vec<i32> {
+        self.processes.iter().map(|p| p.pid).collect()
+    }
+
+    /// Ends the whole tree with SIGKILL, the root last, so that nobody sees a child die first and acts on it: every
+    /// task is still stopped when its signal arrives.
+    pub(crate) fn kill(mut self) {
+        for process in self.processes.iter().rev() {
+            // SAFETY: kill takes no memory. The pid cannot have been reused: its process is stopped and traced by us.
+            unsafe { libc::kill(process.pid, libc::SIGKILL) };
+        }
+        self.seized.clear();
+        // The end of each task is reported to its tracer before it is to its parent, and that of a leader only after
+        // those of its other threads.
+        for process in self.processes.iter().rev() {
+            for &(tid, _) in process.threads.iter().rev() {
+                while !matches!(ptrace::wait(tid), Ok(Wait::Gone(_)) | Err(_)) {}
+            }
+        }
+        debug!(root = self.root, "tree killed");
+    }
+
+    /// Thaws the tree but leaves its processes stopped by SIGSTOP.
+    pub(crate) fn leave_stopped(mut self) {
+        for process in &self.processes {
+            // SAFETY: kill takes no memory.
+            unsafe { libc::kill(process.pid, libc::SIGSTOP) };
+        }
+        self.thaw();
+    }
+
+    fn thaw(&mut self) {
+        let order: BTreeMap<_, _> = std::mem::take(&mut self.seized).into_iter().collect();
+        for (tid, stopped) in order {
+            if stopped.is_none() {
+                // Not stopped yet (we gave up on it): a running task cannot be detached. Give it a moment; otherwise
+                // the kernel detaches it when this thread ends.
+                let end = Instant::now() + Duration::from_millis(20);
+                while Instant::now() < end && matches!(ptrace::try_wait(tid), Ok(Wait::Nothing)) {
+                    std::thread::yield_now();
+                }
+            }
+            match ptrace::detach(tid, 0) {
+                Ok(()) => {}
+                Err(e) if proc::is_gone(&e) => debug!(tid, "gone before the thaw"),
+                Err(e) => warn!(tid, "cannot detach: {e}; the kernel does it when this process ends"),
+            }
+        }
+    }
+}
+
+impl Drop for FrozenTree {
+    fn drop(&mut self) {
+        self.thaw();
+    }
+}

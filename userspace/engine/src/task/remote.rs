@@ -1,0 +1,193 @@
+//! System calls made by a frozen thread on our behalf.
+//!
+//! Nothing of the target is borrowed without a way back: the thread runs a trampoline that makes one system call and
+//! then restores every register it used by itself and jumps back to where the thread was. While we live we stop it at
+//! the exit of the system call and put the registers back; when we die at any instruction, the trampoline does. The
+//! trampoline lies in the unused zero bytes at the end of the `[vdso]`, so no mapping, descriptor, stack or file of the
+//! target is needed. Those bytes are zeroed afterwards; one page of the vdso stays a private copy.
+
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{
+        PAGE,
+        arch::{self, Registers},
+        proc,
+        ptrace::{self, Wait},
+    },
+};
+use std::{fs::File, fs::OpenOptions, io, os::unix::fs::FileExt};
+
+/// A process in whose threads system calls can be made.
+pub(crate) struct Remote {
+    pid: i32,
+    memory: File,
+    trampoline: u64,
+    scratch: u64,
+    /// The thread whose registers are borrowed, and its own ones.
+    borrowed: Option<(i32, Registers)>,
+}
+
+impl Remote {
+    /// Prepares a stopped process. `leader` must stay stopped by us as long as the result lives.
+    pub(crate) fn attach(pid: i32) -> Result<Self> {
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(proc::path(pid, "mem"))
+            .context(|| format!("open the memory of {pid}"))?;
+        let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
+        let no_room = || {
+            Error::unsupported(
+                pid,
+                "a process without room for a trampoline in its [vdso]",
+                "load the eBPF observers (scripts/setup, then `standstill check`), which need none",
+            )
+        };
+        let vdso = maps.iter().find(|m| m.name == "[vdso]").ok_or_else(no_room)?;
+        let mut code = vec![0u8; (vdso.end - vdso.start) as usize];
+        memory.read_exact_at(&mut code, vdso.start).context(|| format!("read the vdso of {pid}"))?;
+        let used = code.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1).next_multiple_of(16);
+        if code.len() - used < arch::TRAMPOLINE {
+            return Err(no_room());
+        }
+        let trampoline = vdso.start + used as u64;
+        let mut remote = Self { pid, memory, trampoline, scratch: 0, borrowed: None };
+        remote.borrow(pid)?;
+        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        remote.scratch = remote.syscall(pid, libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])? as u64;
+        Ok(remote)
+    }
+
+    /// Address of a page of the target for arguments and results.
+    pub(crate) fn scratch(&self) -> u64 {
+        self.scratch
+    }
+
+    /// Reads results from the scratch page.
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.memory.read_exact_at(buffer, self.scratch + offset).context(|| format!("read the memory of {}", self.pid))
+    }
+
+    /// Writes arguments to the scratch page.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.memory.write_all_at(bytes, self.scratch + offset).context(|| format!("write the memory of {}", self.pid))
+    }
+
+    /// Makes thread `tid` of the process execute one system call; its result is an errno if negative.
+    pub(crate) fn syscall(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
+        match self.raw(tid, nr, args)? {
+            error @ -4095..0 => Err(io::Error::from_raw_os_error(-error as i32))
+                .context(|| format!("system call {nr} in thread {tid} of process {}", self.pid)),
+            value => Ok(value),
+        }
+    }
+
+    fn raw(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
+        loop {
+            let own = self.borrow(tid)?;
+            let died = |pid| move |e: io::Error| if proc::is_gone(&e) { Error::Died(pid) } else { failed(tid, e) };
+            let died = died(self.pid);
+            ptrace::set_registers(tid, &own.for_syscall(self.trampoline, nr, args)).map_err(died)?;
+            ptrace::cont_to_syscall(tid).map_err(died)?;
+            match ptrace::wait(tid).map_err(died)? {
+                Wait::Syscall => {}
+                Wait::Gone(_) => return Err(Error::Died(self.pid)),
+                // A signal (or a stop) came first. It belongs to the target: let it have its effect on the thread's own
+                // registers, as if it had come a moment before the freeze, and begin again.
+                Wait::Signal(signal) => {
+                    self.deliver(tid, signal)?;
+                    continue;
+                }
+                _ => continue,
+            }
+            ptrace::cont_to_syscall(tid).map_err(died)?;
+            return match ptrace::wait(tid).map_err(died)? {
+                Wait::Syscall => Ok(ptrace::registers(tid).map_err(died)?.result()),
+                _ => Err(Error::Died(self.pid)),
+            };
+        }
+    }
+
+    /// Makes `tid` the thread whose registers the trampoline would restore.
+    fn borrow(&mut self, tid: i32) -> Result<Registers> {
+        if let Some((current, own)) = self.borrowed {
+            if current == tid {
+                return Ok(own);
+            }
+            self.give_back()?;
+        }
+        let own = ptrace::registers(tid).map_err(|e| failed(tid, e))?;
+        if own.is_compat() {
+            return Err(Error::unsupported(self.pid, "a 32-bit program", "dump 64-bit programs only"));
+        }
+        self.memory
+            .write_all_at(&arch::trampoline(&own), self.trampoline)
+            .context(|| format!("write the vdso of {}", self.pid))?;
+        self.borrowed = Some((tid, own));
+        Ok(own)
+    }
+
+    fn deliver(&mut self, tid: i32, signal: i32) -> Result<()> {
+        if let Some((_, own)) = self.borrowed.take() {
+            ptrace::set_registers(tid, &own).map_err(|e| failed(tid, e))?;
+        }
+        ptrace::interrupt(tid).map_err(|e| failed(tid, e))?;
+        ptrace::cont(tid, signal).map_err(|e| failed(tid, e))?;
+        settle(self.pid, tid)
+    }
+
+    /// Puts the borrowed thread back into the state the freeze left it in.
+    fn give_back(&mut self) -> Result<()> {
+        let Some((tid, own)) = self.borrowed.take() else { return Ok(()) };
+        // The thread stands at the exit of a system call. Only a stop inside the kernel's signal handling makes it
+        // restart an interrupted system call rightly, so go on to one: it is reached before any user instruction.
+        ptrace::interrupt(tid).map_err(|e| failed(tid, e))?;
+        ptrace::set_registers(tid, &own).map_err(|e| failed(tid, e))?;
+        ptrace::cont(tid, 0).map_err(|e| failed(tid, e))?;
+        settle(self.pid, tid)
+    }
+
+    /// Removes everything from the target.
+    pub(crate) fn detach(mut self) -> Result<()> {
+        self.clean()
+    }
+
+    fn clean(&mut self) -> Result<()> {
+        if self.scratch != 0 {
+            let scratch = std::mem::take(&mut self.scratch);
+            let tid = self.borrowed.map_or(self.pid, |(tid, _)| tid);
+            self.syscall(tid, libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
+        }
+        self.give_back()?;
+        self.memory
+            .write_all_at(&[0; arch::TRAMPOLINE], self.trampoline)
+            .context(|| format!("write the vdso of {}", self.pid))
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        if self.scratch != 0 || self.borrowed.is_some() {
+            if let Err(e) = self.clean() {
+                tracing::debug!(pid = self.pid, "clean-up after a remote call: {e}");
+            }
+        }
+    }
+}
+
+fn failed(tid: i32, source: io::Error) -> Error {
+    Error::System { call: format!("ptrace of thread {tid}"), source }
+}
+
+/// Waits until the thread stops for the interrupt; signals on the way are delivered.
+fn settle(pid: i32, tid: i32) -> Result<()> {
+    loop {
+        match ptrace::wait(tid).map_err(|e| failed(tid, e))? {
+            Wait::EventStop(_) => return Ok(()),
+            Wait::Gone(_) => return Err(Error::Died(pid)),
+            Wait::Signal(signal) => ptrace::cont(tid, signal).map_err(|e| failed(tid, e))?,
+            _ => ptrace::cont(tid, 0).map_err(|e| failed(tid, e))?,
+        }
+    }
+}

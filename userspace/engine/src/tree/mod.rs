@@ -1,0 +1,10 @@
+//! Processes and threads: what a task has besides memory and files. Each module reads its part and emits the restorer
+//! operations that bring it back.
+
+pub(crate) mod creds;
+pub(crate) mod limits;
+pub(crate) mod process;
+pub(crate) mod sched;
+pub(crate) mod signals;
+pub(crate) mod thread;
+pub(crate) mod timers;

@@ -1,0 +1,165 @@
+//! Processes: identity, working directory, and what threads of a process share.
+
+use super::{signals, thread, timers};
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{proc, sys},
+    observe::ThreadState,
+    restore::program::Program,
+    task::{FrozenProcess, Remote, Stopped},
+};
+use standstill_images::types::{AddressSpaceId, Bytes, FdTableId, LiveTask, Task, TaskState};
+use std::{collections::HashMap, path::Path};
+
+/// What the process alone could tell about its memory.
+pub(crate) struct FromInside {
+    pub brk: u64,
+}
+
+/// Reads a frozen process, all but its memory and files.
+pub(crate) fn collect(
+    process: &FrozenProcess,
+    seen: &HashMap<i32, ThreadState>,
+    address_space: AddressSpaceId,
+    fd_table: FdTableId,
+) -> Result<(Task, FromInside)> {
+    let pid = process.pid;
+    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
+    let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
+    refuse_unsupported(pid, &status)?;
+    let mut remote = Remote::attach(pid)?;
+    let prctl = |remote: &mut Remote, option: i32, arg: u64| {
+        remote.syscall(pid, libc::SYS_prctl, [option as u64, arg, 0, 0, 0, 0])
+    };
+    let brk = remote.syscall(pid, libc::SYS_brk, [0; 6])? as u64;
+    let dumpable = prctl(&mut remote, libc::PR_GET_DUMPABLE, 0)? as u32;
+    let scratch = remote.scratch();
+    prctl(&mut remote, libc::PR_GET_CHILD_SUBREAPER, scratch)?;
+    let mut subreaper = [0u8; 4];
+    remote.read(0, &mut subreaper)?;
+    let sigactions = signals::actions(pid, &status, &mut remote)?;
+    let itimers = timers::itimers(pid, &mut remote)?;
+    let posix_timers = timers::posix_timers(pid, &mut remote)?;
+    let mut threads = Vec::with_capacity(process.threads.len());
+    for &(tid, _) in &process.threads {
+        // Securebits differ between threads only where a thread changed its credentials on its own.
+        let same = threads.first().map(|leader: &standstill_images::types::Thread| leader.creds.securebits);
+        threads.push(thread::collect(pid, tid, seen.get(&tid), &mut remote, same)?);
+    }
+    remote.detach()?;
+    let link = |name: &str| -> Result<Bytes> {
+        let target = std::fs::read_link(proc::path(pid, name)).context(|| format!("read /proc/{pid}/{name}"))?;
+        Ok(target.as_path().into())
+    };
+    let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
+    let live = LiveTask {
+        threads,
+        address_space,
+        fd_table,
+        cwd: link("cwd")?,
+        root: link("root")?,
+        umask: status.umask,
+        sigactions,
+        itimers,
+        posix_timers,
+        pending: signals::pending(pid, true)?,
+        rlimits: proc::limits(pid).context(|| format!("read the limits of {pid}"))?,
+        dumpable,
+        child_subreaper: i32::from_ne_bytes(subreaper) != 0,
+        personality: u32::from_str_radix(small("personality").trim(), 16).unwrap_or(0),
+        oom_score_adj: small("oom_score_adj").trim().parse().unwrap_or(0),
+        loginuid: small("loginuid").trim().parse().unwrap_or(u32::MAX),
+    };
+    let stopped = process.threads.iter().find_map(|&(_, how)| match how {
+        Stopped::ByJobControl(signal) => Some(signal),
+        Stopped::ByUs => None,
+    });
+    let task = Task {
+        pid,
+        ppid: stat.ppid,
+        pgid: stat.pgid,
+        sid: stat.sid,
+        state: stopped.map_or(TaskState::Running, TaskState::Stopped),
+        exit_signal: stat.exit_signal,
+        comm: stat.comm.as_slice().into(),
+        live: Some(live),
+    };
+    Ok((task, FromInside { brk }))
+}
+
+/// A process that is dead and not waited for.
+pub(crate) fn collect_zombie(pid: i32) -> Result<Task> {
+    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
+    Ok(Task {
+        pid,
+        ppid: stat.ppid,
+        pgid: stat.pgid,
+        sid: stat.sid,
+        state: TaskState::Zombie(stat.exit_code),
+        exit_signal: stat.exit_signal,
+        comm: stat.comm.as_slice().into(),
+        live: None,
+    })
+}
+
+fn refuse_unsupported(pid: i32, status: &proc::Status) -> Result<()> {
+    if status.seccomp != 0 {
+        return Err(Error::unsupported(pid, "a process with seccomp", "run it without seccomp for now"));
+    }
+    for ns in ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup"] {
+        let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}"));
+        if let (Ok(its), Ok(ours)) = (of(&pid.to_string()), of("self")) {
+            if its != ours {
+                return Err(Error::unsupported(
+                    pid,
+                    format!("a process in another {ns} namespace"),
+                    format!("run standstill inside it: nsenter -t {pid} -a"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses processes that share what only threads may share here.
+pub(crate) fn refuse_sharing(processes: &[FrozenProcess]) -> Result<()> {
+    use sys::Kcmp::{Files, Fs, Sighand, Vm};
+    let parents: HashMap<i32, i32> =
+        processes.iter().filter_map(|p| Some((p.pid, proc::stat(p.pid).ok()?.ppid))).collect();
+    for (&pid, &parent) in &parents {
+        if !parents.contains_key(&parent) {
+            continue;
+        }
+        for (what, name) in [(Vm, "memory (CLONE_VM)"), (Files, "descriptors (CLONE_FILES)"), (Fs, "working directory (CLONE_FS)"), (Sighand, "signal handlers (CLONE_SIGHAND)")] {
+            if sys::kcmp(pid, parent, what).context(|| format!("kcmp of {pid} and {parent}"))? {
+                return Err(Error::unsupported(
+                    pid,
+                    format!("a process that shares its {name} with process {parent}"),
+                    "wait until a vfork or posix_spawn in progress is over, or use threads",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the leader sets for the whole process, before its credentials.
+pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Program) {
+    if live.root.as_path() != Path::new("/") {
+        let root = program.string(&live.root.0);
+        program.call(format!("change the root to {}", live.root.lossy()), libc::SYS_chroot, &[root]);
+    }
+    program.call("set the umask", libc::SYS_umask, &[live.umask.into()]);
+    if live.child_subreaper {
+        program.call("become a subreaper", libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()]);
+    }
+    if live.personality != own_personality {
+        program.call("set the personality", libc::SYS_personality, &[live.personality.into()]);
+    }
+}
+
+/// Changes to the working directory; before a chroot, whose paths it does not know.
+pub(crate) fn restore_cwd(live: &LiveTask, program: &mut Program) {
+    let cwd = program.string(&live.cwd.0);
+    program.call(format!("change to {}", live.cwd.lossy()), libc::SYS_chdir, &[cwd]);
+}

@@ -1,0 +1,138 @@
+//! Threads: registers, extended state, and what the kernel keeps per thread for user space.
+
+use super::{creds, sched, signals};
+use crate::{
+    error::{Context, Result},
+    kernel::{
+        arch::{self, Registers},
+        proc, ptrace, sys,
+    },
+    observe::ThreadState,
+    restore::program::{Arg, Program},
+    task::Remote,
+};
+use standstill_images::types::{AltStack, Context as CpuContext, Restart, Rseq, Thread};
+
+/// Reads a stopped thread. What only the thread itself can tell comes from the observer (`seen`), otherwise from
+/// system calls it makes for us.
+pub(crate) fn collect(pid: i32, tid: i32, seen: Option<&ThreadState>, remote: &mut Remote, securebits: Option<u32>) -> Result<Thread> {
+    let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
+    let (altstack, clear_child_tid, pdeath_signal) = match seen {
+        Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
+        None => ask(tid, remote)?,
+    };
+    let creds = match securebits {
+        Some(bits) => creds::with_securebits(&status, bits),
+        None => creds::collect(tid, &status, remote)?,
+    };
+    let regs = ptrace::registers(tid).context(|| format!("read the registers of thread {tid}"))?;
+    let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
+    let rseq = ptrace::rseq(tid).context(|| format!("read the rseq registration of thread {tid}"))?;
+    Ok(Thread {
+        tid,
+        comm: std::fs::read(proc::path(pid, &format!("task/{tid}/comm")))
+            .context(|| format!("read the name of thread {tid}"))?
+            .trim_ascii_end()
+            .into(),
+        restart: if regs.uses_restart_block() {
+            seen.and_then(|t| t.remaining_ns).map_or(Restart::FromStart, Restart::Remaining)
+        } else {
+            Restart::Registers
+        },
+        context: regs.context(xstate),
+        blocked: ptrace::sigmask(tid).context(|| format!("read the signal mask of thread {tid}"))?,
+        pending: signals::pending(tid, false)?,
+        altstack,
+        clear_child_tid,
+        robust_list: sys::get_robust_list(tid).context(|| format!("get_robust_list of thread {tid}"))?,
+        rseq: (rseq.address != 0)
+            .then_some(Rseq { address: rseq.address, size: rseq.size, signature: rseq.signature }),
+        pdeath_signal,
+        creds,
+        sched: sched::collect(tid)?,
+        timerslack_ns: proc::number(&proc::path(tid, "timerslack_ns")).unwrap_or(50_000),
+    })
+}
+
+fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {
+    let out = remote.scratch();
+    remote.syscall(tid, libc::SYS_sigaltstack, [0, out, 0, 0, 0, 0])?;
+    remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, out + 24, 0, 0, 0, 0])?;
+    remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_PDEATHSIG as u64, out + 32, 0, 0, 0, 0])?;
+    let mut bytes = [0u8; 36];
+    remote.read(0, &mut bytes)?;
+    let word = |n: usize| u64::from_ne_bytes(bytes[n..n + 8].try_into().expect("eight bytes"));
+    let half = |n: usize| i32::from_ne_bytes(bytes[n..n + 4].try_into().expect("four bytes"));
+    // SS_ONSTACK only says where the thread happens to be.
+    let altstack = AltStack { sp: word(0), flags: half(8) & !libc::SS_ONSTACK, size: word(16) };
+    Ok((altstack, word(24), half(32)))
+}
+
+/// What a thread sets up for itself, except credentials.
+pub(crate) fn restore(thread: &Thread, own: &standstill_images::types::Sched, program: &mut Program) {
+    let name = program.string(&thread.comm.0);
+    program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
+    let stack = program.words(&[
+        thread.altstack.sp,
+        u64::from(thread.altstack.flags as u32),
+        thread.altstack.size,
+    ]);
+    program.call("set the alternate signal stack", libc::SYS_sigaltstack, &[stack, 0.into()]);
+    program.call("set the tid address", libc::SYS_set_tid_address, &[thread.clear_child_tid.into()]);
+    if thread.robust_list.0 != 0 {
+        let (head, len) = thread.robust_list;
+        program.call("set the robust list", libc::SYS_set_robust_list, &[head.into(), len.into()]);
+    }
+    if let Some(rseq) = &thread.rseq {
+        let args = [rseq.address.into(), rseq.size.into(), 0.into(), rseq.signature.into()];
+        program.call("register rseq", libc::SYS_rseq, &args);
+    }
+    program.call(
+        "set the timer slack",
+        libc::SYS_prctl,
+        &[libc::PR_SET_TIMERSLACK.into(), thread.timerslack_ns.into()],
+    );
+    sched::restore(&thread.sched, own, program);
+}
+
+/// Sets the signal sent when the parent dies; after the credentials, whose change clears it.
+pub(crate) fn restore_pdeath_signal(thread: &Thread, program: &mut Program) {
+    program.call("set the parent-death signal", libc::SYS_prctl, &[
+        libc::PR_SET_PDEATHSIG.into(),
+        thread.pdeath_signal.into(),
+    ]);
+}
+
+/// The registers of an image.
+pub(crate) fn registers(context: &CpuContext) -> (Registers, &[u8]) {
+    match context {
+        CpuContext::X86_64 { regs, xstate } => (Registers::from_words(regs), xstate),
+    }
+}
+
+/// A wait with a timeout that has to be entered again before the registers are set: the call to make and where its
+/// timeout goes.
+///
+/// The kernel keeps the end of such a wait in the thread's restart_block, which nobody can write. So the restorer makes
+/// the same call with the time that was left, the tracer interrupts it at once, and the kernel fills the block itself.
+pub(crate) fn restore_wait(thread: &Thread, program: &mut Program) -> bool {
+    let (regs, _) = registers(&thread.context);
+    let (Some(nr), true) = (regs.interrupted_syscall(), regs.uses_restart_block()) else { return false };
+    let remaining = match thread.restart {
+        Restart::Remaining(ns) => Some(ns),
+        _ => None,
+    };
+    let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
+    let mut values: [Arg; 6] = args.map(Arg::Value);
+    let timespec = |program: &mut Program, ns: u64| program.words(&[ns / 1_000_000_000, ns % 1_000_000_000]);
+    match (nr, remaining) {
+        (libc::SYS_nanosleep, Some(ns)) => values[0] = timespec(program, ns),
+        (libc::SYS_clock_nanosleep, Some(ns)) => values[2] = timespec(program, ns),
+        (libc::SYS_poll, Some(ns)) => values[2] = ns.div_ceil(1_000_000).into(),
+        (libc::SYS_futex, Some(ns)) => values[3] = timespec(program, ns),
+        // The rest of the wait is not known: it begins again.
+        _ => {}
+    }
+    program.try_call("enter the interrupted wait again", nr, &values);
+    true
+}

@@ -1,0 +1,100 @@
+//! Interval timers (setitimer(2)) and POSIX timers (timer_create(2)).
+
+use crate::{
+    error::{Context, Result},
+    kernel::proc,
+    restore::program::{Arg, Program},
+    task::Remote,
+};
+use standstill_images::types::{ITimer, PosixTimer};
+
+const NS: u64 = 1_000_000_000;
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().expect("eight bytes")))
+}
+
+/// The three interval timers: only the process itself can read them.
+pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
+    for which in 0..3 {
+        let out = remote.scratch() + 32 * which;
+        remote.syscall(pid, libc::SYS_getitimer, [which, out, 0, 0, 0, 0])?;
+    }
+    let mut bytes = [0u8; 96];
+    remote.read(0, &mut bytes)?;
+    let w: Vec<u64> = words(&bytes).collect();
+    Ok([0, 4, 8].map(|n| ITimer {
+        interval_us: w[n] * 1_000_000 + w[n + 1],
+        value_us: w[n + 2] * 1_000_000 + w[n + 3],
+    }))
+}
+
+/// POSIX timers: procfs has the definitions, the process itself the time left.
+pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTimer>> {
+    let lines = proc::timers(pid).context(|| format!("read the timers of {pid}"))?;
+    let mut all = Vec::with_capacity(lines.len());
+    for line in lines {
+        remote.syscall(pid, libc::SYS_timer_gettime, [line.id as u64, remote.scratch(), 0, 0, 0, 0])?;
+        let mut bytes = [0u8; 32];
+        remote.read(0, &mut bytes)?;
+        let w: Vec<u64> = words(&bytes).collect();
+        all.push(PosixTimer {
+            id: line.id,
+            clock: line.clock,
+            notify: line.notify,
+            signal: line.signal,
+            value: line.value,
+            tid: line.tid,
+            interval_ns: w[0] * NS + w[1],
+            value_ns: w[2] * NS + w[3],
+        });
+    }
+    Ok(all)
+}
+
+/// Starts the interval timers again with the time that was left.
+pub(crate) fn restore_itimers(timers: &[ITimer; 3], program: &mut Program) {
+    for (which, timer) in timers.iter().enumerate().filter(|(_, t)| t.value_us != 0) {
+        let us = 1_000_000;
+        let block = program.words(&[
+            timer.interval_us / us,
+            timer.interval_us % us,
+            timer.value_us / us,
+            timer.value_us % us,
+        ]);
+        program.call("start an interval timer", libc::SYS_setitimer, &[which.into(), block, 0.into()]);
+    }
+}
+
+/// Creates the POSIX timers under their old ids and starts them with the time that was left.
+///
+/// `PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.16) lets timer_create(2) take the id from its third argument.
+pub(crate) fn restore_posix_timers(timers: &[PosixTimer], program: &mut Program) {
+    const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
+    if timers.is_empty() {
+        return;
+    }
+    let label = "let timers have their old ids (PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16)";
+    program.call(label, libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS.into(), 1.into()]);
+    for timer in timers {
+        let mut event = [0u64; 8];
+        event[0] = timer.value;
+        event[1] = u64::from(timer.signal as u32) | (timer.notify as u64) << 32;
+        event[2] = timer.tid as u64;
+        let event = program.words(&event);
+        let id = program.data(&timer.id.to_ne_bytes());
+        let label = format!("create timer {}", timer.id);
+        program.call(label, libc::SYS_timer_create, &[timer.clock.into(), event, id]);
+    }
+    program.call("timer ids", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS.into(), 0.into()]);
+    for timer in timers.iter().filter(|t| t.value_ns != 0) {
+        let spec = program.words(&timespecs(timer.interval_ns, timer.value_ns));
+        let args: [Arg; 4] = [timer.id.into(), 0.into(), spec, 0.into()];
+        program.call(format!("start timer {}", timer.id), libc::SYS_timer_settime, &args);
+    }
+}
+
+/// `struct itimerspec`.
+pub(crate) fn timespecs(interval_ns: u64, value_ns: u64) -> [u64; 4] {
+    [interval_ns / NS, interval_ns % NS, value_ns / NS, value_ns % NS]
+}
