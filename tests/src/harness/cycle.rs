@@ -64,7 +64,8 @@ pub fn full_cycle(tool: &Tool, target: &mut Target, verify: &mut dyn FnMut(&mut 
 fn check_undisturbed_while_running(tool: &Tool, target: &mut Target) {
     let images = target.images("running");
     let first = target.snapshot();
-    thread::sleep(Duration::from_millis(150));
+    // Longer than any workload sleeps between two rounds.
+    thread::sleep(Duration::from_millis(1100));
     let stable = first.stable(&target.snapshot());
     let outcome = tool.dump(target.pid(), &images).arg("--leave-running").run().expect_success();
     target.assert_free();

@@ -36,7 +36,7 @@ const FILES: [&str; 11] = [
 ];
 
 /// Lines of status files that count events or change by themselves.
-const VOLATILE_STATUS: [&str; 14] = [
+const VOLATILE_STATUS: [&str; 13] = [
     "State",
     "SigQ",
     "VmPeak",
@@ -48,10 +48,12 @@ const VOLATILE_STATUS: [&str; 14] = [
     "VmPTE",
     "VmSwap",
     "HugetlbPages",
-    "voluntary_ctxt_switches",
     "nonvoluntary_ctxt_switches",
     "untag_mask",
 ];
+
+/// How often a thread has gone to sleep: tells a parked thread from one that comes by the same place again and again.
+const SWITCHES: &str = "voluntary_ctxt_switches";
 
 /// Fields of stat files that must stay, by their number in proc(5).
 const STAT_FIELDS: [(usize, &str); 16] = [
@@ -73,6 +75,10 @@ const STAT_FIELDS: [(usize, &str); 16] = [
     (51, "end of environment"),
 ];
 
+/// The same for zombies.
+const ZOMBIE_FIELDS: [(usize, &str); 6] =
+    [(3, "state"), (4, "parent"), (5, "group"), (6, "session"), (38, "exit signal"), (52, "exit code")];
+
 impl Snapshot {
     /// Looks at processes and their threads.
     pub fn take(pids: &[Pid]) -> Self {
@@ -85,6 +91,10 @@ impl Snapshot {
 
     fn process(&mut self, pid: Pid) {
         let key = |name: &str| format!("{pid} {name}");
+        if proc::state(pid) == Some('Z') {
+            self.zombie(pid);
+            return;
+        }
         for file in FILES {
             self.add(key(file), proc::text(pid, file));
         }
@@ -107,6 +117,15 @@ impl Snapshot {
         for thread in proc::threads(pid) {
             self.thread(pid, thread);
         }
+    }
+
+    /// Of a zombie nothing is left but its place in the tree and how it ended.
+    fn zombie(&mut self, pid: Pid) {
+        let stat = proc_stat_fields(&format!("/proc/{pid}/stat")).unwrap_or_default();
+        for (number, name) in ZOMBIE_FIELDS {
+            self.add(format!("{pid}/{pid} {name}"), stat.get(number - 3).cloned().unwrap_or_default());
+        }
+        self.add(format!("{pid}/{pid} Name"), proc::text(pid, "comm"));
     }
 
     fn thread(&mut self, pid: Pid, thread: Pid) {
@@ -147,8 +166,13 @@ impl Snapshot {
 
     /// The facts that two snapshots of an undisturbed tree have in common: those that stay by themselves.
     pub fn stable(&self, later: &Self) -> Self {
-        let same = |(name, value): &(&String, &String)| later.facts.get(*name) == Some(*value);
-        Self { facts: self.facts.iter().filter(same).map(|(name, value)| (name.clone(), value.clone())).collect() }
+        let same = |name: &str| self.facts.get(name) == later.facts.get(name);
+        let stable = |name: &str| match name.strip_suffix("syscall") {
+            Some(thread) => same(name) && same(&format!("{thread}{SWITCHES}")),
+            None => same(name) && !name.ends_with(SWITCHES),
+        };
+        let facts = self.facts.iter().filter(|(name, _)| stable(name));
+        Self { facts: facts.map(|(name, value)| (name.clone(), value.clone())).collect() }
     }
 
     /// Facts that are no longer as they were, and with `also_new` those that were not there before.
@@ -156,6 +180,7 @@ impl Snapshot {
         let mut changes: Vec<String> = Vec::new();
         for (name, was) in &self.facts {
             match after.facts.get(name) {
+                _ if name.ends_with(SWITCHES) => {}
                 Some(is) if is == was || resumed(name, was, is) => {}
                 Some(is) => changes.push(format!("{name}: {}", difference(was, is))),
                 None => changes.push(format!("{name}: gone, was {was:?}")),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::Snapshot;
 
 /// Facts that are those of the process that did the restore, or of the moment.
-const NEW_ON_RESTORE: [&str; 6] = ["syscall", "start time", "FDSize", "Cpus_allowed", "children", "Seccomp_filters"];
+const NEW_ON_RESTORE: [&str; 6] = ["syscall", "start time", "FDSize", "children", "VmSize", "VmData"];
 
 /// Lines of fdinfo files that are ids of the kernel's.
 const KERNEL_IDS: [&str; 4] = ["mnt_id", "ino", "eventfd-id", "scm_fds"];
@@ -97,7 +97,9 @@ fn merge_maps(facts: &mut BTreeMap<String, String>, ids: &mut Ids) {
         }
     }
     for (name, map) in merged {
-        facts.insert(name, format!("{:x} {} {:x} {}", map.end, map.protection, map.offset, map.file));
+        // A heap grows as it is used.
+        let end = if map.file.ends_with("[heap]") { 0 } else { map.end };
+        facts.insert(name, format!("{end:x} {} {:x} {}", map.protection, map.offset, map.file));
     }
 }
 

@@ -23,6 +23,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
 };
 use tracing::{debug, info, warn};
 
@@ -86,11 +87,18 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// A dumped tree was killed a moment ago perhaps, and its parent may take a while to reap it.
+const REAPING: Duration = Duration::from_secs(5);
+
 fn check_ids_are_free(plan: &Plan) -> Result<()> {
+    let deadline = Instant::now() + REAPING;
     for tid in plan.ids() {
-        // A thread id is taken too when its /proc directory, which no listing shows, exists.
-        if proc::path(tid, "stat").exists() {
-            return Err(Error::PidInUse(tid));
+        // /proc shows threads under their own id too, although no listing has them.
+        while let Ok(stat) = proc::stat(tid) {
+            if !matches!(stat.state, b'Z' | b'X') || Instant::now() > deadline {
+                return Err(Error::PidInUse(tid));
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
     Ok(())

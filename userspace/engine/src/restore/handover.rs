@@ -20,9 +20,15 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         let task = &image.tasks[&planned.pid];
         let live = live(task)?;
         outside(task.pid, live)?;
+        // Waits are entered by the restorer's code, so while it is still there.
+        let results = planned
+            .threads
+            .iter()
+            .map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) })
+            .collect::<Result<Vec<_>>>()?;
         unmap_restorer(run, planned.pid, planned.syscall_at)?;
-        for (thread, planned) in live.threads.iter().zip(&planned.threads) {
-            set_state(thread, planned.waits)?;
+        for (thread, result) in live.threads.iter().zip(results) {
+            set_state(thread, result)?;
         }
         if let TaskState::Stopped(_) = task.state {
             // SAFETY: kill takes no memory; the process is ours and stopped.
@@ -93,16 +99,13 @@ fn stop_in_signal_handling(tid: i32) -> Result<()> {
     }
 }
 
-fn set_state(thread: &Thread, waits: bool) -> Result<()> {
+/// Registers, extended state and signal mask. `wait_result`: the wait that was entered again is over.
+fn set_state(thread: &Thread, wait_result: Option<i64>) -> Result<()> {
     let tid = thread.tid;
     let context = || format!("set the registers of thread {tid}");
     let (mut regs, xstate) = thread::registers(&thread.context);
-    if waits {
-        if let Some(result) = enter_wait(tid)? {
-            // The wait is over: go on behind the system call.
-            regs.rax = result as u64;
-            regs.orig_rax = u64::MAX;
-        }
+    if let Some(result) = wait_result {
+        regs.return_from_syscall(result);
     }
     ptrace::set_regset(tid, arch::NT_X86_XSTATE, xstate).context(context)?;
     ptrace::set_registers(tid, &regs).context(context)?;

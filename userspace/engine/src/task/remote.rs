@@ -64,14 +64,17 @@ impl Remote {
         self.scratch
     }
 
+    /// A thread's own registers, whether they are borrowed at the moment or not.
+    pub(crate) fn registers(&self, tid: i32) -> io::Result<Registers> {
+        match self.borrowed {
+            Some((borrowed, own)) if borrowed == tid => Ok(own),
+            _ => ptrace::registers(tid),
+        }
+    }
+
     /// Reads results from the scratch page.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.memory.read_exact_at(buffer, self.scratch + offset).context(|| format!("read the memory of {}", self.pid))
-    }
-
-    /// Writes arguments to the scratch page.
-    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.memory.write_all_at(bytes, self.scratch + offset).context(|| format!("write the memory of {}", self.pid))
     }
 
     /// Makes thread `tid` of the process execute one system call; its result is an errno if negative.

@@ -25,7 +25,7 @@ pub(crate) fn collect(pid: i32, tid: i32, seen: Option<&ThreadState>, remote: &m
         Some(bits) => creds::with_securebits(&status, bits),
         None => creds::collect(tid, &status, remote)?,
     };
-    let regs = ptrace::registers(tid).context(|| format!("read the registers of thread {tid}"))?;
+    let regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
     let rseq = ptrace::rseq(tid).context(|| format!("read the rseq registration of thread {tid}"))?;
     Ok(Thread {

@@ -104,6 +104,12 @@ impl Registers {
         Self { rip: ip, rax: nr as u64, orig_rax: u64::MAX, rdi, rsi, rdx, r10, r8, r9, ..*self }
     }
 
+    /// Goes on behind the interrupted system call, which had this result.
+    pub(crate) fn return_from_syscall(&mut self, result: i64) {
+        self.rax = result as u64;
+        self.orig_rax = u64::MAX;
+    }
+
     /// Result of the system call that just returned.
     pub(crate) fn result(&self) -> i64 {
         self.rax as i64
