@@ -46,7 +46,13 @@ impl ImageDir {
     /// I/O errors.
     pub fn commit(mut self, manifest: &[u8]) -> Result<(), ImageError> {
         let aside = self.path.join(".standstill.img.partial");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside).map_err(ImageError::io(&aside))?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&aside)
+            .map_err(ImageError::io(&aside))?;
         file.write_all(manifest).and_then(|()| file.sync_all()).map_err(ImageError::io(&aside))?;
         fs::rename(&aside, self.path.join(MANIFEST)).map_err(ImageError::io(&aside))?;
         File::open(&self.path).and_then(|d| d.sync_all()).map_err(ImageError::io(&self.path))?;
@@ -104,7 +110,11 @@ impl OpenDir {
     /// A name that leads elsewhere.
     pub fn pages_path(&self, index: &PageStoreIndex) -> Result<PathBuf, ImageError> {
         if index.file.contains('/') || index.file.starts_with('.') {
-            return Err(ImageError::Corrupt { path: self.manifest_path(), offset: 0, reason: "the page store's name is a path".into() });
+            return Err(ImageError::Corrupt {
+                path: self.manifest_path(),
+                offset: 0,
+                reason: "the page store's name is a path".into(),
+            });
         }
         Ok(self.path.join(&index.file))
     }

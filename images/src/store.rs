@@ -106,7 +106,12 @@ impl PageWriter {
     fn flush(&mut self) -> Result<(), ImageError> {
         let raw = std::mem::take(&mut self.buffer);
         self.file.write_all_at(&raw, self.offset).map_err(ImageError::io(&self.path))?;
-        self.index.chunks.push(Chunk { offset: self.offset, stored: raw.len() as u32, raw: raw.len() as u32, checksum: xxh3_64(&raw) });
+        self.index.chunks.push(Chunk {
+            offset: self.offset,
+            stored: raw.len() as u32,
+            raw: raw.len() as u32,
+            checksum: xxh3_64(&raw),
+        });
         self.offset += raw.len() as u64;
         self.buffer = raw;
         self.buffer.clear();
@@ -154,7 +159,11 @@ impl PageReader {
             let data = &mut buffer[..chunk.stored as usize];
             self.file.read_exact_at(data, chunk.offset).map_err(ImageError::io(&self.path))?;
             if xxh3_64(data) != chunk.checksum {
-                return Err(ImageError::Corrupt { path: self.path.clone(), offset: chunk.offset, reason: "checksum mismatch".into() });
+                return Err(ImageError::Corrupt {
+                    path: self.path.clone(),
+                    offset: chunk.offset,
+                    reason: "checksum mismatch".into(),
+                });
             }
         }
         Ok(())

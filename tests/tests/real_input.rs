@@ -84,7 +84,8 @@ fn half_compressible(size: usize) -> Vec<u8> {
     let pattern = Pattern::new(0x787a);
     let mut bytes = Vec::with_capacity(size);
     for block in 0.. {
-        let random: Vec<u8> = (block * 64..block * 64 + 64).flat_map(|index| pattern.word(index).to_le_bytes()).collect();
+        let random: Vec<u8> =
+            (block * 64..block * 64 + 64).flat_map(|index| pattern.word(index).to_le_bytes()).collect();
         bytes.extend_from_slice(&random);
         if block % 3 == 0 {
             bytes.extend_from_slice(&random);

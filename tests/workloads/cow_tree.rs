@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::unistd::{Pid, getpid};
-use standstill_tests::workload::{
-    Args, Checker, Control, Mapping, Meter, Pattern, SelfState, fork_child, smaps_entry,
-};
+use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, fork_child, smaps_entry};
 
 const PAGE_WORDS: usize = 512;
 const BASE: Pattern = Pattern::new(0xc0);

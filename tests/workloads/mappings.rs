@@ -4,18 +4,15 @@ use std::fs::{self, File, OpenOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
-use standstill_tests::workload::{
-    Args, Checker, Control, Mapping, Meter, Pattern, SelfState, smaps_entry,
-};
+use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, smaps_entry};
 
 const PAGE: usize = 4096;
 const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: i32 = libc::MAP_PRIVATE;
 /// Flags of smaps' `VmFlags` line that belong to the mapping rather than to its content.
-const VM_FLAGS: [&str; 18] = [
-    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "sr", "rr", "dc", "dd", "hg", "nh", "mg", "wf",
-];
+const VM_FLAGS: [&str; 18] =
+    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "sr", "rr", "dc", "dd", "hg", "nh", "mg", "wf"];
 
 /// What a mapping should contain.
 enum Content {
@@ -44,7 +41,12 @@ impl Region {
     }
 
     /// Private memory with a pattern, then changed by `then`.
-    fn anonymous(name: &'static str, seed: u64, flags: i32, then: impl FnOnce(&Mapping) -> std::io::Result<()>) -> Self {
+    fn anonymous(
+        name: &'static str,
+        seed: u64,
+        flags: i32,
+        then: impl FnOnce(&Mapping) -> std::io::Result<()>,
+    ) -> Self {
         let memory = Mapping::new(256 << 10, WRITE, PRIVATE | flags, None).expect("map");
         Pattern::new(seed).fill(memory.words_mut(), 0);
         then(&memory).unwrap_or_else(|error| panic!("{name}: {error}"));

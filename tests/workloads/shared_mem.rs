@@ -8,9 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use standstill_tests::workload::{
-    Args, Checker, Control, Mapping, Meter, Pattern, SelfState, fork_child, now_us,
-};
+use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, fork_child, now_us};
 
 const LENGTH: usize = 1 << 20;
 /// Where the mapping of the file starts, so that the offset matters.

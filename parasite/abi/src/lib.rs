@@ -1,12 +1,9 @@
 //! What the restoring process and the restorer blob share.
 //!
 //! The blob is an interpreter: it runs in the task that is being restored, where nothing else of ours is mapped any
-//! more, and executes a list of [`Op`]s, each one system call with constants or earlier results as its arguments. It
+//! more, and executes a list of [`Op`]s, each one system call whose arguments were known when the plan was made. It
 //! knows nothing of checkpoints; what has to be done in which order is decided by the engine's plan.
 #![no_std]
-
-/// Results an operation list can keep.
-pub const SLOTS: usize = 64;
 
 /// What an [`Op`] does.
 #[repr(u32)]
@@ -20,18 +17,16 @@ pub enum Kind {
     Clone = 2,
     /// pread64(2) until all bytes are there: fd, address, length, offset. An early end of file is an error.
     ReadFull = 3,
-    /// Fails with EBADFD unless slot `args[0]` holds `args[1]`.
-    Expect = 4,
     /// Leaves the thread by exit(2) with status `args[0]`: ends the list without a stop.
-    Exit = 5,
+    Exit = 4,
     /// write(2) until all bytes are gone: fd, address, length.
-    WriteFull = 6,
+    WriteFull = 5,
 }
 
 /// Flag of an [`Op`]: a failing system call is not an error.
-pub const MAY_FAIL: u32 = 1 << 8;
-/// No slot keeps the result.
-pub const NO_SLOT: u32 = u32::MAX;
+pub const MAY_FAIL: u32 = 1;
+/// Flag of an [`Op`]: any result but [`Op::expected`] is an error (EBADFD).
+pub const EXPECT: u32 = 2;
 
 /// One step of a restorer program.
 #[repr(C)]
@@ -39,14 +34,14 @@ pub const NO_SLOT: u32 = u32::MAX;
 pub struct Op {
     /// A [`Kind`].
     pub kind: u32,
-    /// Bits 0 to 5: argument n is the number of a slot. Further [`MAY_FAIL`].
+    /// [`MAY_FAIL`], [`EXPECT`].
     pub flags: u32,
     /// System call number.
-    pub nr: u32,
-    /// Slot for the result, or [`NO_SLOT`].
-    pub slot: u32,
+    pub nr: u64,
     /// Arguments.
     pub args: [u64; 6],
+    /// The result, with [`EXPECT`].
+    pub expected: u64,
 }
 
 /// A program with the state of its run. Lives in memory shared by all tasks and the restoring process.
@@ -63,8 +58,6 @@ pub struct Task {
     pub error: u64,
     /// Top of the stack the interpreter runs on.
     pub stack: u64,
-    /// Results.
-    pub slots: [u64; SLOTS],
 }
 
 /// Why a task stopped with `int3`: left in [`Trap`](Kind::Trap)'s first argument and in the task's `rax`.

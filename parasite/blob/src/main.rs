@@ -10,14 +10,12 @@
 mod arch;
 
 use arch::{clone, syscall, trap};
-use standstill_parasite_abi::{Kind, MAY_FAIL, NO_SLOT, Op, SLOTS, Task, stage};
+use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task, stage};
 
 const EBADFD: u64 = 77;
 const ENODATA: u64 = 61;
 const EINVAL: u64 = 22;
 const EINTR: i64 = -4;
-const NR_PREAD64: u32 = arch::NR_PREAD64;
-const NR_WRITE: u32 = arch::NR_WRITE;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
@@ -37,13 +35,8 @@ unsafe extern "C" fn interpret(task: *mut Task) -> ! {
     while task.at < task.len {
         // SAFETY: `ops` has `len` entries, and `at` is below it.
         let op = unsafe { *(task.ops as *const Op).add(task.at as usize) };
-        match run(&op, task) {
-            Ok(value) => {
-                if op.slot != NO_SLOT && (op.slot as usize) < SLOTS {
-                    task.slots[op.slot as usize] = value;
-                }
-                task.at += 1;
-            }
+        match run(&op) {
+            Ok(()) => task.at += 1,
             Err(errno) => {
                 task.error = errno;
                 loop {
@@ -57,13 +50,8 @@ unsafe extern "C" fn interpret(task: *mut Task) -> ! {
     }
 }
 
-fn run(op: &Op, task: &mut Task) -> Result<u64, u64> {
-    let mut args = op.args;
-    for (n, arg) in args.iter_mut().enumerate() {
-        if op.flags & (1 << n) != 0 {
-            *arg = *task.slots.get(*arg as usize).ok_or(EINVAL)?;
-        }
-    }
+fn run(op: &Op) -> Result<(), u64> {
+    let args = op.args;
     let result = match op.kind {
         k if k == Kind::Syscall as u32 => syscall(op.nr, args),
         k if k == Kind::Trap as u32 => {
@@ -71,23 +59,19 @@ fn run(op: &Op, task: &mut Task) -> Result<u64, u64> {
             0
         }
         k if k == Kind::Clone as u32 => clone(args[0], args[1], args[2]),
-        k if k == Kind::ReadFull as u32 => return transfer_full(NR_PREAD64, args),
-        k if k == Kind::WriteFull as u32 => return transfer_full(NR_WRITE, args),
-        k if k == Kind::Expect as u32 => {
-            let found = *task.slots.get(args[0] as usize).ok_or(EINVAL)?;
-            return if found == args[1] { Ok(found) } else { Err(EBADFD) };
-        }
+        k if k == Kind::ReadFull as u32 => return transfer_full(arch::NR_PREAD64, args),
+        k if k == Kind::WriteFull as u32 => return transfer_full(arch::NR_WRITE, args),
         k if k == Kind::Exit as u32 => syscall(arch::NR_EXIT, args),
         _ => return Err(EINVAL),
     };
     if (-4095..0).contains(&result) && op.flags & MAY_FAIL == 0 {
         return Err(-result as u64);
     }
-    Ok(result as u64)
+    if op.flags & EXPECT != 0 && result as u64 != op.expected { Err(EBADFD) } else { Ok(()) }
 }
 
 /// One long read or write: the kernel moves at most 2 GiB per call, and signals cut transfers short.
-fn transfer_full(nr: u32, [fd, address, length, offset, ..]: [u64; 6]) -> Result<u64, u64> {
+fn transfer_full(nr: u64, [fd, address, length, offset, ..]: [u64; 6]) -> Result<(), u64> {
     let mut done = 0;
     while done < length {
         match syscall(nr, [fd, address + done, length - done, offset + done, 0, 0]) {
@@ -97,5 +81,5 @@ fn transfer_full(nr: u32, [fd, address, length, offset, ..]: [u64; 6]) -> Result
             n => done += n as u64,
         }
     }
-    Ok(done)
+    Ok(())
 }

@@ -12,7 +12,7 @@ mod target;
 mod tool;
 mod turn;
 
-pub use cycle::{check_undisturbed_while_stopped, dump_and_restore, full_cycle};
+pub use cycle::{check_undisturbed_while_stopped, dump_and_restore, dump_and_restore_stopped, full_cycle};
 pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};

@@ -38,6 +38,15 @@ pub fn workload(name: &str) -> Command {
     }
 }
 
+/// Lets no descriptor of whoever runs the tests get into a target.
+fn close_inherited() -> std::io::Result<()> {
+    // SAFETY: the call takes numbers only; marked close-on-exec, the descriptors stay usable until then.
+    match unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// A running process tree with a directory of its own; both are gone when it is dropped.
 pub struct Target {
     pid: Pid,
@@ -85,6 +94,8 @@ impl Target {
         let output = File::create(dir.path().join("output")).expect("create the output file");
         command.stdin(Stdio::null()).stderr(output.try_clone().expect("dup")).stdout(output);
         prepare(&mut command);
+        // SAFETY: close_range is async-signal-safe and the closure allocates nothing.
+        unsafe { command.pre_exec(close_inherited) };
         let child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
         let pid = Pid::from_raw(child.id().cast_signed());
         Self { pid, name: name.to_owned(), dir, seen: vec![pid], stopped: Vec::new(), _child: child }
@@ -194,10 +205,16 @@ impl Target {
                 }
             }
         }
+        self.await_stop();
+    }
+
+    /// Waits until every process of the tree is stopped.
+    #[track_caller]
+    pub fn await_stop(&mut self) {
         let processes = self.processes();
         let still = || {
-            let threads = processes.iter().flat_map(|pid| proc::threads(*pid));
-            threads.into_iter().all(|thread| matches!(proc::state(thread), Some('T' | 'Z') | None))
+            let mut threads = processes.iter().flat_map(|pid| proc::threads(*pid));
+            threads.all(|thread| matches!(proc::state(thread), Some('T' | 'Z') | None))
         };
         assert!(wait_until(LIMIT, still), "{} does not stop", self.name);
     }

@@ -34,7 +34,10 @@ impl Turn {
 
 /// Says that a test could not check anything. It fails when `STANDSTILL_REQUIRE_ALL` is 1.
 pub fn skip(reason: &str) {
-    assert!(std::env::var_os("STANDSTILL_REQUIRE_ALL").is_none_or(|value| value != "1"), "not allowed to skip: {reason}");
+    assert!(
+        std::env::var_os("STANDSTILL_REQUIRE_ALL").is_none_or(|value| value != "1"),
+        "not allowed to skip: {reason}"
+    );
     // Not eprintln, which the test runner captures.
     _ = writeln!(stderr(), "SKIPPED: {reason}");
 }

@@ -118,10 +118,7 @@ impl Control {
     }
 
     fn next_signal(&self, timeout: Duration) -> Option<i32> {
-        let limit = libc::timespec {
-            tv_sec: timeout.as_secs().cast_signed(),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
+        let limit = libc::timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: timeout.subsec_nanos().into() };
         // SAFETY: both pointers are to live values of the right type, and a null siginfo is allowed.
         let signal = unsafe { libc::sigtimedwait(self.signals.as_ref(), std::ptr::null_mut(), &raw const limit) };
         (signal > 0).then_some(signal)

@@ -9,7 +9,8 @@ pub fn check_rseq(checker: &Checker) {
         return;
     };
     let allowed = affinity();
-    let cpus: Vec<usize> = (0..libc::CPU_SETSIZE.cast_unsigned() as usize).filter(|cpu| is_set(*cpu, &allowed)).collect();
+    let cpus: Vec<usize> =
+        (0..libc::CPU_SETSIZE.cast_unsigned() as usize).filter(|cpu| is_set(*cpu, &allowed)).collect();
     for cpu in cpus.into_iter().take(2) {
         set_affinity(&only(cpu));
         // SAFETY: `cpu_field` points into this thread's thread control block, which lives as long as the thread; the

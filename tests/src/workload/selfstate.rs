@@ -31,13 +31,26 @@ const STAT_FIELDS: [(usize, &str); 14] = [
 
 /// Lines of `/proc/thread-self/status` that must stay, for each thread.
 const STATUS_LINES: [&str; 16] = [
-    "Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "SigCgt", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb",
-    "NoNewPrivs", "Seccomp", "THP_enabled", "TracerPid",
+    "Umask",
+    "Uid",
+    "Gid",
+    "Groups",
+    "SigBlk",
+    "SigIgn",
+    "SigCgt",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "THP_enabled",
+    "TracerPid",
 ];
 
 /// Files below `/proc/self` that must stay.
-const FILES: [&str; 7] =
-    ["cmdline", "environ", "auxv", "limits", "oom_score_adj", "coredump_filter", "personality"];
+const FILES: [&str; 7] = ["cmdline", "environ", "auxv", "limits", "oom_score_adj", "coredump_filter", "personality"];
 
 impl SelfState {
     /// Facts about the calling thread: identity, signal state, what the kernel remembers for its exit.
@@ -161,8 +174,7 @@ fn subreaper() -> i32 {
 fn action(signal: i32) -> Result<[u64; 4], i32> {
     let mut old = [0_u64; 4];
     // SAFETY: the kernel's struct sigaction on x86_64 is four 64-bit words, and a mask is 8 bytes.
-    let result =
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, std::ptr::null::<u64>(), old.as_mut_ptr(), 8) };
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, std::ptr::null::<u64>(), old.as_mut_ptr(), 8) };
     if result == 0 { Ok(old) } else { Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
 }
 

@@ -113,7 +113,10 @@ impl Mapping {
     }
 
     /// The content, for writing. The mapping must be writable.
-    #[expect(clippy::mut_from_ref, reason = "memory is shared by design; a workload writes it from one place at a time")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "memory is shared by design; a workload writes it from one place at a time"
+    )]
     pub fn words_mut(&self) -> &mut [u64] {
         // SAFETY: as for `words`; each workload has one writer per part of a mapping.
         unsafe { slice::from_raw_parts_mut(self.start as *mut u64, self.length / 8) }

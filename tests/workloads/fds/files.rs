@@ -148,8 +148,8 @@ impl Group for Files {
 
 /// Moves a file to a high descriptor number.
 fn move_to(file: &File, number: i32, flags: i32) -> File {
-    use std::os::fd::FromRawFd;
     use std::os::fd::AsRawFd;
+    use std::os::fd::FromRawFd;
     // SAFETY: dup3 makes a new descriptor from a live one; the number is far above those in use.
     let result = unsafe { libc::dup3(file.as_fd().as_raw_fd(), number, flags) };
     assert_eq!(result, number, "dup3");

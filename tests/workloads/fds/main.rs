@@ -1,6 +1,7 @@
 //! Descriptors of many kinds, with their flags, positions, contents and sharing.
 //!
-//! Options: `--chroot` (adds a process whose root directory is not ours), `--no-sockets`.
+//! Options: `--chroot` (adds a process whose root directory is not ours), `--packets` (adds a pipe in packet mode),
+//! `--sockets` (adds listening sockets).
 
 mod events;
 mod files;
@@ -37,10 +38,10 @@ fn main() {
     umask(Mode::from_bits_truncate(0o027));
     let mut groups: Vec<Box<dyn Group>> = vec![
         Box::new(files::Files::new(&dir, &mut control)),
-        Box::new(pipes::Pipes::new()),
+        Box::new(pipes::Pipes::new(args.flag("packets"))),
         Box::new(events::Events::new()),
     ];
-    if !args.flag("no-sockets") {
+    if args.flag("sockets") {
         groups.push(Box::new(sockets::Sockets::new(&dir)));
     }
     if args.flag("chroot") {

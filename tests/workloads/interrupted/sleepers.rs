@@ -105,7 +105,9 @@ fn poll(length: Duration) -> Result<i64, Errno> {
 fn pselect(length: Duration) -> Result<i64, Errno> {
     let mut time = timespec(length);
     // SAFETY: no sets are given; the kernel reads the timespec and writes what remains of it.
-    Errno::result(unsafe { libc::syscall(libc::SYS_pselect6, 0_usize, 0_usize, 0_usize, 0_usize, &raw mut time, 0_usize) })
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_pselect6, 0_usize, 0_usize, 0_usize, 0_usize, &raw mut time, 0_usize)
+    })
 }
 
 fn futex(length: Duration) -> Result<i64, Errno> {

@@ -50,15 +50,8 @@ enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
-        Self::Futex,
-        Self::EpollWait,
-        Self::PipeRead,
-        Self::WaitPid,
-        Self::Pause,
-        Self::SigSuspend,
-        Self::Accept,
-    ];
+    const ALL: [Self; 7] =
+        [Self::Futex, Self::EpollWait, Self::PipeRead, Self::WaitPid, Self::Pause, Self::SigSuspend, Self::Accept];
 }
 
 pub(crate) struct Waiters {
@@ -221,7 +214,9 @@ fn wait_pause(shared: &Shared) {
 fn wait_suspend(shared: &Shared) {
     let before = HANDLED.load(Ordering::SeqCst);
     let outer = SigSet::thread_get_mask().expect("mask");
-    let inner = SigSet::empty();
+    // The control signals stay blocked: they are not for this thread.
+    let mut inner = outer;
+    inner.remove(WAKE);
     // SAFETY: the set is live for the call.
     let result = Errno::result(unsafe { libc::sigsuspend(inner.as_ref()) });
     shared.checker.equal("sigsuspend", &result, &Err(Errno::EINTR));

@@ -11,9 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use standstill_tests::workload::{
-    Args, Checker, Control, Mapping, Meter, Pattern, SelfState, check_rseq, now_us,
-};
+use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, check_rseq, now_us};
 
 use registers::{Registers, Width};
 

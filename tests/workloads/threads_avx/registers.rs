@@ -163,14 +163,8 @@ impl Registers {
     /// Registers that sleep 5 ms at a time and spin `spins` times in between.
     pub(crate) fn new(width: Width, spins: u64) -> Self {
         let sleep = if spins == 0 { 5_000_000 } else { 20_000_000 };
-        let areas = Areas {
-            load: [0; WORDS],
-            store: [0; WORDS],
-            default_mxcsr: 0,
-            default_x87: 0,
-            sleep: [0, sleep],
-            spins,
-        };
+        let areas =
+            Areas { load: [0; WORDS], store: [0; WORDS], default_mxcsr: 0, default_x87: 0, sleep: [0, sleep], spins };
         Self { width, areas: Box::new(areas) }
     }
 

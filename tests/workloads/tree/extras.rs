@@ -27,9 +27,7 @@ extern "C" fn count_posix_timer(_: i32) {
     TICKS[1].fetch_add(1, Ordering::SeqCst);
 }
 
-pub(crate) fn fork_all(control: &mut Control, dir: &Path) {
-    // The member without privileges must be able to write its verdict.
-    fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).expect("open the directory");
+pub(crate) fn fork_all(control: &mut Control) {
     fork_pending(control);
     fork_timers(control);
     fork_member(control, "limits", |_| {
@@ -39,6 +37,12 @@ pub(crate) fn fork_all(control: &mut Control, dir: &Path) {
         assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 7) }, 0, "setpriority");
     });
     fork_member(control, "no new privileges", |_| nix::sys::prctl::set_no_new_privs().expect("no_new_privs"));
+}
+
+/// A member that is another user and has lost its privileges.
+pub(crate) fn fork_nobody(control: &mut Control, dir: &Path) {
+    // It must be able to write its verdict.
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).expect("open the directory");
     fork_member(control, "nobody", |_| {
         let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65533));
         setgroups(&[Gid::from_raw(7), Gid::from_raw(1234)]).expect("setgroups");

@@ -31,7 +31,8 @@ pub(crate) fn build() {
         .status()
         .expect("cargo runs");
     assert!(status.success(), "parasite/blob does not build: see the messages above");
-    let elf = fs::read(Path::new(&out).join("blob").join(&target).join("release/restorer")).expect("the blob's ELF file");
+    let elf =
+        fs::read(Path::new(&out).join("blob").join(&target).join("release/restorer")).expect("the blob's ELF file");
     fs::write(Path::new(&out).join("restorer.bin"), flatten(&elf)).expect("OUT_DIR is writable");
 }
 

@@ -182,7 +182,11 @@ impl Image {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
-            FileKind::Socket(s) => s.local.is_empty() || (8..=128).contains(&s.local.len()) || s.family == libc::AF_UNIX && s.local.len() > 2,
+            FileKind::Socket(s) => {
+                s.local.is_empty()
+                    || (8..=128).contains(&s.local.len())
+                    || s.family == libc::AF_UNIX && s.local.len() > 2
+            }
             _ => true,
         };
         if whole { Ok(()) } else { Err(format!("what open file {} refers to is missing", file.id)) }
@@ -218,7 +222,10 @@ impl Image {
             while at < end {
                 while vmas.next_if(|v| v.end <= at).is_some() {}
                 match vmas.peek() {
-                    Some(v) if v.start <= at && matches!(v.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) => {
+                    Some(v)
+                        if v.start <= at
+                            && matches!(v.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) =>
+                    {
                         at = v.end;
                     }
                     _ => return Err(in_space(format!("page {at:x} is in no private mapping"))),
@@ -234,7 +241,9 @@ impl Image {
             let run_end = run.pages.checked_mul(4096).and_then(|len| run.start.checked_add(len));
             let in_store = run.store.checked_add(run.pages).is_some_and(|last| last <= self.pages.pages());
             match run_end {
-                Some(run_end) if run.pages > 0 && run.start % 4096 == 0 && run.start >= at && run_end <= end && in_store => {
+                Some(run_end)
+                    if run.pages > 0 && run.start % 4096 == 0 && run.start >= at && run_end <= end && in_store =>
+                {
                     at = run_end;
                 }
                 _ => return Err(format!("the pages at {:x} are out of order or not in the page store", run.start)),

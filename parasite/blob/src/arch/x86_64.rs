@@ -3,10 +3,10 @@
 use core::arch::{asm, global_asm};
 use standstill_parasite_abi::Task;
 
-pub(crate) const NR_WRITE: u32 = 1;
-pub(crate) const NR_PREAD64: u32 = 17;
-pub(crate) const NR_EXIT: u32 = 60;
-const NR_CLONE3: u32 = 435;
+pub(crate) const NR_WRITE: u64 = 1;
+pub(crate) const NR_PREAD64: u64 = 17;
+pub(crate) const NR_EXIT: u64 = 60;
+const NR_CLONE3: u64 = 435;
 
 // The first bytes of the blob. rdi: the Task; its stack top is at offset 32.
 global_asm!(
@@ -22,14 +22,14 @@ global_asm!(
 );
 
 /// A system call; the result as the kernel returns it.
-pub(crate) fn syscall(nr: u32, args: [u64; 6]) -> i64 {
+pub(crate) fn syscall(nr: u64, args: [u64; 6]) -> i64 {
     let result: i64;
     // SAFETY: the program was made by the engine for exactly this task; the interpreter's own memory (blob, programs,
     // stacks) is outside every address the engine lets a program unmap or map over.
     unsafe {
         asm!(
             "syscall",
-            inlateout("rax") u64::from(nr) => result,
+            inlateout("rax") nr => result,
             in("rdi") args[0],
             in("rsi") args[1],
             in("rdx") args[2],
@@ -61,7 +61,7 @@ pub(crate) fn clone(args: u64, size: u64, child: u64) -> i64 {
             "2:",
             stack = const core::mem::offset_of!(Task, stack),
             interpret = sym super::interpret,
-            inlateout("rax") u64::from(NR_CLONE3) => result,
+            inlateout("rax") NR_CLONE3 => result,
             in("rdi") args,
             in("rsi") size,
             in("r12") child,

@@ -21,7 +21,7 @@ pub struct Snapshot {
 }
 
 /// Files below `/proc/<pid>` that are taken as they are.
-const FILES: [&str; 11] = [
+const FILES: [&str; 10] = [
     "cmdline",
     "environ",
     "auxv",
@@ -30,7 +30,6 @@ const FILES: [&str; 11] = [
     "oom_score_adj",
     "coredump_filter",
     "timers",
-    "cgroup",
     "setgroups",
     "timerslack_ns",
 ];
@@ -54,6 +53,12 @@ const VOLATILE_STATUS: [&str; 13] = [
 
 /// How often a thread has gone to sleep: tells a parked thread from one that comes by the same place again and again.
 const SWITCHES: &str = "voluntary_ctxt_switches";
+
+/// System calls that run with a mask of their own: rt_sigtimedwait, rt_sigsuspend, pselect6, ppoll, epoll_pwait.
+const CHANGE_MASK: [&str; 5] = ["128", "130", "270", "271", "281"];
+
+/// In place of the mask during such a call.
+const MASK_OF_CALL: &str = "that of the system call";
 
 /// Fields of stat files that must stay, by their number in proc(5).
 const STAT_FIELDS: [(usize, &str); 16] = [
@@ -98,6 +103,9 @@ impl Snapshot {
         for file in FILES {
             self.add(key(file), proc::text(pid, file));
         }
+        // Named hierarchies may be mounted by anybody at any time.
+        let cgroup = proc::text(pid, "cgroup");
+        self.add(key("cgroup"), cgroup.lines().filter(|line| !line.contains("name=")).collect::<Vec<_>>().join("\n"));
         for link in ["cwd", "root", "exe"] {
             self.add(key(link), link_text(&proc::path(pid, link)));
         }
@@ -131,10 +139,15 @@ impl Snapshot {
     fn thread(&mut self, pid: Pid, thread: Pid) {
         let key = |name: &str| format!("{pid}/{thread} {name}");
         let file = |name: &str| proc::text(pid, &format!("task/{thread}/{name}"));
+        let syscall = file("syscall");
         for (name, value) in file("status").lines().filter_map(|line| line.split_once(':')) {
             if !VOLATILE_STATUS.contains(&name) {
                 self.add(key(name), value.trim().to_owned());
             }
+        }
+        let number = syscall.split(' ').next();
+        if number.is_some_and(|number| CHANGE_MASK.contains(&number)) {
+            self.add(key("SigBlk"), MASK_OF_CALL.to_owned());
         }
         let stat = proc_stat_fields(&format!("/proc/{pid}/task/{thread}/stat")).unwrap_or_default();
         let state = match stat.first().map(String::as_str) {
@@ -146,7 +159,7 @@ impl Snapshot {
         for (number, name) in STAT_FIELDS {
             self.add(key(name), stat.get(number - 3).cloned().unwrap_or_default());
         }
-        self.add(key("syscall"), file("syscall"));
+        self.add(key("syscall"), significant(&syscall));
         self.add(key("children"), file("children"));
     }
 
@@ -166,22 +179,26 @@ impl Snapshot {
 
     /// The facts that two snapshots of an undisturbed tree have in common: those that stay by themselves.
     pub fn stable(&self, later: &Self) -> Self {
-        let same = |name: &str| self.facts.get(name) == later.facts.get(name);
+        let equal = |name: &str| self.facts.get(name) == later.facts.get(name);
         let stable = |name: &str| match name.strip_suffix("syscall") {
-            Some(thread) => same(name) && same(&format!("{thread}{SWITCHES}")),
-            None => same(name) && !name.ends_with(SWITCHES),
+            Some(thread) => equal(name) && equal(&format!("{thread}{SWITCHES}")),
+            None => equal(name) && !name.ends_with(SWITCHES),
         };
         let facts = self.facts.iter().filter(|(name, _)| stable(name));
+        Self { facts: facts.map(|(name, value)| (name.clone(), value.clone())).collect() }
+    }
+
+    /// The facts that are not the same in the other snapshot.
+    pub fn differing(&self, other: &Self) -> Self {
+        let facts = self.facts.iter().filter(|(name, was)| !same(name, was, other.facts.get(*name)));
         Self { facts: facts.map(|(name, value)| (name.clone(), value.clone())).collect() }
     }
 
     /// Facts that are no longer as they were, and with `also_new` those that were not there before.
     pub fn changes(&self, after: &Self, also_new: bool) -> Vec<String> {
         let mut changes: Vec<String> = Vec::new();
-        for (name, was) in &self.facts {
+        for (name, was) in &self.differing(after).facts {
             match after.facts.get(name) {
-                _ if name.ends_with(SWITCHES) => {}
-                Some(is) if is == was || resumed(name, was, is) => {}
                 Some(is) => changes.push(format!("{name}: {}", difference(was, is))),
                 None => changes.push(format!("{name}: gone, was {was:?}")),
             }
@@ -191,6 +208,24 @@ impl Snapshot {
             changes.extend(new.map(|(name, is)| format!("{name}: new, is {is:?}")));
         }
         changes
+    }
+}
+
+/// True when a fact is as it was, as far as it should be.
+fn same(name: &str, was: &str, is: Option<&String>) -> bool {
+    let waits = |value: &str| value == MASK_OF_CALL;
+    name.ends_with(SWITCHES) || is.is_some_and(|is| is == was || resumed(name, was, is) || waits(is) || waits(was))
+}
+
+/// The system call of a thread. The kernel itself ends epoll_wait(2) and rt_sigtimedwait(2) with `EINTR` at any stop,
+/// after which a program calls them again: then the registers behind their four arguments may hold something else.
+fn significant(syscall: &str) -> String {
+    let words: Vec<&str> = syscall.split_whitespace().collect();
+    match words.as_slice() {
+        [number @ ("128" | "232" | "281"), arguments @ .., sp, ip] => {
+            format!("{number} {} … {sp} {ip}", arguments[..4].join(" "))
+        }
+        words => words.join(" "),
     }
 }
 

@@ -5,12 +5,18 @@ use std::collections::BTreeMap;
 use super::Snapshot;
 
 /// Facts that are those of the process that did the restore, or of the moment.
-const NEW_ON_RESTORE: [&str; 6] = ["syscall", "start time", "FDSize", "children", "VmSize", "VmData"];
+const NEW_ON_RESTORE: [&str; 4] = ["syscall", "start time", "FDSize", "children"];
 
 /// Lines of fdinfo files that are ids of the kernel's.
 const KERNEL_IDS: [&str; 4] = ["mnt_id", "ino", "eventfd-id", "scm_fds"];
 
 impl Snapshot {
+    /// Leaves out the address space, which a running program may change at any time.
+    pub fn without_memory(mut self) -> Self {
+        self.facts.retain(|name, _| !name.contains(" map ") && !name.contains(" Vm"));
+        self
+    }
+
     /// The facts that a restored tree must have in common with the original one. The root's parent and what the list of
     /// facts that are `NEW_ON_RESTORE` says are left out; pipes, sockets and shared memory are numbered in the order in
     /// which they appear.
@@ -61,14 +67,20 @@ impl Ids {
 
 fn without_ids(info: &str) -> String {
     let keep = |line: &&str| !KERNEL_IDS.iter().any(|id| line.starts_with(&format!("{id}:")));
-    let lines = info.lines().filter(keep).map(|line| {
-        // Entries of an epoll instance name the inode watched.
-        line.strip_prefix("tfd:").map_or_else(
-            || line.to_owned(),
-            |entry| format!("tfd: {}", entry.split_whitespace().take(5).collect::<Vec<_>>().join(" ")),
-        )
-    });
-    lines.collect::<Vec<_>>().join("\n")
+    let mut lines: Vec<String> = info
+        .lines()
+        .filter(keep)
+        .map(|line| {
+            // Entries of an epoll instance name the inode watched.
+            line.strip_prefix("tfd:").map_or_else(
+                || line.to_owned(),
+                |entry| format!("tfd: {}", entry.split_whitespace().take(5).collect::<Vec<_>>().join(" ")),
+            )
+        })
+        .collect();
+    // The entries come in the order of kernel addresses.
+    lines.sort_by_key(|line| (line.starts_with("tfd:"), line.starts_with("tfd:").then(|| line.clone())));
+    lines.join("\n")
 }
 
 /// One mapping as a snapshot tells it.
@@ -97,9 +109,7 @@ fn merge_maps(facts: &mut BTreeMap<String, String>, ids: &mut Ids) {
         }
     }
     for (name, map) in merged {
-        // A heap grows as it is used.
-        let end = if map.file.ends_with("[heap]") { 0 } else { map.end };
-        facts.insert(name, format!("{end:x} {} {:x} {}", map.protection, map.offset, map.file));
+        facts.insert(name, format!("{:x} {} {:x} {}", map.end, map.protection, map.offset, map.file));
     }
 }
 
@@ -120,7 +130,9 @@ fn parse_map(name: &str, value: &str, ids: &mut Ids) -> Option<Map> {
     let inode = words.next()?;
     let path = words.next().unwrap_or("");
     // Memory without a real file has a new inode after each restore, but the same one in each process.
-    let nameless = path.ends_with("(deleted)") || path.starts_with("/memfd:") || path.starts_with("/dev/zero");
+    let nameless = path.ends_with("(deleted)");
+    // Shared anonymous memory may come back as a memfd of the same name.
+    let path = path.replace("/memfd:/dev/zero", "/dev/zero");
     let file = match inode {
         _ if nameless => format!("{path} number {}", ids.number(&format!("{device} {inode}"))),
         _ => format!("{inode} {path}"),

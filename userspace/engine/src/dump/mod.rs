@@ -268,17 +268,27 @@ fn observer(reader: Reader) -> Result<Option<Iterators>> {
 }
 
 /// Descriptors and thread states, from the iterators or else from procfs.
-fn read(pids: &[i32], reader: Reader, observer: &mut Option<Iterators>) -> Result<(Vec<FdEntry>, HashMap<i32, ThreadState>)> {
+fn read(
+    pids: &[i32],
+    reader: Reader,
+    observer: &mut Option<Iterators>,
+) -> Result<(Vec<FdEntry>, HashMap<i32, ThreadState>)> {
     if let Some(iterators) = observer {
         let both = iterators.files(pids).and_then(|files| Ok((files, iterators.threads(pids)?)));
         match both {
             Ok((files, threads)) => return Ok((files, threads.into_iter().map(|t| (t.tid, t)).collect())),
             Err(e) if reader == Reader::Auto => warn!("the eBPF iterators failed: {e}; reading procfs instead"),
-            Err(e) => return Err(Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }),
+            Err(e) => {
+                return Err(Error::Missing {
+                    what: format!("the eBPF reader ({e})"),
+                    remedy: "use --reader procfs".into(),
+                });
+            }
         }
         *observer = None;
     }
-    let files = observe::procfs::files(pids).map_err(|e| Error::System { call: "read descriptors from procfs".into(), source: std::io::Error::other(e) })?;
+    let files = observe::procfs::files(pids)
+        .map_err(|e| Error::System { call: "read descriptors from procfs".into(), source: std::io::Error::other(e) })?;
     Ok((files, HashMap::new()))
 }
 

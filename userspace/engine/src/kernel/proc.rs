@@ -53,7 +53,6 @@ pub(crate) struct Stat {
     pub pgid: i32,
     pub sid: i32,
     pub flags: u64,
-    pub start_time: u64,
     pub start_code: u64,
     pub end_code: u64,
     pub start_stack: u64,
@@ -88,7 +87,6 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
         pgid: field(5)?.parse().ok()?,
         sid: field(6)?.parse().ok()?,
         flags: address(9)?,
-        start_time: address(22)?,
         start_code: address(26)?,
         end_code: address(27)?,
         start_stack: address(28)?,
@@ -199,11 +197,7 @@ pub(crate) fn maps(pid: i32) -> io::Result<Vec<MapLine>> {
             let mut fields = line.splitn(6, ' ');
             let (start, end) = fields.next()?.split_once('-')?;
             let name = fields.nth(4).unwrap_or("").trim_start().to_string();
-            Some(MapLine {
-                start: u64::from_str_radix(start, 16).ok()?,
-                end: u64::from_str_radix(end, 16).ok()?,
-                name,
-            })
+            Some(MapLine { start: u64::from_str_radix(start, 16).ok()?, end: u64::from_str_radix(end, 16).ok()?, name })
         })
         .collect::<Option<_>>()
         .ok_or_else(|| invalid("/proc/pid/maps"))

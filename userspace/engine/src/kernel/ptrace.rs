@@ -37,11 +37,6 @@ pub(crate) fn detach(tid: i32, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_DETACH, tid, 0, signal as usize).map(drop)
 }
 
-/// PTRACE_SETOPTIONS.
-pub(crate) fn set_options(tid: i32, options: i32) -> io::Result<()> {
-    request(libc::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop)
-}
-
 /// The general registers.
 pub(crate) fn registers(tid: i32) -> io::Result<Registers> {
     let mut regs = Registers::default();

@@ -53,14 +53,6 @@ pub(crate) fn process_vm_read(pid: i32, address: u64, buffer: &mut [u8]) -> io::
     Ok(nix::sys::uio::process_vm_readv(nix::unistd::Pid::from_raw(pid), &mut local, &remote)?)
 }
 
-/// process_vm_readv(2) of several remote ranges, gathered into one buffer; the number of bytes read.
-pub(crate) fn process_vm_gather(pid: i32, ranges: &[(u64, usize)], buffer: &mut [u8]) -> io::Result<usize> {
-    let remote: Vec<_> =
-        ranges.iter().map(|&(base, len)| nix::sys::uio::RemoteIoVec { base: base as usize, len }).collect();
-    let mut local = [IoSliceMut::new(buffer)];
-    Ok(nix::sys::uio::process_vm_readv(nix::unistd::Pid::from_raw(pid), &mut local, &remote)?)
-}
-
 /// clone3(2), Linux 5.5: all signal actions of the child are the default ones.
 pub(crate) const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 
@@ -115,12 +107,6 @@ pub(crate) fn get_robust_list(tid: i32) -> io::Result<(u64, u64)> {
     // SAFETY: both pointers are to writable words of the size the kernel stores.
     unsafe { check(libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len))? };
     Ok((head, len))
-}
-
-/// Blocks every signal of the calling thread; gives back the mask that was in force.
-pub(crate) fn block_signals() -> io::Result<nix::sys::signal::SigSet> {
-    use nix::sys::signal::{SigSet, SigmaskHow};
-    Ok(SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?)
 }
 
 /// Memory mapped into this process; unmapped on drop.

@@ -9,9 +9,7 @@ use crate::{
     },
     objects::{Collected, regular, shared_memory},
 };
-use standstill_images::types::{
-    AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags,
-};
+use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
 use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -27,7 +25,12 @@ pub(crate) struct PrivatePages {
 }
 
 /// Reads the address space of a process, all but the contents of its pages.
-pub(crate) fn collect(pid: i32, id: AddressSpaceId, brk: u64, all: &mut Collected) -> Result<(AddressSpace, PrivatePages)> {
+pub(crate) fn collect(
+    pid: i32,
+    id: AddressSpaceId,
+    brk: u64,
+    all: &mut Collected,
+) -> Result<(AddressSpace, PrivatePages)> {
     let mapped = smaps::read(pid).context(|| format!("read the mappings of {pid}"))?;
     let mut vmas = Vec::with_capacity(mapped.len());
     let mut pages = PrivatePages { pid, ranges: Vec::new(), unreadable: Vec::new() };
@@ -82,7 +85,15 @@ fn executable(pid: i32, all: &mut Collected) -> Result<OpenFileId> {
     mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)
 }
 
-fn mapped_file(pid: i32, name: &Path, link: &Path, dev: u64, ino: u64, writable: bool, all: &mut Collected) -> Result<OpenFileId> {
+fn mapped_file(
+    pid: i32,
+    name: &Path,
+    link: &Path,
+    dev: u64,
+    ino: u64,
+    writable: bool,
+    all: &mut Collected,
+) -> Result<OpenFileId> {
     let refuse = |why: &str| Error::unsupported(pid, format!("the mapped file {}", name.display()), why.to_string());
     all.mapped(dev, ino, writable, |all| {
         let meta = std::fs::metadata(link).context(|| format!("stat {}", link.display()))?;
@@ -123,7 +134,8 @@ fn refuse_special(pid: i32, map: &Mapped) -> Result<()> {
 }
 
 fn record(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Vma> {
-    let kernel = [&b"[vdso]"[..], b"[uprobes]", b"[vectors]"].contains(&map.name.as_slice()) || map.name.starts_with(b"[vvar");
+    let kernel =
+        [&b"[vdso]"[..], b"[uprobes]", b"[vectors]"].contains(&map.name.as_slice()) || map.name.starts_with(b"[vvar");
     let backing = if kernel {
         Backing::Kernel { name: map.name.as_slice().into() }
     } else {

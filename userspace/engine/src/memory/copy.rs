@@ -44,7 +44,12 @@ impl<'a> Copier<'a> {
 
     /// Copies the pages of a process. Pages whose frame `parent`, copied before, has at the same address are stored
     /// once. `has_children`: remember the frames for them.
-    pub(crate) fn private(&mut self, pages: &PrivatePages, parent: Option<i32>, has_children: bool) -> Result<Vec<PageRun>> {
+    pub(crate) fn private(
+        &mut self,
+        pages: &PrivatePages,
+        parent: Option<i32>,
+        has_children: bool,
+    ) -> Result<Vec<PageRun>> {
         let pid = pages.pid;
         let with_frames = has_children || parent.is_some_and(|p| self.frames.contains_key(&p));
         let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
@@ -91,7 +96,14 @@ impl<'a> Copier<'a> {
         Ok(runs)
     }
 
-    fn range(&mut self, pid: i32, range: Range, pages: &PrivatePages, memory: &File, runs: &mut Vec<PageRun>) -> Result<()> {
+    fn range(
+        &mut self,
+        pid: i32,
+        range: Range,
+        pages: &PrivatePages,
+        memory: &File,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<()> {
         // process_vm_readv(2) keeps to the process's own protections; /proc/pid/mem does not.
         let unreadable = pages.unreadable.iter().any(|u| u.start < range.end && range.start < u.end);
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -170,7 +182,9 @@ impl<'a> Copier<'a> {
 /// Adds pages to a list of runs.
 fn push(runs: &mut Vec<PageRun>, start: u64, pages: u64, store: u64) {
     match runs.last_mut() {
-        Some(last) if last.start + last.pages * PAGE == start && last.store + last.pages == store => last.pages += pages,
+        Some(last) if last.start + last.pages * PAGE == start && last.store + last.pages == store => {
+            last.pages += pages
+        }
         _ => runs.push(PageRun { start, pages, store }),
     }
 }

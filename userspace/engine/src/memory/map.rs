@@ -140,8 +140,14 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) {
     if vma.flags.noreserve {
         flags |= libc::MAP_NORESERVE;
     }
-    let args: [Arg; 6] =
-        [vma.start.into(), (vma.end - vma.start).into(), u64::from(prot).into(), flags.into(), fd.into(), offset.into()];
+    let args: [Arg; 6] = [
+        vma.start.into(),
+        (vma.end - vma.start).into(),
+        u64::from(prot).into(),
+        flags.into(),
+        fd.into(),
+        offset.into(),
+    ];
     program.call_expecting(format!("map {:x}-{:x}", vma.start, vma.end), libc::SYS_mmap, &args, vma.start);
     // Before the pages are touched: these decide how they are allocated.
     for (set, advice) in [(vma.flags.hugepage, libc::MADV_HUGEPAGE), (vma.flags.nohugepage, libc::MADV_NOHUGEPAGE)] {

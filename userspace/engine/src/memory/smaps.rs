@@ -39,10 +39,7 @@ fn parse(text: &[u8]) -> Option<Vec<Mapped>> {
     for line in text.split(|&b| b == b'\n') {
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
             let last = all.last_mut()?;
-            last.flags = flags
-                .split(|&b| b == b' ')
-                .filter_map(|word| <[u8; 2]>::try_from(word).ok())
-                .collect();
+            last.flags = flags.split(|&b| b == b' ').filter_map(|word| <[u8; 2]>::try_from(word).ok()).collect();
         } else if line.first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
             // Other lines begin with a capital letter.
             all.push(header(line)?);

@@ -45,7 +45,10 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry]) -> Result<FileKind> {
                 .filter(|e| e.fd == line.fd && (line.ino == 0 || e.ino == line.ino))
                 .min_by_key(|e| e.tgid != entry.tgid)
                 .ok_or_else(|| {
-                    refuse(entry, &format!("descriptor {}, which it watches, was closed but is still open elsewhere", line.fd))
+                    refuse(
+                        entry,
+                        &format!("descriptor {}, which it watches, was closed but is still open elsewhere", line.fd),
+                    )
                 })?;
             Ok(EpollTarget { fd: line.fd, file: target.file.0, events: line.events, data: line.data })
         })
@@ -74,7 +77,8 @@ mod tests {
 
     #[test]
     fn fdinfo_of_a_set() {
-        let text = "pos:\t0\nflags:\t02\ntfd:        5 events:       1d data: ffffffffffffffff  pos:0 ino:61af sdev:7\n";
+        let text =
+            "pos:\t0\nflags:\t02\ntfd:        5 events:       1d data: ffffffffffffffff  pos:0 ino:61af sdev:7\n";
         let lines = parse(text).unwrap();
         let line = &lines[0];
         assert_eq!((line.fd, line.events, line.data, line.ino), (5, 0x1d, u64::MAX, 0x61af));

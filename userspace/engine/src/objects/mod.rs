@@ -21,9 +21,7 @@ use crate::{
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
-use standstill_images::types::{
-    FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId,
-};
+use standstill_images::types::{FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId};
 use std::{
     collections::{BTreeMap, HashMap},
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -60,9 +58,12 @@ impl Collected {
 
     /// A duplicate of a descriptor of the target.
     pub(crate) fn duplicate(&mut self, entry: &FdEntry) -> Result<OwnedFd> {
-        let failed = |e| Error::System { call: format!("duplicate descriptor {} of process {}", entry.fd, entry.tgid), source: e };
-        if !self.pidfds.contains_key(&entry.tgid) {
-            self.pidfds.insert(entry.tgid, sys::pidfd_open(entry.tgid).map_err(failed)?);
+        let failed = |e| Error::System {
+            call: format!("duplicate descriptor {} of process {}", entry.fd, entry.tgid),
+            source: e,
+        };
+        if let std::collections::hash_map::Entry::Vacant(e) = self.pidfds.entry(entry.tgid) {
+            e.insert(sys::pidfd_open(entry.tgid).map_err(failed)?);
         }
         sys::pidfd_getfd(self.pidfds[&entry.tgid].as_fd(), entry.fd).map_err(failed)
     }
@@ -187,9 +188,15 @@ pub(crate) fn create(
         }],
     };
     for (file, &fd) in files.iter().zip(&made) {
-        let seekable = matches!(file.kind, FileKind::Regular(_) | FileKind::SharedMemory { .. } | FileKind::Directory { .. });
+        let seekable =
+            matches!(file.kind, FileKind::Regular(_) | FileKind::SharedMemory { .. } | FileKind::Directory { .. });
         if seekable && file.pos != 0 && file.flags & libc::O_PATH as u32 == 0 {
-            program.call_expecting("set the file offset", libc::SYS_lseek, &[fd.into(), file.pos.into(), libc::SEEK_SET.into()], file.pos);
+            program.call_expecting(
+                "set the file offset",
+                libc::SYS_lseek,
+                &[fd.into(), file.pos.into(), libc::SEEK_SET.into()],
+                file.pos,
+            );
         }
         if let Some(owner) = &file.owner {
             let words = [owner.kind, owner.pid].iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>();

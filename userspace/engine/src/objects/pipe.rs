@@ -42,7 +42,9 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
 fn peek(pipe: &OwnedFd, capacity: u32) -> nix::Result<Vec<Vec<u8>>> {
     let mut waiting = 0i32;
     // SAFETY: FIONREAD stores an int.
-    nix::errno::Errno::result(unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(pipe), libc::FIONREAD, &raw mut waiting) })?;
+    nix::errno::Errno::result(unsafe {
+        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(pipe), libc::FIONREAD, &raw mut waiting)
+    })?;
     if waiting == 0 {
         return Ok(Vec::new());
     }

@@ -24,14 +24,7 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
 }
 
 /// The record of the file at `path`, provided that the name still leads to this inode.
-pub(crate) fn describe(
-    path: &Path,
-    size: u64,
-    mtime: (i64, u32),
-    mode: u32,
-    dev: u64,
-    ino: u64,
-) -> Option<FileKind> {
+pub(crate) fn describe(path: &Path, size: u64, mtime: (i64, u32), mode: u32, dev: u64, ino: u64) -> Option<FileKind> {
     let found = std::fs::metadata(path).ok()?;
     // Overlay and btrfs give files other device numbers than their inodes have: the inode number must do there.
     if found.ino() != ino && found.dev() == dev {

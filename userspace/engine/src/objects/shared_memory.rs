@@ -82,15 +82,19 @@ pub(crate) fn make(object: &SharedMemory) -> Result<OwnedFd> {
         SharedMemoryKind::Anonymous => {
             let context = || "make shared anonymous memory".to_string();
             let mapping = Mapping::shared(object.size.max(1).next_multiple_of(PAGE)).context(context)?;
-            let link =
-                format!("/proc/self/map_files/{:x}-{:x}", mapping.start(), mapping.start() + object.size.next_multiple_of(PAGE));
+            let link = format!(
+                "/proc/self/map_files/{:x}-{:x}",
+                mapping.start(),
+                mapping.start() + object.size.next_multiple_of(PAGE)
+            );
             let file = std::fs::OpenOptions::new().read(true).write(true).open(link).context(context)?;
             Ok(file.into())
         }
         SharedMemoryKind::Memfd { name, mode, owner, .. } => {
             let context = || format!("memfd_create {}", name.lossy());
             let c_name = std::ffi::CString::new(name.0.clone()).map_err(io::Error::other).context(context)?;
-            let fd = memfd_create(c_name.as_c_str(), MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC).context(context)?;
+            let fd = memfd_create(c_name.as_c_str(), MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC)
+                .context(context)?;
             ftruncate(&fd, object.size as i64).context(context)?;
             let file = File::from(fd.try_clone().context(context)?);
             file.set_permissions(PermissionsExt::from_mode(*mode)).context(context)?;
@@ -137,6 +141,12 @@ pub(crate) fn seal(fd: &OwnedFd, object: &SharedMemory) -> Result<()> {
 }
 
 /// Opens the object once more, from the descriptor that every task inherits.
-pub(super) fn create(_: &SharedMemory, inherited: i32, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+pub(super) fn create(
+    _: &SharedMemory,
+    inherited: i32,
+    flags: u32,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> i32 {
     regular::open(format!("/proc/self/fd/{inherited}").as_bytes(), flags, numbers, program)
 }

@@ -73,7 +73,9 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let stream = matches!(kind, libc::SOCK_STREAM | libc::SOCK_SEQPACKET);
     match (family, kind) {
         (libc::AF_UNIX, _) | (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM | libc::SOCK_DGRAM) => {}
-        _ => return Err(refuse(entry, &format!("sockets of family {family}, type {kind} are not supported: close it"))),
+        _ => {
+            return Err(refuse(entry, &format!("sockets of family {family}, type {kind} are not supported: close it")));
+        }
     }
     if address(&fd, libc::getpeername).is_ok() {
         return Err(refuse(entry, "the socket is connected: close the connection before the dump"));
@@ -95,11 +97,10 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let local = if bound { local } else { Vec::new() };
     let mut options = Vec::new();
     for &(level, name) in OPTIONS {
-        if let Ok(value) = option(&fd, level, name) {
-            if name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET {
+        if let Ok(value) = option(&fd, level, name)
+            && (name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET) {
                 options.push((level, name, value));
             }
-        }
     }
     for (name, force) in [(libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)] {
         // The kernel doubles what is set, and reports the doubled value.
@@ -128,7 +129,8 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
 }
 
 fn unix_path(address: &[u8]) -> Option<PathBuf> {
-    let name = address.get(2..).filter(|n| address.starts_with(&(libc::AF_UNIX as u16).to_ne_bytes()) && !n.is_empty())?;
+    let name =
+        address.get(2..).filter(|n| address.starts_with(&(libc::AF_UNIX as u16).to_ne_bytes()) && !n.is_empty())?;
     if name[0] == 0 {
         return None;
     }
@@ -208,4 +210,3 @@ fn describe(address: &[u8]) -> String {
         _ => String::from_utf8_lossy(&address[2..]).replace('\0', "@"),
     }
 }
-

@@ -1,60 +1,248 @@
-//! What eBPF iterators and procfs tell about a tree.
+//! What eBPF iterators and procfs tell about a tree, in types that do not say who told it.
+//!
+//! [`Iterators`] asks the kernel through BPF iterators (`iter/task_file`, `iter/task`, `iter/task_vma`); [`procfs`]
+//! answers the same questions without BPF, more slowly. Both give equal values for the same tree, so a caller can take
+//! whichever works. Numbers of processes and threads are those of the reader's pid namespace.
+//!
+//! Kernel addresses decide which objects are the same. They are turned into small numbers here and go no further.
 
+#[cfg(feature = "ebpf")]
+mod iter;
+#[cfg(not(feature = "ebpf"))]
+#[path = "absent.rs"]
+mod iter;
 pub mod procfs;
 
-use std::path::PathBuf;
+pub use iter::Iterators;
+
+use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
+use std::{io, path::PathBuf};
 
 /// Identity of an open file description within one reading: same description, same number.
+///
+/// Numbered from 0 by first appearance in the order of (process, descriptor).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
 
-/// A descriptor and the open file description behind it.
+/// A descriptor and the open file description (`struct file`) behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FdEntry {
+    /// Process.
     pub tgid: i32,
+    /// Number of the descriptor.
     pub fd: i32,
+    /// FD_CLOEXEC.
     pub cloexec: bool,
+    /// The open file description.
     pub file: FileId,
+    /// `f_flags` as `/proc/pid/fdinfo` shows them, O_CLOEXEC removed; O_LARGEFILE is among them.
     pub flags: u32,
+    /// File offset.
     pub pos: i64,
+    /// `st_ino`.
     pub ino: u64,
+    /// `st_dev`.
     pub dev: u64,
+    /// `st_mode`: type and permission bits.
     pub mode: u32,
+    /// `st_rdev`.
     pub rdev: u64,
+    /// `st_size`.
     pub size: u64,
+    /// `st_mtim`: seconds and nanoseconds.
     pub mtime: (i64, u32),
+    /// `st_nlink`.
     pub nlink: u32,
+    /// What readlink(2) of `/proc/pid/fd/N` says: `/x`, `/x (deleted)`, `pipe:[7]`, `anon_inode:[eventfd]`.
     pub path: PathBuf,
 }
 
+/// Identity of an object that tasks can share (CLONE_VM, CLONE_FILES, CLONE_FS, CLONE_SIGHAND, CLONE_THREAD) within one
+/// reading: same kind and same number, same object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SharedId(pub u32);
+
+/// What a wait with a timeout left in the kernel's `restart_block` when it was interrupted.
+///
+/// Old until the next such interruption: it means something only if the thread's registers say that it is about to make
+/// restart_syscall(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RestartBlock {
+    /// Nothing.
+    None,
+    /// nanosleep(2), clock_nanosleep(2).
+    Nanosleep {
+        /// Clock that `expires_ns` is on.
+        clock: i32,
+        /// End of the sleep.
+        expires_ns: u64,
+        /// Where the rest is stored if a handler interrupts the sleep; 0: nowhere.
+        rmtp: u64,
+    },
+    /// futex(2) FUTEX_WAIT and FUTEX_WAIT_BITSET.
+    Futex {
+        /// The futex word.
+        uaddr: u64,
+        /// Value expected in it.
+        val: u32,
+        /// Wake-up mask.
+        bitset: u32,
+        /// The kernel's `FLAGS_*`: 1 FLAGS_CLOCKRT in its own numbering, which differs between versions.
+        flags: u32,
+        /// End of the wait; CLOCK_MONOTONIC, or CLOCK_REALTIME where FUTEX_CLOCK_REALTIME was given.
+        expires_ns: u64,
+    },
+    /// poll(2).
+    Poll {
+        /// Array of `struct pollfd`.
+        ufds: u64,
+        /// Its length.
+        nfds: u32,
+        /// End of the wait on CLOCK_MONOTONIC; `None`: no limit.
+        expires_ns: Option<u64>,
+    },
+    /// A wait of a kind that this version does not know.
+    Unknown,
+}
+
+/// A thread, as far as ptrace(2) and procfs do not tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ThreadState {
+    /// Process.
+    pub tgid: i32,
+    /// Thread.
     pub tid: i32,
-    pub altstack: standstill_images::types::AltStack,
+    /// sigaltstack(2), without SS_ONSTACK.
+    pub altstack: AltStack,
+    /// set_tid_address(2).
     pub clear_child_tid: u64,
+    /// Head given to set_robust_list(2); 0: none.
+    pub robust_list: u64,
+    /// PR_SET_PDEATHSIG.
     pub pdeath_signal: i32,
+    /// Signal sent to the parent at exit; -1 for threads other than the leader.
+    pub exit_signal: i32,
+    /// Blocked signals.
+    pub blocked: u64,
+    /// What an interrupted wait left behind.
+    pub restart: RestartBlock,
+    /// How much of that wait was left when this was read, in nanoseconds; `None`: no such wait, or without limit.
     pub remaining_ns: Option<u64>,
+    /// Memory; `None` once it has exited.
+    pub mm: Option<SharedId>,
+    /// Descriptor table; `None` once it has exited.
+    pub files: Option<SharedId>,
+    /// Working directory, root and umask; `None` once it has exited.
+    pub fs: Option<SharedId>,
+    /// Signal handlers; `None` once it has exited.
+    pub sighand: Option<SharedId>,
 }
 
+/// A process, as far as its threads share it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessState {
+    /// Process.
+    pub tgid: i32,
+    /// Its threads by number, the leader first.
+    pub threads: Vec<ThreadState>,
+    /// Status for wait(2) if the leader has exited.
+    pub exited: Option<i32>,
+    /// Actions of all signals whose action is not the default.
+    pub sigactions: Vec<SigAction>,
+    /// ITIMER_REAL.
+    pub itimer_real: ITimer,
+    /// Soft and hard resource limits by RLIMIT number.
+    pub rlimits: Vec<(u64, u64)>,
+    /// Addresses of the parts of the program; `None` once the leader has exited.
+    pub layout: Option<MmLayout>,
+    /// File mode creation mask.
+    pub umask: u32,
+    /// PR_SET_CHILD_SUBREAPER.
+    pub child_subreaper: bool,
+}
+
+/// A mapping.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmaEntry {
+    /// Process.
+    pub tgid: i32,
+    /// First address.
+    pub start: u64,
+    /// Address after the last.
+    pub end: u64,
+    /// `PROT_*` bits.
+    pub prot: u8,
+    /// MAP_SHARED.
+    pub shared: bool,
+    /// Offset in the file, in bytes.
+    pub offset: u64,
+    /// Device of the file as `/proc/pid/maps` shows it, in stat's encoding; 0: no file.
+    pub dev: u64,
+    /// Inode number of the file; 0: no file.
+    pub ino: u64,
+    /// The name in `/proc/pid/maps`: a path, `[heap]`, `[stack]`, `[vdso]`, `[anon:x]`; empty: none.
+    pub name: PathBuf,
+    /// Attributes in the letters of smaps (`VmFlags`), without those that come and go by themselves.
+    pub flags: Vec<[u8; 2]>,
+}
+
+/// Why something could not be observed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ObserveError {
-    #[error("this build has no observers")]
+    /// Built without the feature `ebpf`.
+    #[error("this build has no eBPF programs (feature `ebpf`)")]
     NotBuilt,
-    #[error("{0}")]
-    Io(#[from] std::io::Error),
+    /// The kernel does not describe its types.
+    #[error("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF): {path}: {source}")]
+    NoBtf {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: io::Error,
+    },
+    /// The kernel's BTF is damaged or of an unknown version.
+    #[error("the kernel's BTF cannot be read: {0}")]
+    BadBtf(&'static str),
+    /// A structure of this kernel lacks a field that the programs read.
+    #[error("struct {structure} of this kernel has no field {field}")]
+    MissingField {
+        /// Structure.
+        structure: &'static str,
+        /// Field.
+        field: &'static str,
+    },
+    /// A privilege is missing.
+    #[error("{0} is missing")]
+    MissingCapability(&'static str),
+    /// A program does not load.
+    #[error("eBPF program {program} does not load: {reason}")]
+    Load {
+        /// Program.
+        program: &'static str,
+        /// What the kernel or the loader says, with the end of the verifier's log.
+        reason: String,
+    },
+    /// A program wrote something that makes no sense.
+    #[error("unexpected record from eBPF program {0}")]
+    BadRecord(&'static str),
+    /// A system call or a file of procfs failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// Call and object.
+        what: String,
+        /// Its errno.
+        source: io::Error,
+    },
 }
 
-pub struct Iterators;
-impl Iterators {
-    pub fn load() -> Result<Self, ObserveError> {
-        Err(ObserveError::NotBuilt)
-    }
-    pub fn prefetch_paths(&mut self, _: &[i32]) -> Result<(), ObserveError> {
-        Ok(())
-    }
-    pub fn files(&mut self, _: &[i32]) -> Result<Vec<FdEntry>, ObserveError> {
-        Ok(vec![])
-    }
-    pub fn threads(&mut self, _: &[i32]) -> Result<Vec<ThreadState>, ObserveError> {
-        Ok(vec![])
+impl ObserveError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
     }
 }
+
+/// Result of an observation.
+pub type Result<T, E = ObserveError> = std::result::Result<T, E>;

@@ -29,7 +29,8 @@ impl HighNumbers {
         let free = free.or_else(|| (0..self.limit).rev().find(|n| !self.used.contains(n)));
         let number = free.ok_or_else(|| Error::Missing {
             what: "room for descriptors".into(),
-            remedy: "raise the hard limit RLIMIT_NOFILE (ulimit -Hn) above the number of files the tree has open".into(),
+            remedy: "raise the hard limit RLIMIT_NOFILE (ulimit -Hn) above the number of files the tree has open"
+                .into(),
         })?;
         self.used.insert(number);
         Ok(number)
@@ -111,7 +112,12 @@ impl<'a> Distribution<'a> {
     }
 
     /// The root's part: makes what several tasks have.
-    pub(crate) fn make_inherited(&self, refs: &Referenced<'_>, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+    pub(crate) fn make_inherited(
+        &self,
+        refs: &Referenced<'_>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<()> {
         for group in self.groups.values().filter(|g| self.inherited.contains_key(&g[0].id)) {
             let made = objects::create(group, refs, numbers, program)?;
             for (file, fd) in group.iter().zip(made) {
@@ -144,9 +150,10 @@ impl<'a> Distribution<'a> {
                 let mut made = objects::create(group, refs, numbers, program)?;
                 let targets = |file: &OpenFile| places.get(&file.id).map_or(&[][..], Vec::as_slice);
                 let in_the_way = group.len() > 1
-                    && group.iter().zip(&made).any(|(f, own)| {
-                        targets(f).iter().any(|(fd, _)| fd != own && made.contains(fd))
-                    });
+                    && group
+                        .iter()
+                        .zip(&made)
+                        .any(|(f, own)| targets(f).iter().any(|(fd, _)| fd != own && made.contains(fd)));
                 if in_the_way {
                     for (fd, &scratch) in made.iter_mut().zip(&self.scratch) {
                         move_to(*fd, scratch, numbers, program);
@@ -159,13 +166,12 @@ impl<'a> Distribution<'a> {
             }
         }
         for d in &table.fds {
-            if let FileKind::Epoll { targets } = &self.files[&d.file].kind {
-                if self.epoll_owner.get(&d.file) == Some(&table.id) && places[&d.file][0].0 == d.fd {
+            if let FileKind::Epoll { targets } = &self.files[&d.file].kind
+                && self.epoll_owner.get(&d.file) == Some(&table.id) && places[&d.file][0].0 == d.fd {
                     for target in targets {
                         epoll::add(d.fd, target, program);
                     }
                 }
-            }
         }
         Ok(())
     }

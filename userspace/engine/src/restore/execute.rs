@@ -22,7 +22,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 use tracing::{debug, info, warn};
@@ -75,7 +75,10 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     // The page store is checked while the tasks read it: the tree does not run before the check is over.
     std::thread::scope(|scope| {
         let check = scope.spawn(|| image.verify_pages());
-        let result = run.to_stage(Stage::Forked).and_then(|()| run.to_stage(Stage::Groups)).and_then(|()| run.to_stage(Stage::Done));
+        let result = run
+            .reach(Stage::Forked)
+            .and_then(|()| run.reach(Stage::Groups))
+            .and_then(|()| run.reach(Stage::Done));
         match check.join() {
             Ok(checked) => checked.and(result),
             Err(panic) => std::panic::resume_unwind(panic),
@@ -141,11 +144,12 @@ impl Execution<'_> {
         let copies: Vec<(OwnedFd, i32)> = fds
             .into_iter()
             .map(|(from, to)| {
-                // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor of an open one.
-                let fd = unsafe { libc::fcntl(from, libc::F_DUPFD_CLOEXEC, highest) };
-                // SAFETY: a non-negative result is a new descriptor that nobody else owns.
-                let fd = if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }) };
-                Ok((fd.context(context)?, to))
+                // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor of an open one, which nobody else owns.
+                let copy = unsafe {
+                    let fd = libc::fcntl(from, libc::F_DUPFD_CLOEXEC, highest);
+                    (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))
+                };
+                Ok((copy.ok_or_else(io::Error::last_os_error).context(context)?, to))
             })
             .collect::<Result<_>>()?;
         let moves: Vec<(i32, i32)> = copies.iter().map(|(fd, to)| (fd.as_raw_fd(), *to)).collect();
@@ -198,7 +202,7 @@ impl Execution<'_> {
     }
 
     /// Lets all tasks go on until each has reached `stage`; then all of them are stopped there.
-    fn to_stage(&mut self, stage: Stage) -> Result<()> {
+    fn reach(&mut self, stage: Stage) -> Result<()> {
         let expected: BTreeSet<i32> = self
             .plan
             .tasks
@@ -269,11 +273,10 @@ impl Execution<'_> {
         let (at, error) = self.layout.state(self.memory.bytes_mut(), index);
         let errno = if error != 0 { error as i32 } else { errno };
         let step = self.plan.programs[index].label(at).to_string();
-        if errno == libc::EEXIST && (step.starts_with("fork process") || step.starts_with("start thread")) {
-            if let Some(pid) = step.rsplit(' ').next().and_then(|n| n.parse().ok()) {
+        if errno == libc::EEXIST && (step.starts_with("fork process") || step.starts_with("start thread"))
+            && let Some(pid) = step.rsplit(' ').next().and_then(|n| n.parse().ok()) {
                 return Error::PidInUse(pid);
             }
-        }
         Error::Restore { pid: tid, step, source: io::Error::from_raw_os_error(errno) }
     }
 

@@ -37,11 +37,6 @@ impl Numbers {
     pub(crate) fn occupy(&mut self, fd: i32) {
         self.0.insert(fd);
     }
-
-    /// Whether the number is in use.
-    pub(crate) fn contains(&self, fd: i32) -> bool {
-        self.0.contains(&fd)
-    }
 }
 
 #[cfg(test)]

@@ -9,11 +9,7 @@ pub(crate) mod plan;
 pub(crate) mod program;
 pub(crate) mod sessions;
 
-use crate::{
-    error::Result,
-    image::Image,
-    objects::regular,
-};
+use crate::{error::Result, image::Image, objects::regular};
 use standstill_images::types::{FileKind, OpenFile};
 
 /// A restore to carry out.

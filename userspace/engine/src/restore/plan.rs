@@ -16,9 +16,7 @@ use crate::{
     objects::{self, Referenced},
     tree::{creds, limits, process, signals, thread, timers},
 };
-use standstill_images::types::{
-    AddressSpace, Backing, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
-};
+use standstill_images::types::{AddressSpace, Backing, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
@@ -62,9 +60,6 @@ pub(crate) struct Plan {
     pub tasks: Vec<PlannedTask>,
     /// Where the restorer lies in every task.
     pub base: u64,
-    /// Bytes of the blob and the programs, and of the free room behind for the kernel's mappings.
-    pub programs_size: u64,
-    pub parking: u64,
     /// Number at which every task inherits the page store.
     pub pages_fd: i32,
     /// Numbers at which every task inherits shared memory objects.
@@ -95,17 +90,14 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
     let size = Layout::size_for(blob, &draft.programs);
     let parking = env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
     let base = find_gap(image, env, size + parking)?;
-    let mut plan = build(image, env, base, size)?;
-    plan.parking = parking;
-    Ok(plan)
+    build(image, env, base, size)
 }
 
 fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
     let births = sessions::order(&image.tasks, image.inventory.root)?;
     let mut high = HighNumbers::new(image.tables.values(), env.fd_limit);
     let pages_fd = high.take()?;
-    let shared_fds: HashMap<_, _> =
-        image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
+    let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
     let files = Distribution::new(&image.files, &image.tables, &mut high)?;
     let high = std::iter::once(pages_fd).chain(shared_fds.values().copied()).collect();
     let mut planner = Planner {
@@ -133,8 +125,6 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         programs: planner.programs,
         tasks: planner.tasks,
         base,
-        programs_size,
-        parking: 0,
         pages_fd,
         shared_fds: planner.shared_fds,
     })
@@ -154,21 +144,22 @@ fn check_machine(image: &Image, env: &Environment) -> Result<()> {
                 )));
             }
         }
-        if !env.may_raise_limits {
-            if let Some(name) = limits::first_raised(&live.rlimits, &env.limits) {
+        if !env.may_raise_limits
+            && let Some(name) = limits::first_raised(&live.rlimits, &env.limits) {
                 return Err(Error::Missing {
                     what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
                     remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
                 });
             }
-        }
         let space = &image.spaces[&live.address_space];
         let own: Vec<_> = env.kernel_mappings.iter().map(|m| (m.name.as_bytes(), m.len)).collect();
         let theirs: Vec<_> = space
             .vmas
             .iter()
             .filter_map(|v| match &v.backing {
-                Backing::Kernel { name } if is_kernel_mapping(&name.lossy()) => Some((name.0.as_slice(), v.end - v.start)),
+                Backing::Kernel { name } if is_kernel_mapping(&name.lossy()) => {
+                    Some((name.0.as_slice(), v.end - v.start))
+                }
                 _ => None,
             })
             .collect();
@@ -226,7 +217,11 @@ impl<'a> Planner<'a> {
             None => self.root_begin(&mut numbers, &mut program)?,
             Some((parent, _)) => {
                 for (start, end) in map::to_unmap(space, parent) {
-                    program.call("unmap what only the parent has", libc::SYS_munmap, &[start.into(), (end - start).into()]);
+                    program.call(
+                        "unmap what only the parent has",
+                        libc::SYS_munmap,
+                        &[start.into(), (end - start).into()],
+                    );
                 }
             }
         }
@@ -262,7 +257,11 @@ impl<'a> Planner<'a> {
             let none = program.words(&[0, 0]);
             program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
             let mask = program.words(&[0]);
-            program.call("unblock signals", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()]);
+            program.call(
+                "unblock signals",
+                libc::SYS_rt_sigprocmask,
+                &[libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()],
+            );
             program.call("die by the signal", libc::SYS_kill, &[task.pid.into(), signal.into()]);
         }
         program.exit(status >> 8 & 0xff);
@@ -357,19 +356,28 @@ impl<'a> Planner<'a> {
         let auxv = program.data(&space.auxv);
         let l = &space.layout;
         let block = program.words(&[
-            l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack, l.arg_start,
-            l.arg_end, l.env_start, l.env_end, 0, (space.auxv.len() as u64) | (fd as u64) << 32,
+            l.start_code,
+            l.end_code,
+            l.start_data,
+            l.end_data,
+            l.start_brk,
+            l.brk,
+            l.start_stack,
+            l.arg_start,
+            l.arg_end,
+            l.env_start,
+            l.env_end,
+            0,
+            (space.auxv.len() as u64) | (fd as u64) << 32,
         ]);
         program.point(block, 88, auxv);
         const PR_SET_MM: i32 = 35;
         const PR_SET_MM_MAP: i32 = 14;
-        program.call("set the layout of the address space", libc::SYS_prctl, &[
-            PR_SET_MM.into(),
-            PR_SET_MM_MAP.into(),
-            block,
-            104.into(),
-            0.into(),
-        ]);
+        program.call(
+            "set the layout of the address space",
+            libc::SYS_prctl,
+            &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), block, 104.into(), 0.into()],
+        );
         program.call("close the executable", libc::SYS_close, &[fd.into()]);
         numbers.release(fd);
         Ok(())
@@ -392,7 +400,12 @@ impl<'a> Planner<'a> {
     }
 
     fn threads(&mut self, live: &LiveTask, program: &mut Program) -> Vec<PlannedThread> {
-        let flags = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
         let pid = live.threads[0].tid;
         live.threads[1..]
             .iter()

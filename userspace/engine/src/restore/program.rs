@@ -4,7 +4,7 @@
 //! its index.
 
 use crate::kernel::sys::CloneArgs;
-use standstill_parasite_abi::{Kind, MAY_FAIL, NO_SLOT, Op, SLOTS, Task};
+use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task};
 use std::mem::{offset_of, size_of};
 
 /// An argument of an operation.
@@ -12,8 +12,6 @@ use std::mem::{offset_of, size_of};
 pub(crate) enum Arg {
     /// A constant.
     Value(u64),
-    /// The result kept in a slot.
-    Slot(u32),
     /// Address of a byte of this program's data.
     Data(u64),
     /// Address of another program (a child or thread to start).
@@ -39,9 +37,9 @@ impl From<u64> for Arg {
 struct Step {
     kind: Kind,
     flags: u32,
-    nr: u32,
-    slot: u32,
+    nr: u64,
     args: [Arg; 6],
+    expected: u64,
     label: String,
 }
 
@@ -85,12 +83,12 @@ impl Program {
 
     /// A system call that must succeed.
     pub(crate) fn call(&mut self, label: impl Into<String>, nr: libc::c_long, args: &[Arg]) {
-        self.push(Kind::Syscall, nr as u32, args, NO_SLOT, 0, label.into());
+        self.push(Kind::Syscall, nr as u64, args, 0, label.into());
     }
 
     /// A system call whose failure does not matter.
     pub(crate) fn try_call(&mut self, label: impl Into<String>, nr: libc::c_long, args: &[Arg]) {
-        self.push(Kind::Syscall, nr as u32, args, NO_SLOT, MAY_FAIL, label.into());
+        self.push(Kind::Syscall, nr as u64, args, MAY_FAIL, label.into());
     }
 
     /// A system call whose result must be `expected`.
@@ -99,56 +97,59 @@ impl Program {
         label: impl Into<String>,
         nr: libc::c_long,
         args: &[Arg],
-        expected: impl Into<Arg>,
+        expected: impl TryInto<u64>,
     ) {
-        let label = label.into();
-        self.push(Kind::Syscall, nr as u32, args, 0, 0, label.clone());
-        self.push(Kind::Expect, 0, &[0.into(), expected.into()], NO_SLOT, 0, label);
+        self.push(Kind::Syscall, nr as u64, args, EXPECT, label.into());
+        if let (Some(step), Ok(expected)) = (self.steps.last_mut(), expected.try_into()) {
+            step.expected = expected;
+        }
     }
 
-    /// A system call whose result is kept in `slot`.
-    pub(crate) fn call_into(&mut self, slot: u32, label: impl Into<String>, nr: libc::c_long, args: &[Arg]) {
-        assert!((slot as usize) < SLOTS, "no such slot");
-        self.push(Kind::Syscall, nr as u32, args, slot, 0, label.into());
-    }
 
     /// Reads `len` bytes at `offset` of a file to `address`.
     pub(crate) fn read_full(&mut self, label: impl Into<String>, fd: i32, address: u64, len: u64, offset: u64) {
         let args = [fd.into(), address.into(), len.into(), offset.into()];
-        self.push(Kind::ReadFull, 0, &args, NO_SLOT, 0, label.into());
+        self.push(Kind::ReadFull, 0, &args, 0, label.into());
     }
 
     /// Writes data to a descriptor.
     pub(crate) fn write_full(&mut self, label: impl Into<String>, fd: i32, bytes: &[u8]) {
         let data = self.data(bytes);
-        self.push(Kind::WriteFull, 0, &[fd.into(), data, bytes.len().into()], NO_SLOT, 0, label.into());
+        self.push(Kind::WriteFull, 0, &[fd.into(), data, bytes.len().into()], 0, label.into());
     }
 
     /// Stops for the tracer.
     pub(crate) fn trap(&mut self, stage: u64) {
-        self.push(Kind::Trap, 0, &[stage.into()], NO_SLOT, 0, format!("stage {stage}"));
+        self.push(Kind::Trap, 0, &[stage.into()], 0, format!("stage {stage}"));
     }
 
     /// Ends the thread; a process with one thread ends with this status.
     pub(crate) fn exit(&mut self, status: i32) {
-        self.push(Kind::Exit, 0, &[status.into()], NO_SLOT, 0, "exit".into());
+        self.push(Kind::Exit, 0, &[status.into()], 0, "exit".into());
     }
 
     /// clone3(2) of a task with the id `tid` that runs the program number `child`.
-    pub(crate) fn clone_task(&mut self, label: impl Into<String>, flags: u64, exit_signal: i32, tid: i32, child: usize) {
+    pub(crate) fn clone_task(
+        &mut self,
+        label: impl Into<String>,
+        flags: u64,
+        exit_signal: i32,
+        tid: i32,
+        child: usize,
+    ) {
         let set_tid = self.data(&tid.to_le_bytes());
         let args = CloneArgs { flags, exit_signal: exit_signal as u64, set_tid_size: 1, ..Default::default() };
         let words = [args.flags, 0, 0, 0, args.exit_signal, 0, 0, 0, 0, args.set_tid_size, 0];
         let block = self.words(&words);
         self.point(block, offset_of!(CloneArgs, set_tid) as u64, set_tid);
         let args = [block, size_of::<CloneArgs>().into(), Arg::Program(child)];
-        self.push(Kind::Clone, 0, &args, NO_SLOT, 0, label.into());
+        self.push(Kind::Clone, 0, &args, 0, label.into());
     }
 
-    fn push(&mut self, kind: Kind, nr: u32, args: &[Arg], slot: u32, flags: u32, label: String) {
+    fn push(&mut self, kind: Kind, nr: u64, args: &[Arg], flags: u32, label: String) {
         let mut all = [Arg::Value(0); 6];
         all[..args.len()].copy_from_slice(args);
-        self.steps.push(Step { kind, flags, nr, slot, args: all, label });
+        self.steps.push(Step { kind, flags, nr, args: all, expected: 0, label });
     }
 
     /// What step `index` is about.
@@ -232,24 +233,15 @@ impl Layout {
             }
             for (n, step) in program.steps.iter().enumerate() {
                 let at = ops + (n * size_of::<Op>()) as u64;
-                let mut flags = step.flags;
-                let mut words = [0u64; 6];
-                for (i, arg) in step.args.iter().enumerate() {
-                    words[i] = match *arg {
-                        Arg::Value(v) => v,
-                        Arg::Data(offset) => self.base + data + offset,
-                        Arg::Program(p) => self.task(p),
-                        Arg::Slot(slot) => {
-                            flags |= 1 << i;
-                            slot.into()
-                        }
-                    };
-                }
-                for (i, word) in [step.kind as u32, flags, step.nr, step.slot].iter().enumerate() {
-                    put(at + 4 * i as u64, &word.to_le_bytes());
-                }
-                for (i, word) in words.iter().enumerate() {
-                    put(at + 16 + 8 * i as u64, &word.to_le_bytes());
+                let kind_and_flags = u64::from(step.kind as u32) | u64::from(step.flags) << 32;
+                let args = step.args.map(|arg| match arg {
+                    Arg::Value(v) => v,
+                    Arg::Data(offset) => self.base + data + offset,
+                    Arg::Program(p) => self.task(p),
+                });
+                let words = [kind_and_flags, step.nr].into_iter().chain(args).chain([step.expected]);
+                for (i, word) in words.enumerate() {
+                    put(at + 8 * i as u64, &word.to_le_bytes());
                 }
             }
         }

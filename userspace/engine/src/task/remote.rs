@@ -171,11 +171,10 @@ impl Remote {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        if self.scratch != 0 || self.borrowed.is_some() {
-            if let Err(e) = self.clean() {
+        if (self.scratch != 0 || self.borrowed.is_some())
+            && let Err(e) = self.clean() {
                 tracing::debug!(pid = self.pid, "clean-up after a remote call: {e}");
             }
-        }
     }
 }
 

@@ -108,15 +108,14 @@ fn refuse_unsupported(pid: i32, status: &proc::Status) -> Result<()> {
     }
     for ns in ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup"] {
         let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}"));
-        if let (Ok(its), Ok(ours)) = (of(&pid.to_string()), of("self")) {
-            if its != ours {
+        if let (Ok(its), Ok(ours)) = (of(&pid.to_string()), of("self"))
+            && its != ours {
                 return Err(Error::unsupported(
                     pid,
                     format!("a process in another {ns} namespace"),
                     format!("run standstill inside it: nsenter -t {pid} -a"),
                 ));
             }
-        }
     }
     Ok(())
 }
@@ -130,7 +129,12 @@ pub(crate) fn refuse_sharing(processes: &[FrozenProcess]) -> Result<()> {
         if !parents.contains_key(&parent) {
             continue;
         }
-        for (what, name) in [(Vm, "memory (CLONE_VM)"), (Files, "descriptors (CLONE_FILES)"), (Fs, "working directory (CLONE_FS)"), (Sighand, "signal handlers (CLONE_SIGHAND)")] {
+        for (what, name) in [
+            (Vm, "memory (CLONE_VM)"),
+            (Files, "descriptors (CLONE_FILES)"),
+            (Fs, "working directory (CLONE_FS)"),
+            (Sighand, "signal handlers (CLONE_SIGHAND)"),
+        ] {
             if sys::kcmp(pid, parent, what).context(|| format!("kcmp of {pid} and {parent}"))? {
                 return Err(Error::unsupported(
                     pid,

@@ -30,7 +30,11 @@ pub(crate) fn restore(sched: &Sched, own: &Sched, program: &mut Program) {
         program.try_call("set the CPU affinity", libc::SYS_sched_setaffinity, &[0.into(), mask.len().into(), block]);
     }
     if sched.ioprio != own.ioprio {
-        program.call("set the I/O priority", libc::SYS_ioprio_set, &[1.into(), 0.into(), u64::from(sched.ioprio).into()]);
+        program.call(
+            "set the I/O priority",
+            libc::SYS_ioprio_set,
+            &[1.into(), 0.into(), u64::from(sched.ioprio).into()],
+        );
     }
     if (sched.policy, sched.nice, sched.priority) != (own.policy, own.nice, own.priority) {
         let reset = sched.policy & libc::SCHED_RESET_ON_FORK as u32 != 0;

@@ -15,7 +15,13 @@ use standstill_images::types::{AltStack, Context as CpuContext, Restart, Rseq, T
 
 /// Reads a stopped thread. What only the thread itself can tell comes from the observer (`seen`), otherwise from
 /// system calls it makes for us.
-pub(crate) fn collect(pid: i32, tid: i32, seen: Option<&ThreadState>, remote: &mut Remote, securebits: Option<u32>) -> Result<Thread> {
+pub(crate) fn collect(
+    pid: i32,
+    tid: i32,
+    seen: Option<&ThreadState>,
+    remote: &mut Remote,
+    securebits: Option<u32>,
+) -> Result<Thread> {
     let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
     let (altstack, clear_child_tid, pdeath_signal) = match seen {
         Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
@@ -45,8 +51,7 @@ pub(crate) fn collect(pid: i32, tid: i32, seen: Option<&ThreadState>, remote: &m
         altstack,
         clear_child_tid,
         robust_list: sys::get_robust_list(tid).context(|| format!("get_robust_list of thread {tid}"))?,
-        rseq: (rseq.address != 0)
-            .then_some(Rseq { address: rseq.address, size: rseq.size, signature: rseq.signature }),
+        rseq: (rseq.address != 0).then_some(Rseq { address: rseq.address, size: rseq.size, signature: rseq.signature }),
         pdeath_signal,
         creds,
         sched: sched::collect(tid)?,
@@ -72,11 +77,7 @@ fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {
 pub(crate) fn restore(thread: &Thread, own: &standstill_images::types::Sched, program: &mut Program) {
     let name = program.string(&thread.comm.0);
     program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
-    let stack = program.words(&[
-        thread.altstack.sp,
-        u64::from(thread.altstack.flags as u32),
-        thread.altstack.size,
-    ]);
+    let stack = program.words(&[thread.altstack.sp, u64::from(thread.altstack.flags as u32), thread.altstack.size]);
     program.call("set the alternate signal stack", libc::SYS_sigaltstack, &[stack, 0.into()]);
     program.call("set the tid address", libc::SYS_set_tid_address, &[thread.clear_child_tid.into()]);
     if thread.robust_list.0 != 0 {
@@ -97,10 +98,11 @@ pub(crate) fn restore(thread: &Thread, own: &standstill_images::types::Sched, pr
 
 /// Sets the signal sent when the parent dies; after the credentials, whose change clears it.
 pub(crate) fn restore_pdeath_signal(thread: &Thread, program: &mut Program) {
-    program.call("set the parent-death signal", libc::SYS_prctl, &[
-        libc::PR_SET_PDEATHSIG.into(),
-        thread.pdeath_signal.into(),
-    ]);
+    program.call(
+        "set the parent-death signal",
+        libc::SYS_prctl,
+        &[libc::PR_SET_PDEATHSIG.into(), thread.pdeath_signal.into()],
+    );
 }
 
 /// The registers of an image.

@@ -23,10 +23,8 @@ pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
     let mut bytes = [0u8; 96];
     remote.read(0, &mut bytes)?;
     let w: Vec<u64> = words(&bytes).collect();
-    Ok([0, 4, 8].map(|n| ITimer {
-        interval_us: w[n] * 1_000_000 + w[n + 1],
-        value_us: w[n + 2] * 1_000_000 + w[n + 3],
-    }))
+    Ok([0, 4, 8]
+        .map(|n| ITimer { interval_us: w[n] * 1_000_000 + w[n + 1], value_us: w[n + 2] * 1_000_000 + w[n + 3] }))
 }
 
 /// POSIX timers: procfs has the definitions, the process itself the time left.
@@ -56,12 +54,8 @@ pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTim
 pub(crate) fn restore_itimers(timers: &[ITimer; 3], program: &mut Program) {
     for (which, timer) in timers.iter().enumerate().filter(|(_, t)| t.value_us != 0) {
         let us = 1_000_000;
-        let block = program.words(&[
-            timer.interval_us / us,
-            timer.interval_us % us,
-            timer.value_us / us,
-            timer.value_us % us,
-        ]);
+        let block =
+            program.words(&[timer.interval_us / us, timer.interval_us % us, timer.value_us / us, timer.value_us % us]);
         program.call("start an interval timer", libc::SYS_setitimer, &[which.into(), block, 0.into()]);
     }
 }

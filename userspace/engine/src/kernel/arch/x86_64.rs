@@ -63,8 +63,33 @@ impl Registers {
         let [r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, ..] = *w;
         let [.., cs, eflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs] = *w;
         Self {
-            r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp,
-            ss, fs_base, gs_base, ds, es, fs, gs,
+            r15,
+            r14,
+            r13,
+            r12,
+            rbp,
+            rbx,
+            r11,
+            r10,
+            r9,
+            r8,
+            rax,
+            rcx,
+            rdx,
+            rsi,
+            rdi,
+            orig_rax,
+            rip,
+            cs,
+            eflags,
+            rsp,
+            ss,
+            fs_base,
+            gs_base,
+            ds,
+            es,
+            fs,
+            gs,
         }
     }
 
@@ -76,10 +101,7 @@ impl Registers {
     /// The number of the system call that the stop interrupted, if any.
     pub(crate) fn interrupted_syscall(&self) -> Option<i64> {
         let nr = self.orig_rax as i64;
-        let restarts = matches!(
-            self.rax as i64,
-            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
-        );
+        let restarts = matches!(self.rax as i64, ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK);
         (nr >= 0 && restarts).then_some(nr)
     }
 

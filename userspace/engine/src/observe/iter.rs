@@ -1,0 +1,57 @@
+//! The iterators of a build without the feature `ebpf`: there are none.
+
+use super::{FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry};
+
+/// Reader of a tree's state through BPF iterators; cannot exist in this build.
+#[derive(Debug)]
+pub enum Iterators {}
+
+impl Iterators {
+    /// Loads the programs.
+    ///
+    /// # Errors
+    /// Always [`ObserveError::NotBuilt`].
+    pub fn load() -> Result<Self> {
+        Err(ObserveError::NotBuilt)
+    }
+
+    /// Reads the paths of all open files ahead.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn prefetch_paths(&mut self, _tgids: &[i32]) -> Result<()> {
+        match *self {}
+    }
+
+    /// All descriptors of the processes, by process and number.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn files(&mut self, _tgids: &[i32]) -> Result<Vec<FdEntry>> {
+        match *self {}
+    }
+
+    /// The processes with their threads.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn processes(&mut self, _tgids: &[i32]) -> Result<Vec<ProcessState>> {
+        match *self {}
+    }
+
+    /// The threads of the processes.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn threads(&mut self, _tgids: &[i32]) -> Result<Vec<ThreadState>> {
+        match *self {}
+    }
+
+    /// The mappings of the processes, by process and address.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn vmas(&mut self, _tgids: &[i32]) -> Result<Vec<VmaEntry>> {
+        match *self {}
+    }
+}
