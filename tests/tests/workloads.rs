@@ -99,7 +99,14 @@ fn credentials_of_another_user() {
 
 #[test]
 fn pending_signals_timers_and_limits() {
-    twice("tree", &["--depth", "1", "--extras"], |run| run);
+    let _turn = Turn::take();
+    let mut target = Target::workload("tree", &["--depth", "1", "--extras"]);
+    // Running both times: the timers of a stopped process go on.
+    for round in ["first", "second"] {
+        dump_and_restore(&Tool::get(), &mut target, round, |run| run);
+        target.assert_well();
+    }
+    target.finish(0);
 }
 
 #[test]

@@ -1,2 +1,260 @@
-//! Types shared between the ebpf side and userspace.
+//! Records that the iterators write, and the layout of kernel structures that they are given at load.
+//!
+//! A stream is a sequence of records of one type; [`FileRecord`], [`ThreadRecord`] and [`VmaRecord`] say themselves what
+//! follows them. Addresses of kernel objects serve to tell which objects are the same. The reader turns them into small
+//! numbers and forgets them.
 #![no_std]
+
+mod layout;
+
+pub use layout::*;
+
+use core::{mem, ptr, slice};
+
+/// Types that any bytes are a value of, and that have no padding.
+///
+/// # Safety
+/// Implemented only for `#[repr(C)]` structures of integers and arrays of them whose fields leave no gap.
+pub unsafe trait Plain: Copy + 'static {
+    /// The first value in `bytes`, and the rest; `None` if there are too few.
+    fn split(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        let (head, rest) = bytes.split_at_checked(mem::size_of::<Self>())?;
+        // SAFETY: `head` has the size of Self, any bytes are a value, and the read does not ask for alignment.
+        Some((unsafe { ptr::read_unaligned(head.as_ptr().cast()) }, rest))
+    }
+
+    /// The value's bytes.
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: without padding, all bytes of the value are initialised; they are borrowed as long as the value.
+        unsafe { slice::from_raw_parts(ptr::from_ref(self).cast(), mem::size_of::<Self>()) }
+    }
+}
+
+// SAFETY: integers have no padding, and any bytes are one.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: as above.
+unsafe impl Plain for i64 {}
+// SAFETY: nothing is between the elements of an array.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
+
+/// Declares a `Plain` structure; compilation fails if its fields leave a gap.
+macro_rules! plain {
+    ($(#[$attr:meta])* pub struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $ty:ty,)* }) => {
+        $(#[$attr])*
+        #[derive(Clone, Copy, Debug)]
+        #[repr(C)]
+        pub struct $name { $($(#[$doc])* pub $field: $ty,)* }
+
+        const _: () = assert!(mem::size_of::<$name>() == 0 $(+ mem::size_of::<$ty>())*);
+
+        const _: fn() = || {
+            fn is_plain<T: Plain>() {}
+            $(is_plain::<$ty>();)*
+        };
+
+        // SAFETY: the fields are Plain, and the size shows that no gap is between or behind them.
+        unsafe impl Plain for $name {}
+    };
+}
+pub(crate) use plain;
+
+/// Longest path that the kernel gives, with its NUL (PATH_MAX).
+pub const PATH_MAX: usize = 4096;
+/// Longest name of a kernel symbol that is of interest here.
+pub const SYMBOL_MAX: usize = 32;
+/// Signals (`_NSIG`).
+pub const SIGNALS: usize = 64;
+/// Resource limits (`RLIM_NLIMITS`).
+pub const LIMITS: usize = 16;
+/// Bytes of `restart_block` after `fn`, as many as any kind of wait uses.
+pub const RESTART_BYTES: usize = 40;
+
+plain! {
+    /// A descriptor, from `iter/task_file`. `path_len` bytes of the path follow.
+    pub struct FileRecord {
+        /// Process.
+        pub tgid: i32,
+        /// Number.
+        pub fd: i32,
+        /// Address of the `struct file`.
+        pub file: u64,
+        /// Address of its dentry.
+        pub dentry: u64,
+        /// Address of its inode.
+        pub inode: u64,
+        /// Digest of all that its path is made of; 0: could not be computed.
+        pub name: u64,
+        /// `f_pos`.
+        pub pos: i64,
+        /// `i_ino`.
+        pub ino: u64,
+        /// `i_size`.
+        pub size: u64,
+        /// Modification time, seconds.
+        pub mtime: i64,
+        /// Magic number of the file system.
+        pub magic: u64,
+        /// Modification time, nanoseconds.
+        pub mtime_nsec: u32,
+        /// `i_nlink`.
+        pub nlink: u32,
+        /// `s_dev` in the kernel's encoding.
+        pub dev: u32,
+        /// `i_rdev` in the kernel's encoding.
+        pub rdev: u32,
+        /// `i_mode`.
+        pub mode: u32,
+        /// `f_flags`.
+        pub flags: u32,
+        /// FD_CLOEXEC.
+        pub cloexec: u32,
+        /// Bytes of the path that follow, or an errno, negated, that there is none; 0 if paths were not asked for.
+        pub path_len: i32,
+    }
+}
+
+plain! {
+    /// A thread, from `iter/task`. A [`ProcessRecord`] follows if it is the leader.
+    pub struct ThreadRecord {
+        /// Process.
+        pub tgid: i32,
+        /// Thread.
+        pub tid: i32,
+        /// `clear_child_tid`.
+        pub clear_child_tid: u64,
+        /// `robust_list`.
+        pub robust_list: u64,
+        /// `sas_ss_sp`.
+        pub sas_ss_sp: u64,
+        /// `sas_ss_size`.
+        pub sas_ss_size: u64,
+        /// `blocked`.
+        pub blocked: u64,
+        /// Address of the memory.
+        pub mm: u64,
+        /// Address of the descriptor table.
+        pub files: u64,
+        /// Address of root and working directory.
+        pub fs: u64,
+        /// Address of the signal handlers.
+        pub sighand: u64,
+        /// CLOCK_MONOTONIC at this moment.
+        pub monotonic_ns: u64,
+        /// CLOCK_BOOTTIME at this moment.
+        pub boottime_ns: u64,
+        /// The union in `restart_block`.
+        pub restart: [u8; RESTART_BYTES],
+        /// Name of the function in `restart_block`, ended by a NUL.
+        pub restart_fn: [u8; SYMBOL_MAX],
+        /// `sas_ss_flags`.
+        pub sas_ss_flags: u32,
+        /// `pdeath_signal`.
+        pub pdeath_signal: i32,
+        /// `exit_signal`.
+        pub exit_signal: i32,
+        /// `exit_state`.
+        pub exit_state: u32,
+        /// `securebits` of the credentials.
+        pub securebits: u32,
+        /// 1: the leader.
+        pub leader: u32,
+    }
+}
+
+plain! {
+    /// A signal action (`struct sigaction` of the kernel).
+    pub struct Action {
+        /// `sa_handler`.
+        pub handler: u64,
+        /// `sa_flags`.
+        pub flags: u64,
+        /// `sa_restorer`.
+        pub restorer: u64,
+        /// `sa_mask`.
+        pub mask: u64,
+    }
+}
+
+plain! {
+    /// What the threads of a process share.
+    pub struct ProcessRecord {
+        /// Signal actions by number, from 1.
+        pub actions: [Action; SIGNALS],
+        /// Soft and hard limits.
+        pub limits: [[u64; 2]; LIMITS],
+        /// The parts of the program, in the order of `MmLayout` in the images.
+        pub layout: [u64; 11],
+        /// End of ITIMER_REAL on CLOCK_MONOTONIC.
+        pub real_expires_ns: u64,
+        /// Its period.
+        pub real_interval_ns: u64,
+        /// Whether it is armed: `state` of the timer.
+        pub real_state: u32,
+        /// Whether ITIMER_VIRTUAL or ITIMER_PROF is armed.
+        pub cpu_timers: u32,
+        /// `exit_code` of the leader.
+        pub exit_code: i32,
+        /// `group_exit_code`.
+        pub group_exit_code: i32,
+        /// `flags` of the signal struct.
+        pub signal_flags: u32,
+        /// `umask`.
+        pub umask: u32,
+        /// The low bits of `mm->flags`, which say what PR_GET_DUMPABLE gives.
+        pub mm_flags: u32,
+        /// PR_GET_CHILD_SUBREAPER.
+        pub child_subreaper: u32,
+    }
+}
+
+plain! {
+    /// A mapping, from `iter/task_vma`. `name_len` bytes of a name follow.
+    pub struct VmaRecord {
+        /// `vm_start`.
+        pub start: u64,
+        /// `vm_end`.
+        pub end: u64,
+        /// `vm_flags`.
+        pub flags: u64,
+        /// `vm_pgoff`.
+        pub pgoff: u64,
+        /// `i_ino` of the file.
+        pub ino: u64,
+        /// Name of the function that names a mapping without file (`vm_ops->name`), ended by a NUL.
+        pub name_fn: [u8; SYMBOL_MAX],
+        /// Process.
+        pub tgid: i32,
+        /// `s_dev` of the file in the kernel's encoding.
+        pub dev: u32,
+        /// One of [`vma_name`].
+        pub kind: u32,
+        /// Bytes of the name that follow, or an errno, negated, that there is none.
+        pub name_len: i32,
+    }
+}
+
+/// Where a mapping has its name from.
+pub mod vma_name {
+    /// It has none.
+    pub const NONE: u32 = 0;
+    /// Path of its file.
+    pub const PATH: u32 = 1;
+    /// The kernel's own mapping; only `special_mapping_name` is understood.
+    pub const SPECIAL: u32 = 2;
+    /// It lies in the heap.
+    pub const HEAP: u32 = 3;
+    /// It lies in the first thread's stack.
+    pub const STACK: u32 = 4;
+    /// PR_SET_VMA_ANON_NAME.
+    pub const ANON: u32 = 5;
+    /// PR_SET_VMA_ANON_NAME on shared memory.
+    pub const ANON_SHARED: u32 = 6;
+    /// The file stands for another one (overlayfs): procfs knows which.
+    pub const BACKING: u32 = 7;
+}

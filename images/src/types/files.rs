@@ -65,6 +65,8 @@ pub enum FileKind {
     Directory {
         /// Its path.
         path: Bytes,
+        /// It was removed while open.
+        removed: bool,
     },
     /// A character or block device without state of its own.
     Device {
@@ -103,6 +105,11 @@ pub enum FileKind {
         /// Period in nanoseconds.
         interval_ns: u64,
     },
+    /// pidfd_open(2).
+    PidFd {
+        /// The process.
+        pid: i32,
+    },
     /// signalfd(2).
     SignalFd {
         /// Accepted signals.
@@ -124,6 +131,8 @@ pub struct Pipe {
     pub id: PipeId,
     /// Path of a FIFO; `None` for a pipe.
     pub fifo: Option<Bytes>,
+    /// The FIFO was unlinked while open: its permission bits.
+    pub unlinked: Option<u32>,
     /// F_GETPIPE_SZ in bytes.
     pub capacity: u32,
     /// What waits to be read; of an O_DIRECT pipe packet by packet.

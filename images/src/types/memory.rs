@@ -102,6 +102,8 @@ pub struct VmaFlags {
     pub growsdown: bool,
     /// MAP_NORESERVE.
     pub noreserve: bool,
+    /// MAP_DROPPABLE.
+    pub droppable: bool,
     /// mlock(2).
     pub locked: bool,
     /// mlock2(2) MLOCK_ONFAULT.

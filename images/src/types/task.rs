@@ -46,6 +46,8 @@ pub struct LiveTask {
     pub fd_table: FdTableId,
     /// Working directory.
     pub cwd: Bytes,
+    /// The working directory was removed.
+    pub cwd_removed: bool,
     /// Root directory.
     pub root: Bytes,
     /// File mode creation mask.

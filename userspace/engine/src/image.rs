@@ -181,6 +181,7 @@ impl Image {
         let whole = match &file.kind {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::PidFd { pid } => self.tasks.contains_key(pid),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
             FileKind::Socket(s) => {
                 s.local.is_empty()

@@ -11,6 +11,8 @@ use super::proc;
 /// Bytes that the kernel may change for each thread when it returns to user mode: the rseq area holds the cpu number.
 const RSEQ_AREA: usize = 32;
 
+const PAGE: usize = 4096;
+
 /// Every readable byte of some processes.
 #[derive(Default)]
 pub struct Memory {
@@ -27,10 +29,11 @@ impl Memory {
             let Ok(file) = File::open(proc::path(*pid, "mem")) else { continue };
             for (start, end) in readable_ranges(*pid) {
                 let mut bytes = vec![0; usize::try_from(end - start).expect("a length")];
-                // Pages beyond the end of a mapped file cannot be read.
-                if file.read_exact_at(&mut bytes, start).is_ok() {
-                    memory.ranges.insert((*pid, start), bytes);
+                for (number, page) in bytes.chunks_mut(PAGE).enumerate() {
+                    // A page beyond the end of a mapped file cannot be read and stays zero.
+                    _ = file.read_exact_at(page, start + (number * PAGE) as u64);
                 }
+                memory.ranges.insert((*pid, start), bytes);
             }
         }
         memory
@@ -67,7 +70,8 @@ impl Memory {
     }
 }
 
-/// Mappings with content of their own: not the kernel's time pages, and nothing that may not be read.
+/// Memory with content of its own: not the kernel's time pages, and nothing that may not be read. Neighbouring mappings
+/// are taken together, whether the kernel keeps them apart or not.
 fn readable_ranges(pid: Pid) -> Vec<(u64, u64)> {
     let maps = proc::text(pid, "maps");
     let range = |line: &str| {
@@ -77,5 +81,12 @@ fn readable_ranges(pid: Pid) -> Vec<(u64, u64)> {
         let range = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
         (rest.starts_with('r') && !special).then_some(range)
     };
-    maps.lines().filter_map(range).collect()
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in maps.lines().filter_map(range) {
+        match ranges.last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ => ranges.push((start, end)),
+        }
+    }
+    ranges
 }

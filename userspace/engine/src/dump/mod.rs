@@ -13,7 +13,7 @@ use crate::{
 use standstill_images::{
     publish::ImageDir,
     store::{Compression, PageWriter},
-    types::{AddressSpace, Descriptor, DumpStats, FdTable, Inventory, Task},
+    types::{AddressSpace, Descriptor, DumpStats, FdTable, FileKind, Inventory, Task},
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -211,6 +211,17 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
             format!("the session of process {}, outside the tree,", root.sid),
             "start the program with setsid, or dump and restore it as a --shell-job",
         ));
+    }
+    for file in &state.objects.files {
+        if let FileKind::PidFd { pid } = file.kind
+            && !by_pid.contains_key(&pid)
+        {
+            return Err(Error::unsupported(
+                options.pid,
+                format!("a pidfd of process {pid}, outside the tree,"),
+                "close it before the dump",
+            ));
+        }
     }
     sessions::order(&by_pid, options.pid).map(drop)
 }

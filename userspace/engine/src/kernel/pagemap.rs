@@ -55,10 +55,15 @@ impl Pagemap {
         File::open(super::proc::path(pid, "pagemap")).map(Self)
     }
 
-    /// Pages of `start..end` that exist nowhere but in this address space: anonymous, present or swapped, not the zero
-    /// page.
+    /// Pages of `start..end` that exist nowhere but in this address space: anonymous, present or swapped, neither the
+    /// zero page nor a guard. Ranges do not join those found by earlier calls.
     pub(crate) fn private_pages(&self, start: u64, end: u64, found: &mut Vec<Range>) -> io::Result<()> {
-        self.scan(start, end, PAGE_IS_FILE | PAGE_IS_PFNZERO, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, found)
+        let (without, any_of) = (PAGE_IS_FILE | PAGE_IS_PFNZERO, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
+        // Guards look like swapped pages; kernels that do not know the category (before 6.15) refuse it.
+        match self.scan(start, end, without | PAGE_IS_GUARD, any_of, found) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.scan(start, end, without, any_of, found),
+            other => other,
+        }
     }
 
     /// Pages of `start..end` guarded with MADV_GUARD_INSTALL. Empty on kernels that do not tell (before 6.15).
@@ -72,6 +77,7 @@ impl Pagemap {
     fn scan(&self, start: u64, end: u64, without: u64, any_of: u64, found: &mut Vec<Range>) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); 1024];
         let mut at = start;
+        let first = found.len();
         while at < end {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
@@ -88,7 +94,7 @@ impl Pagemap {
             // SAFETY: `arg` has the size it states, and `vec` is writable for `vec_len` regions.
             let n = unsafe { pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }? as usize;
             for region in &regions[..n] {
-                match found.last_mut() {
+                match found[first..].last_mut() {
                     Some(last) if last.end == region.start => last.end = region.end,
                     _ => found.push(Range { start: region.start, end: region.end }),
                 }

@@ -47,7 +47,7 @@ pub(crate) fn collect(
             pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
             pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
             if vma.prot & libc::PROT_READ as u8 == 0 {
-                pages.unreadable.extend_from_slice(&pages.ranges[before.min(pages.ranges.len())..]);
+                pages.unreadable.extend_from_slice(&pages.ranges[before..]);
             }
         }
         vmas.push(vma);
@@ -145,6 +145,7 @@ fn record(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Vma> {
     let flags = VmaFlags {
         growsdown: map.has(b"gd"),
         noreserve: map.has(b"nr"),
+        droppable: map.has(b"dp"),
         locked: map.has(b"lo"),
         lock_on_fault: map.has(b"lf"),
         dontfork: map.has(b"dc"),

@@ -134,6 +134,10 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) {
         Backing::Kernel { .. } => return,
     };
     let mut flags = kind | libc::MAP_FIXED_NOREPLACE;
+    if vma.flags.droppable {
+        const MAP_DROPPABLE: i32 = 8; // takes the place of MAP_PRIVATE, Linux 6.11
+        flags = flags & !libc::MAP_PRIVATE | MAP_DROPPABLE;
+    }
     if vma.flags.growsdown {
         flags |= libc::MAP_GROWSDOWN;
     }

@@ -39,16 +39,14 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry]) -> Result<FileKind> {
     let targets = lines
         .into_iter()
         .map(|line| {
-            // The set may have come to this process by fork: then the number is that of the process that registered.
+            // The number may mean another file by now, or the set may have come to this process by fork.
+            let same = |e: &&FdEntry| e.ino == line.ino || line.ino == 0 && e.fd == line.fd;
             let target = entries
                 .iter()
-                .filter(|e| e.fd == line.fd && (line.ino == 0 || e.ino == line.ino))
-                .min_by_key(|e| e.tgid != entry.tgid)
+                .filter(same)
+                .min_by_key(|e| (e.tgid != entry.tgid, e.fd != line.fd))
                 .ok_or_else(|| {
-                    refuse(
-                        entry,
-                        &format!("descriptor {}, which it watches, was closed but is still open elsewhere", line.fd),
-                    )
+                    refuse(entry, &format!("what it watches as descriptor {} is open in no process of the tree", line.fd))
                 })?;
             Ok(EpollTarget { fd: line.fd, file: target.file.0, events: line.events, data: line.data })
         })
@@ -62,13 +60,34 @@ pub(super) fn create(numbers: &mut Numbers, program: &mut Program) -> i32 {
     fd
 }
 
-/// Registers one target, which is in place at its number.
-pub(crate) fn add(epoll: i32, target: &EpollTarget, program: &mut Program) {
+/// Registers one target, found at descriptor `from`, under its number. `scratch` is a free descriptor number to keep
+/// what has that number now.
+pub(crate) fn add(epoll: i32, target: &EpollTarget, from: i32, taken: Option<bool>, scratch: i32, program: &mut Program) {
     let mut event = target.events.to_ne_bytes().to_vec();
     event.extend_from_slice(&target.data.to_ne_bytes()); // struct epoll_event is packed on x86-64
     let block = program.data(&event);
+    let dup = |program: &mut Program, from: i32, to: i32, cloexec: bool| {
+        let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
+        program.call("lend a descriptor number to epoll", libc::SYS_dup3, &[from.into(), to.into(), flags.into()]);
+    };
+    let close = |program: &mut Program, fd: i32| program.call("close a lent number", libc::SYS_close, &[fd.into()]);
+    let elsewhere = from != target.fd;
+    if elsewhere {
+        if taken.is_some() {
+            dup(program, target.fd, scratch, false);
+        }
+        dup(program, from, target.fd, false);
+    }
     let args = [epoll.into(), libc::EPOLL_CTL_ADD.into(), target.fd.into(), block];
     program.call(format!("watch descriptor {} by epoll", target.fd), libc::SYS_epoll_ctl, &args);
+    match taken {
+        Some(cloexec) if elsewhere => {
+            dup(program, scratch, target.fd, cloexec);
+            close(program, scratch);
+        }
+        None if elsewhere => close(program, target.fd),
+        _ => {}
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub(crate) mod device;
 pub(crate) mod directory;
 pub(crate) mod epoll;
 pub(crate) mod eventfd;
+pub(crate) mod pidfd;
 pub(crate) mod pipe;
 pub(crate) mod regular;
 pub(crate) mod shared_memory;
@@ -117,6 +118,8 @@ impl Collected {
 /// Records the open file description that `entry` refers to. `entries` are all descriptors of the tree.
 pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<()> {
     let kind = match entry.mode & libc::S_IFMT {
+        // Linux 6.9 and later: pidfds are files of a file system of their own.
+        libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry)?,
         libc::S_IFREG => regular::dump(entry, all)?,
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
@@ -126,6 +129,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
             "anon_inode:[eventfd]" => eventfd::dump(entry)?,
             "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
             "anon_inode:[timerfd]" => timerfd::dump(entry, all)?,
+            "anon_inode:[pidfd]" => pidfd::dump(entry)?,
             "anon_inode:[signalfd]" => signalfd::dump(entry)?,
             "anon_inode:[io_uring]" => return Err(refuse(entry, "close the io_uring before the dump")),
             "anon_inode:[userfaultfd]" => return Err(refuse(entry, "end the use of userfaultfd before the dump")),
@@ -156,7 +160,8 @@ pub(crate) fn refuse(entry: &FdEntry, remedy: &str) -> Error {
 /// Records that others refer to by number.
 pub(crate) struct Referenced<'a> {
     pub pipes: &'a BTreeMap<PipeId, Pipe>,
-    pub shared: &'a BTreeMap<SharedMemoryId, SharedMemory>,
+    /// Open file that takes over the first description of each memfd.
+    pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
 }
@@ -175,11 +180,13 @@ pub(crate) fn create(
         FileKind::Socket(_) => socket::create(files, numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),
-            FileKind::Directory { path } => directory::create(path, file.flags, numbers, program),
+            FileKind::Directory { path, removed } => directory::create(path, *removed, file.flags, numbers, program),
             FileKind::Device { path, .. } => device::create(path, file.flags, numbers, program),
             FileKind::SharedMemory { object } => {
-                shared_memory::create(&refs.shared[object], refs.shared_fds[object], file.flags, numbers, program)
+                let first = refs.first_writers.get(object) == Some(&file.id);
+                shared_memory::create(refs.shared_fds[object], first, file.flags, numbers, program)
             }
+            FileKind::PidFd { pid } => pidfd::create(*pid, file.flags, numbers, program),
             FileKind::EventFd { count, semaphore } => eventfd::create(*count, *semaphore, file.flags, numbers, program),
             FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, numbers, program),
             FileKind::SignalFd { mask } => signalfd::create(*mask, file.flags, numbers, program),

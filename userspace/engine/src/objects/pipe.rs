@@ -1,6 +1,6 @@
 //! pipe(7) and fifo(7): all open ends of one pipe, its capacity and what waits in it.
 
-use super::{Collected, refuse};
+use super::{Collected, directory};
 use crate::{
     error::{Context, Result},
     observe::FdEntry,
@@ -16,9 +16,6 @@ use std::os::fd::OwnedFd;
 /// A descriptor of either end. The content is read with tee(2), which leaves it where it is.
 pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let named = entry.path.is_absolute();
-    if named && entry.nlink == 0 {
-        return Err(refuse(entry, "close it before the dump: the FIFO was removed"));
-    }
     let (id, new) = all.pipe_id(entry);
     if new {
         let fd = all.duplicate(entry)?;
@@ -32,8 +29,9 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
         )
         .context(context)?;
         let content = peek(&reader, capacity).context(context)?;
-        let fifo = named.then(|| entry.path.as_path().into());
-        all.pipes.insert(id, Pipe { id, fifo, capacity, content });
+        let (fifo, gone) = directory::path(entry.path.as_path().into(), entry.nlink == 0);
+        let unlinked = gone.then_some(entry.mode & 0o7777);
+        all.pipes.insert(id, Pipe { id, fifo: named.then_some(fifo), unlinked, capacity, content });
     }
     Ok(FileKind::Pipe { pipe: id })
 }
@@ -70,6 +68,11 @@ pub(super) fn create(pipe: &Pipe, files: &[&OpenFile], numbers: &mut Numbers, pr
     let accmode = libc::O_ACCMODE as u32;
     let settable = (libc::O_NONBLOCK | libc::O_DIRECT) as u32;
     // One descriptor for reading and writing keeps a FIFO's opens from blocking and takes the content.
+    let fifo = pipe.fifo.as_ref().map(|path| program.string(&path.0));
+    if let (Some(name), Some(mode)) = (fifo, pipe.unlinked) {
+        let mode = libc::S_IFIFO | mode;
+        program.call("make the removed FIFO", libc::SYS_mknod, &[name, mode.into(), 0.into()]);
+    }
     let (holders, path) = match &pipe.fifo {
         Some(path) => (vec![super::regular::open(&path.0, libc::O_RDWR as u32, numbers, program)], path.0.clone()),
         None => {
@@ -115,6 +118,9 @@ pub(super) fn create(pipe: &Pipe, files: &[&OpenFile], numbers: &mut Numbers, pr
             }
         })
         .collect();
+    if let (Some(name), Some(_)) = (fifo, pipe.unlinked) {
+        program.call("remove the FIFO again", libc::SYS_unlink, &[name]);
+    }
     let left = if pipe.fifo.is_none() { unused } else { holders };
     for fd in left {
         program.call("close a spare end", libc::SYS_close, &[fd.into()]);

@@ -7,8 +7,11 @@ use crate::{
     restore::{files::Numbers, program::Program},
 };
 use nix::sys::statfs;
-use standstill_images::types::{FileKind, RegularFile};
-use std::{os::unix::fs::MetadataExt, path::Path};
+use standstill_images::types::{Bytes, FileKind, RegularFile};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 /// A descriptor of a regular file, deleted ones and memfds included.
 pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
@@ -19,8 +22,19 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
         }
         return shared_memory::dump_deleted(entry, all);
     }
+    if let Some(path) = own_namespace(path) {
+        return Ok(FileKind::Regular(RegularFile { path, size: 0, mtime: (0, 0), mode: entry.mode }));
+    }
     describe(path, entry.size, entry.mtime, entry.mode, entry.dev, entry.ino)
         .ok_or_else(|| refuse(entry, "its name is gone or leads elsewhere: give the file its name back"))
+}
+
+/// The procfs name of a namespace descriptor (`net:[4026531840]`), if it is one that the tree itself lives in: trees in
+/// other namespaces than ours are refused.
+fn own_namespace(name: &Path) -> Option<Bytes> {
+    let (kind, _) = name.to_str()?.split_once(":[")?;
+    let link = PathBuf::from(format!("/proc/self/ns/{kind}"));
+    (std::fs::read_link(&link).ok()? == name).then(|| link.as_path().into())
 }
 
 /// The record of the file at `path`, provided that the name still leads to this inode.
@@ -47,13 +61,13 @@ pub(crate) fn describe(path: &Path, size: u64, mtime: (i64, u32), mode: u32, dev
 /// Checks that the file is the one of the dump, before any process exists.
 pub(crate) fn check(file: &RegularFile) -> Result<()> {
     let path = file.path.as_path();
+    if file.mtime == (0, 0) {
+        return Ok(()); // made up by the kernel, perhaps only once the tree exists (/proc/<pid>)
+    }
     let changed = |reason: String| Error::File { path: path.into(), reason };
     let found = std::fs::metadata(path).map_err(|e| changed(format!("cannot be restored: {e}")))?;
     if found.mode() & libc::S_IFMT != file.mode & libc::S_IFMT {
         return Err(changed("is not a regular file any more".into()));
-    }
-    if file.mtime == (0, 0) {
-        return Ok(());
     }
     if found.size() != file.size {
         return Err(changed(format!(

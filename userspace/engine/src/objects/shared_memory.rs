@@ -15,8 +15,11 @@ use nix::{
     sys::memfd::{MFdFlags, memfd_create},
     unistd::ftruncate,
 };
-use standstill_images::types::{Bytes, FileKind, SharedMemory, SharedMemoryId, SharedMemoryKind};
+use standstill_images::types::{
+    Bytes, FileKind, OpenFile, OpenFileId, SharedMemory, SharedMemoryId, SharedMemoryKind,
+};
 use std::{
+    collections::{BTreeMap, HashMap},
     fs::File,
     io,
     os::{
@@ -103,16 +106,23 @@ pub(crate) fn make(object: &SharedMemory) -> Result<OwnedFd> {
         }
         SharedMemoryKind::DeletedFile { path, mode, owner } => {
             let context = || format!("make the deleted file {} again", path.lossy());
+            // Under its own name if that is free, so that procfs shows the same as before.
             let dir = path.as_path().parent().unwrap_or(Path::new("/"));
-            let name = dir.join(format!(".standstill-{}-{}", std::process::id(), object.id));
-            let file = std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(*mode)
-                .custom_flags(OFlag::O_NOFOLLOW.bits())
-                .open(&name)
-                .context(context)?;
+            let other = dir.join(format!(".standstill-{}-{}", std::process::id(), object.id));
+            let create = |name: &Path| {
+                std::fs::OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create_new(true)
+                    .mode(*mode)
+                    .custom_flags(OFlag::O_NOFOLLOW.bits())
+                    .open(name)
+            };
+            let (file, name) = match create(path.as_path()) {
+                Ok(file) => (file, path.as_path().to_path_buf()),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => (create(&other).context(context)?, other),
+                Err(e) => return Err(e).context(context),
+            };
             std::fs::remove_file(&name).context(context)?;
             file.set_len(object.size).context(context)?;
             file.set_permissions(PermissionsExt::from_mode(*mode)).context(context)?;
@@ -140,13 +150,32 @@ pub(crate) fn seal(fd: &OwnedFd, object: &SharedMemory) -> Result<()> {
     Ok(())
 }
 
-/// Opens the object once more, from the descriptor that every task inherits.
-pub(super) fn create(
-    _: &SharedMemory,
-    inherited: i32,
-    flags: u32,
-    numbers: &mut Numbers,
-    program: &mut Program,
-) -> i32 {
+/// Opens the object once more, from the descriptor that every task inherits. `first`: nobody has it for reading and
+/// writing yet; the inherited description itself serves, because a memfd reopened for writing cannot be executed.
+pub(super) fn create(inherited: i32, first: bool, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+    if first {
+        let fd = numbers.lowest();
+        program.call_expecting("duplicate the memfd", libc::SYS_dup, &[inherited.into()], fd);
+        program.call("set file flags", libc::SYS_fcntl, &[fd.into(), libc::F_SETFL.into(), flags.into()]);
+        return fd;
+    }
+    // O_TMPFILE and its part O_DIRECTORY stay in a file's flags, but mean another file when opening.
+    let flags = flags & !(libc::O_TMPFILE as u32);
     regular::open(format!("/proc/self/fd/{inherited}").as_bytes(), flags, numbers, program)
+}
+
+/// The open file that takes over the description made by memfd_create(2), for each memfd.
+pub(crate) fn first_writers<'a>(
+    files: impl Iterator<Item = &'a OpenFile>,
+    shared: &BTreeMap<SharedMemoryId, SharedMemory>,
+) -> HashMap<SharedMemoryId, OpenFileId> {
+    let mut first = HashMap::new();
+    for file in files {
+        let FileKind::SharedMemory { object } = file.kind else { continue };
+        let memfd = matches!(shared.get(&object), Some(SharedMemory { kind: SharedMemoryKind::Memfd { .. }, .. }));
+        if memfd && file.flags & libc::O_ACCMODE as u32 == libc::O_RDWR as u32 {
+            first.entry(object).or_insert(file.id);
+        }
+    }
+    first
 }

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     objects::{self, Referenced, epoll},
 };
-use standstill_images::types::{FdTable, FileKind, OpenFile, OpenFileId};
+use standstill_images::types::{EpollTarget, FdTable, FileKind, OpenFile, OpenFileId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Numbers that no table of the tree uses: those just above all others (a descriptor table is as long as its highest
@@ -57,6 +57,8 @@ pub(crate) struct Distribution<'a> {
     pub inherited: HashMap<OpenFileId, i32>,
     /// Numbers to move the ends of a pipe to while they are in each other's way.
     scratch: Vec<i32>,
+    /// A number for a descriptor whose own one is lent to an epoll registration.
+    lent: i32,
     /// Table that registers the targets of each epoll set.
     epoll_owner: HashMap<OpenFileId, u32>,
 }
@@ -81,9 +83,7 @@ impl<'a> Distribution<'a> {
                     groups.entry(key).or_default().push(file);
                 }
                 if let FileKind::Epoll { targets } = &file.kind {
-                    let registers = |t: &standstill_images::types::EpollTarget| {
-                        table.fds.iter().any(|d| d.fd == t.fd && d.file == t.file)
-                    };
+                    let registers = |t: &EpollTarget| table.fds.iter().any(|d| d.file == t.file);
                     if targets.iter().all(registers) {
                         epoll_owner.entry(file.id).or_insert(table.id);
                     }
@@ -100,7 +100,9 @@ impl<'a> Distribution<'a> {
         }
         let mut inherited = HashMap::new();
         for (key, group) in &groups {
-            if users[key].len() > 1 {
+            // A pidfd needs its process, which the root comes before: each table has one of its own.
+            let anywhere = !matches!(group[0].kind, FileKind::PidFd { .. });
+            if users[key].len() > 1 && anywhere {
                 for file in group {
                     inherited.insert(file.id, high.take()?);
                 }
@@ -108,7 +110,7 @@ impl<'a> Distribution<'a> {
         }
         let widest = groups.values().map(Vec::len).max().unwrap_or(0);
         let scratch = (0..if widest > 1 { widest } else { 0 }).map(|_| high.take()).collect::<Result<_>>()?;
-        Ok(Self { files, groups, inherited, scratch, epoll_owner })
+        Ok(Self { files, groups, inherited, scratch, lent: high.take()?, epoll_owner })
     }
 
     /// The root's part: makes what several tasks have.
@@ -166,12 +168,16 @@ impl<'a> Distribution<'a> {
             }
         }
         for d in &table.fds {
-            if let FileKind::Epoll { targets } = &self.files[&d.file].kind
-                && self.epoll_owner.get(&d.file) == Some(&table.id) && places[&d.file][0].0 == d.fd {
-                    for target in targets {
-                        epoll::add(d.fd, target, program);
-                    }
-                }
+            let FileKind::Epoll { targets } = &self.files[&d.file].kind else { continue };
+            if self.epoll_owner.get(&d.file) != Some(&table.id) || places[&d.file][0].0 != d.fd {
+                continue;
+            }
+            for target in targets {
+                let now = table.fds.iter().find(|o| o.fd == target.fd);
+                let in_place = now.is_some_and(|o| o.file == target.file);
+                let from = if in_place { target.fd } else { places[&target.file][0].0 };
+                epoll::add(d.fd, target, from, now.map(|o| o.cloexec), self.lent, program);
+            }
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ pub(crate) struct Environment {
     pub sched: Sched,
     pub limits: Vec<(u64, u64)>,
     pub personality: u32,
+    pub loginuid: u32,
     pub may_raise_limits: bool,
     pub kernel_mappings: Vec<KernelMapping>,
     /// Address ranges in use.
@@ -75,6 +76,7 @@ impl Environment {
             sched: sched::collect(pid)?,
             limits: proc::limits(pid).context(|| "read own limits".into())?,
             personality,
+            loginuid: proc::number(&proc::path(pid, "loginuid")).unwrap_or(u32::MAX),
             may_raise_limits: status.caps[2] & (1 << CAP_SYS_RESOURCE) != 0,
             kernel_mappings: kernel_mappings(pid)?,
             used: proc::maps(pid)

@@ -30,9 +30,11 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         for (thread, result) in live.threads.iter().zip(results) {
             set_state(thread, result)?;
         }
-        if let TaskState::Stopped(_) = task.state {
+        if let TaskState::Stopped(signal) = task.state {
+            // A handler would catch the other stop signals.
+            let caught = live.sigactions.iter().any(|a| a.signal == signal);
             // SAFETY: kill takes no memory; the process is ours and stopped.
-            unsafe { libc::kill(task.pid, libc::SIGSTOP) };
+            unsafe { libc::kill(task.pid, if caught { libc::SIGSTOP } else { signal }) };
         }
     }
     // From here on nothing can fail but the detaching itself, and tasks run.
@@ -63,8 +65,7 @@ fn outside(pid: i32, live: &LiveTask) -> Result<()> {
             Err(_) => Ok(()), // not built into this kernel
         }
     };
-    set("oom_score_adj", live.oom_score_adj.to_string())?;
-    set("loginuid", live.loginuid.to_string())
+    set("oom_score_adj", live.oom_score_adj.to_string())
 }
 
 /// Makes the leader, from an instruction that stays, unmap the restorer: its own code could not.

@@ -13,7 +13,7 @@ use crate::{
     image::Image,
     kernel::{PAGE, arch, sys},
     memory::map::{self, Inherited, MapFds, Prots},
-    objects::{self, Referenced},
+    objects::{self, Referenced, shared_memory},
     tree::{creds, limits, process, signals, thread, timers},
 };
 use standstill_images::types::{AddressSpace, Backing, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
@@ -72,6 +72,7 @@ struct Planner<'a> {
     births: HashMap<i32, Births>,
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
+    first_writers: HashMap<SharedMemoryId, OpenFileId>,
     pages_fd: i32,
     /// All numbers above the tree's own.
     high: BTreeSet<i32>,
@@ -98,6 +99,8 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     let mut high = HighNumbers::new(image.tables.values(), env.fd_limit);
     let pages_fd = high.take()?;
     let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
+    let opened: BTreeSet<OpenFileId> = image.tables.values().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();
+    let first_writers = shared_memory::first_writers(opened.iter().map(|id| &image.files[id]), &image.shared);
     let files = Distribution::new(&image.files, &image.tables, &mut high)?;
     let high = std::iter::once(pages_fd).chain(shared_fds.values().copied()).collect();
     let mut planner = Planner {
@@ -106,6 +109,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         births,
         files,
         shared_fds,
+        first_writers,
         pages_fd,
         high,
         base,
@@ -282,7 +286,11 @@ impl<'a> Planner<'a> {
     }
 
     fn references(&self) -> Referenced<'_> {
-        Referenced { pipes: &self.image.pipes, shared: &self.image.shared, shared_fds: &self.shared_fds }
+        Referenced {
+            pipes: &self.image.pipes,
+            first_writers: &self.first_writers,
+            shared_fds: &self.shared_fds,
+        }
     }
 
     fn memory(
@@ -385,6 +393,9 @@ impl<'a> Planner<'a> {
 
     fn descriptors(&self, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
         process::restore_cwd(live, program);
+        let fd = numbers.lowest();
+        process::restore_loginuid(live, self.env.loginuid, fd, program);
+        numbers.release(fd);
         // At the start only the numbers handed over by the restoring process and those of inherited files are in use.
         for &fd in self.files.inherited.values() {
             numbers.occupy(fd);

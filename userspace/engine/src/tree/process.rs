@@ -4,6 +4,7 @@ use super::{signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
     kernel::{proc, sys},
+    objects::directory,
     observe::ThreadState,
     restore::program::Program,
     task::{FrozenProcess, Remote, Stopped},
@@ -51,12 +52,15 @@ pub(crate) fn collect(
         let target = std::fs::read_link(proc::path(pid, name)).context(|| format!("read /proc/{pid}/{name}"))?;
         Ok(target.as_path().into())
     };
+    let removed = std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 0);
+    let (cwd, cwd_removed) = directory::path(link("cwd")?, removed);
     let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
     let live = LiveTask {
         threads,
         address_space,
         fd_table,
-        cwd: link("cwd")?,
+        cwd,
+        cwd_removed,
         root: link("root")?,
         umask: status.umask,
         sigactions,
@@ -147,6 +151,18 @@ pub(crate) fn refuse_sharing(processes: &[FrozenProcess]) -> Result<()> {
     Ok(())
 }
 
+/// Sets the login uid, which only the task itself may do, by way of the lowest free descriptor `fd`.
+pub(crate) fn restore_loginuid(live: &LiveTask, own: u32, fd: i32, program: &mut Program) {
+    if live.loginuid == own {
+        return;
+    }
+    let path = program.string(b"/proc/self/loginuid");
+    let args = [libc::AT_FDCWD.into(), path, libc::O_WRONLY.into()];
+    program.call_expecting("open loginuid", libc::SYS_openat, &args, fd);
+    program.write_full("set the login uid", fd, live.loginuid.to_string().as_bytes());
+    program.call("close loginuid", libc::SYS_close, &[fd.into()]);
+}
+
 /// What the leader sets for the whole process, before its credentials.
 pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Program) {
     if live.root.as_path() != Path::new("/") {
@@ -164,6 +180,8 @@ pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Progr
 
 /// Changes to the working directory; before a chroot, whose paths it does not know.
 pub(crate) fn restore_cwd(live: &LiveTask, program: &mut Program) {
-    let cwd = program.string(&live.cwd.0);
-    program.call(format!("change to {}", live.cwd.lossy()), libc::SYS_chdir, &[cwd]);
+    directory::around_removal(&live.cwd, live.cwd_removed, program, |program| {
+        let cwd = program.string(&live.cwd.0);
+        program.call(format!("change to {}", live.cwd.lossy()), libc::SYS_chdir, &[cwd]);
+    });
 }

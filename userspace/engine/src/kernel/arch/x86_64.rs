@@ -93,6 +93,16 @@ impl Registers {
         }
     }
 
+    /// Instruction pointer.
+    pub(crate) fn ip(&self) -> u64 {
+        self.rip
+    }
+
+    /// Sets the instruction pointer.
+    pub(crate) fn set_ip(&mut self, ip: u64) {
+        self.rip = ip;
+    }
+
     /// Whether the task runs 32-bit code.
     pub(crate) fn is_compat(&self) -> bool {
         self.cs == USER32_CS

@@ -1,0 +1,165 @@
+//! Looking into kernel structures, and writing records.
+
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, seq_file},
+    helpers::{bpf_get_current_task_btf, generated::bpf_seq_write},
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray},
+};
+use core::{mem, ptr};
+use standstill_ebpf_abi::{CommonLayout, PATH_MAX, Plain};
+
+/// Processes that are of interest, by their numbers in the reader's pid namespace.
+#[map]
+static TREE: HashMap<u32, u8> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// Whether `iter/task_file` writes paths.
+#[map]
+static PATHS: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Room for a record and what follows it.
+#[map]
+static BUFFER: PerCpuArray<[u8; BUFFER_LEN]> = PerCpuArray::with_max_entries(1, 0);
+
+const BUFFER_LEN: usize = 2 * PATH_MAX + 512;
+
+#[unsafe(no_mangle)]
+pub static COMMON: CommonLayout = zero();
+
+/// A value of zeros: layouts before the loader fills them.
+pub const fn zero<T: Plain>() -> T {
+    // SAFETY: any bytes are a value of a Plain type.
+    unsafe { mem::zeroed() }
+}
+
+/// An address in the kernel, with its type where the verifier knows it.
+pub type Address = *const u8;
+
+/// A field of a layout.
+///
+/// A plain read would let the compiler take the zeros of the object file for the values.
+#[inline(always)]
+pub fn known(field: &'static u32) -> u32 {
+    // SAFETY: a reference is valid for reads.
+    unsafe { ptr::read_volatile(field) }
+}
+
+/// Loads a field.
+///
+/// # Safety
+/// The verifier knows the type of what `base` points to, and `offset` is that of a field of type `T` there.
+#[inline(always)]
+pub unsafe fn load<T: Copy>(base: Address, offset: u32) -> T {
+    // SAFETY: the caller's promise; the verifier checks it again, and a bad address reads as zero (BPF_PROBE_MEM).
+    unsafe { ptr::read_volatile(base.add(offset as usize).cast()) }
+}
+
+/// Reads from any kernel address into `to`; zeros if the address is not readable.
+#[inline(always)]
+pub fn probe<T: Plain>(to: &mut T, from: Address, offset: u32) {
+    probe_bytes(ptr::from_mut(to).cast(), mem::size_of::<T>() as u32, from, offset);
+}
+
+/// Reads `len` bytes from any kernel address to `to`; zeros if the address is not readable.
+#[inline(always)]
+fn probe_bytes(to: *mut u8, len: u32, from: Address, offset: u32) {
+    // SAFETY: `to` is a mutable reference to `len` bytes in both callers; the helper checks the other address.
+    unsafe {
+        aya_ebpf::helpers::generated::bpf_probe_read_kernel(
+            to.cast(),
+            len,
+            from.wrapping_add(offset as usize).cast(),
+        );
+    }
+}
+
+/// A number at any kernel address; 0 if the address is not readable.
+#[inline(always)]
+pub fn probe_word<T: Plain>(from: Address, offset: u32) -> T {
+    let mut word = zero::<T>();
+    probe_bytes(ptr::from_mut(&mut word).cast(), mem::size_of::<T>() as u32, from, offset);
+    word
+}
+
+/// Address as a number, for the verifier too, to whom pointers of a known type are no numbers.
+///
+/// `room` is in a map: storing there and reading again loses the type.
+#[inline(always)]
+pub fn number(room: &mut u64, address: Address) -> u64 {
+    let room = ptr::from_mut(room);
+    // SAFETY: `room` is a valid reference.
+    unsafe {
+        ptr::write_volatile(room.cast::<Address>(), address);
+        ptr::read_volatile(room)
+    }
+}
+
+/// Process and thread number in the reader's pid namespace.
+#[inline(always)]
+pub fn numbers(task: Address) -> (i32, i32) {
+    // SAFETY: `task` is a task_struct in all callers, and the fields are of the types loaded.
+    unsafe {
+        let reader: Address = bpf_get_current_task_btf().cast_const().cast();
+        let level: u32 = load(load(reader, known(&COMMON.task_thread_pid)), known(&COMMON.pid_level));
+        if level == 0 {
+            return (load(task, known(&COMMON.task_tgid)), load(task, known(&COMMON.task_pid)));
+        }
+        let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
+        let leader: Address = load(task, known(&COMMON.task_group_leader));
+        let pid: Address = load(task, known(&COMMON.task_thread_pid));
+        let tgid: Address = load(leader, known(&COMMON.task_thread_pid));
+        (probe_word(tgid, offset), probe_word(pid, offset))
+    }
+}
+
+/// Whether a process is of interest.
+#[inline(always)]
+pub fn wanted(tgid: i32) -> bool {
+    TREE.get_ptr(tgid as u32).is_some()
+}
+
+/// Whether paths are asked for.
+#[inline(always)]
+pub fn paths_wanted() -> bool {
+    PATHS.get(0).is_some_and(|&flag| flag != 0)
+}
+
+/// A record of type `T` under construction, with room for what follows it.
+pub struct Output<T> {
+    buffer: *mut u8,
+    _record: core::marker::PhantomData<T>,
+}
+
+impl<T: Plain> Output<T> {
+    /// This CPU's buffer, with what the last record left in it.
+    ///
+    /// The kernel keeps iterators on their CPU, and only one reader uses these maps, so nobody else writes into it.
+    #[inline(always)]
+    pub fn new() -> Option<Self> {
+        Some(Self { buffer: BUFFER.get_ptr_mut(0)?.cast(), _record: core::marker::PhantomData })
+    }
+
+    /// The record.
+    #[inline(always)]
+    pub fn record(&mut self) -> &mut T {
+        // SAFETY: the buffer is larger than any record, aligned like every map value, and only this one uses it.
+        unsafe { &mut *self.buffer.cast() }
+    }
+
+    /// Room for PATH_MAX bytes behind the record.
+    #[inline(always)]
+    pub fn tail(&mut self) -> *mut u8 {
+        // SAFETY: records are smaller than PATH_MAX, the buffer is larger than twice that.
+        unsafe { self.buffer.add(mem::size_of::<T>()) }
+    }
+
+    /// Appends the record and `tail` bytes of what follows it to the output.
+    #[inline(always)]
+    pub fn write(&mut self, seq: Address, tail: u32) {
+        // The mask changes nothing: it shows the verifier that the buffer is large enough.
+        let len = mem::size_of::<T>() as u32 + (tail & (2 * PATH_MAX as u32 - 1));
+        // A full output is the caller's affair: the kernel sees it and calls again with an empty one.
+        // SAFETY: `seq` is the iterator's seq_file, the buffer holds `len` bytes.
+        unsafe { bpf_seq_write(seq.cast_mut().cast::<seq_file>(), self.buffer.cast(), len) };
+    }
+}

@@ -1,0 +1,250 @@
+//! The offsets that the programs need, from the running kernel's BTF.
+
+use super::{ObserveError, Result, btf::Btf};
+use standstill_ebpf_abi::{ABSENT, CommonLayout, FileLayout, RESTART_BYTES, TaskLayout, VmaLayout};
+
+const STRUCTS: &[&str] = &[
+    "anon_vma_name",
+    "cpu_itimer",
+    "cred",
+    "dentry",
+    "fdtable",
+    "file",
+    "files_struct",
+    "fs_struct",
+    "hrtimer",
+    "inode",
+    "k_sigaction",
+    "mm_struct",
+    "mount",
+    "path",
+    "pid",
+    "restart_block",
+    "sighand_struct",
+    "signal_struct",
+    "super_block",
+    "task_struct",
+    "upid",
+    "vfsmount",
+    "vm_area_struct",
+    "vm_operations_struct",
+    "vm_special_mapping",
+];
+
+/// Everything that is set in the programs before they are loaded, and what decoding needs.
+pub(super) struct Layouts {
+    pub common: CommonLayout,
+    pub files: FileLayout,
+    pub tasks: TaskLayout,
+    pub vmas: VmaLayout,
+    pub restart: RestartLayout,
+}
+
+/// Offsets in the union of `restart_block`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RestartLayout {
+    pub sleep_clock: usize,
+    pub sleep_rmtp: usize,
+    pub sleep_expires: usize,
+    pub futex_uaddr: usize,
+    pub futex_val: usize,
+    pub futex_flags: usize,
+    pub futex_bitset: usize,
+    pub futex_time: usize,
+    pub poll_ufds: usize,
+    pub poll_nfds: usize,
+    pub poll_has_timeout: usize,
+    pub poll_sec: usize,
+    pub poll_nsec: usize,
+}
+
+impl Layouts {
+    /// Of the running kernel.
+    pub(super) fn read() -> Result<Self> {
+        let btf = Btf::read(STRUCTS)?;
+        Ok(Self { common: common(&btf)?, files: files(&btf)?, tasks: tasks(&btf)?, vmas: vmas(&btf)?, restart: restart(&btf)? })
+    }
+}
+
+/// Offset of the first field that the kernel has: names differ between versions.
+fn any(btf: &Btf, structure: &'static str, names: &[&'static str]) -> Result<u32> {
+    let found = names.iter().find_map(|name| btf.field(structure, name).ok());
+    found.map(|f| f.byte()).ok_or(ObserveError::MissingField { structure, field: names[0] })
+}
+
+fn common(btf: &Btf) -> Result<CommonLayout> {
+    let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
+    Ok(CommonLayout {
+        task_pid: at("task_struct", "pid")?,
+        task_tgid: at("task_struct", "tgid")?,
+        task_group_leader: at("task_struct", "group_leader")?,
+        task_thread_pid: at("task_struct", "thread_pid")?,
+        task_mm: at("task_struct", "mm")?,
+        task_files: at("task_struct", "files")?,
+        pid_level: at("pid", "level")?,
+        pid_numbers: at("pid", "numbers")?,
+        upid_size: btf.size_of("upid")?,
+        file_mode: at("file", "f_mode")?,
+        file_inode: at("file", "f_inode")?,
+        file_path: at("file", "f_path")?,
+        inode_ino: at("inode", "i_ino")?,
+        inode_sb: at("inode", "i_sb")?,
+        sb_dev: at("super_block", "s_dev")?,
+        mm_brk: at("mm_struct", "brk")?,
+        mm_start_brk: at("mm_struct", "start_brk")?,
+        mm_start_stack: at("mm_struct", "start_stack")?,
+    })
+}
+
+fn files(btf: &Btf) -> Result<FileLayout> {
+    let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
+    Ok(FileLayout {
+        files_fdt: at("files_struct", "fdt")?,
+        fdt_close_on_exec: at("fdtable", "close_on_exec")?,
+        file_flags: at("file", "f_flags")?,
+        file_pos: at("file", "f_pos")?,
+        inode_mode: at("inode", "i_mode")?,
+        inode_nlink: at("inode", "i_nlink")?,
+        inode_rdev: at("inode", "i_rdev")?,
+        inode_size: at("inode", "i_size")?,
+        // Split in two in Linux 6.11, renamed in 6.7.
+        inode_mtime: any(btf, "inode", &["i_mtime_sec", "__i_mtime.tv_sec", "i_mtime.tv_sec"])?,
+        inode_mtime_nsec: any(btf, "inode", &["i_mtime_nsec", "__i_mtime.tv_nsec", "i_mtime.tv_nsec"])?,
+        sb_magic: at("super_block", "s_magic")?,
+        path_mnt: at("path", "mnt")?,
+        path_dentry: at("path", "dentry")?,
+        dentry_seq: any(btf, "dentry", &["d_seq.seqcount.sequence", "d_seq.sequence"])?,
+        dentry_pprev: at("dentry", "d_hash.pprev")?,
+        dentry_parent: at("dentry", "d_parent")?,
+        dentry_hash_len: at("dentry", "d_name.hash_len")?,
+        dentry_name: at("dentry", "d_name.name")?,
+        mnt_root: at("vfsmount", "mnt_root")?,
+        mount_mnt: at("mount", "mnt")?,
+        mount_parent: at("mount", "mnt_parent")?,
+        mount_mountpoint: at("mount", "mnt_mountpoint")?,
+    })
+}
+
+fn tasks(btf: &Btf) -> Result<TaskLayout> {
+    let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
+    let task = |field| at("task_struct", field);
+    let signal = |field| at("signal_struct", field);
+    let subreaper = btf.field("signal_struct", "is_child_subreaper")?;
+    let action = btf.field("sighand_struct", "action")?;
+    if btf.element_size(action) != Some(size_of::<standstill_ebpf_abi::Action>() as u32) {
+        // Some architectures have no restorer.
+        return Err(ObserveError::MissingField { structure: "k_sigaction", field: "sa.sa_restorer" });
+    }
+    let mm = [
+        "start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "start_stack", "arg_start", "arg_end",
+        "env_start", "env_end",
+    ];
+    let mut mm_layout = [0; 11];
+    for (to, field) in mm_layout.iter_mut().zip(mm) {
+        *to = at("mm_struct", field)?;
+    }
+    Ok(TaskLayout {
+        fs: task("fs")?,
+        sighand: task("sighand")?,
+        signal: task("signal")?,
+        cred: task("cred")?,
+        clear_child_tid: task("clear_child_tid")?,
+        robust_list: task("robust_list")?,
+        sas_ss_sp: task("sas_ss_sp")?,
+        sas_ss_size: task("sas_ss_size")?,
+        sas_ss_flags: task("sas_ss_flags")?,
+        blocked: task("blocked")?,
+        pdeath_signal: task("pdeath_signal")?,
+        exit_signal: task("exit_signal")?,
+        exit_state: task("exit_state")?,
+        exit_code: task("exit_code")?,
+        restart_fn: task("restart_block.fn")?,
+        restart: task("restart_block.futex")?,
+        cred_securebits: at("cred", "securebits")?,
+        sighand_action: action.byte(),
+        signal_rlim: signal("rlim")?,
+        real_expires: signal("real_timer.node.expires")?,
+        real_state: signal("real_timer.state").unwrap_or(ABSENT),
+        real_incr: signal("it_real_incr")?,
+        cpu_timers: signal("it")?,
+        cpu_timer_size: btf.size_of("cpu_itimer")?,
+        group_exit_code: signal("group_exit_code")?,
+        signal_flags: signal("flags")?,
+        subreaper: subreaper.byte(),
+        subreaper_bit: subreaper.bit % 8,
+        fs_umask: at("fs_struct", "umask")?,
+        mm_flags: at("mm_struct", "flags")?,
+        mm_layout,
+    })
+}
+
+fn vmas(btf: &Btf) -> Result<VmaLayout> {
+    let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
+    let vma = |field| at("vm_area_struct", field);
+    Ok(VmaLayout {
+        start: vma("vm_start")?,
+        end: vma("vm_end")?,
+        flags: vma("vm_flags")?,
+        pgoff: vma("vm_pgoff")?,
+        file: vma("vm_file")?,
+        ops: vma("vm_ops")?,
+        private_data: vma("vm_private_data")?,
+        // CONFIG_ANON_VMA_NAME.
+        anon_name: vma("anon_name").unwrap_or(ABSENT),
+        anon_name_name: at("anon_vma_name", "name").unwrap_or(ABSENT),
+        ops_name: at("vm_operations_struct", "name")?,
+        special_name: at("vm_special_mapping", "name")?,
+        backing: fmode_backing(),
+    })
+}
+
+/// FMODE_BACKING: overlayfs maps such a file in place of the one that the user opened (Linux 6.6; moved in 6.14).
+/// It is a macro, which BTF does not tell.
+fn fmode_backing() -> u32 {
+    let version = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    if kernel_version(&version) >= (6, 14) { 1 << 24 } else { 1 << 25 }
+}
+
+fn kernel_version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn restart(btf: &Btf) -> Result<RestartLayout> {
+    let base = btf.field("restart_block", "futex")?.byte();
+    let at = |names: &[&'static str], size: u32| {
+        let offset = any(btf, "restart_block", names)?.wrapping_sub(base);
+        match offset.checked_add(size) {
+            Some(end) if end as usize <= RESTART_BYTES => Ok(offset as usize),
+            _ => Err(ObserveError::MissingField { structure: "restart_block", field: names[0] }),
+        }
+    };
+    Ok(RestartLayout {
+        sleep_clock: at(&["nanosleep.clockid"], 4)?,
+        sleep_rmtp: at(&["nanosleep.rmtp"], 8)?,
+        sleep_expires: at(&["nanosleep.expires"], 8)?,
+        futex_uaddr: at(&["futex.uaddr"], 8)?,
+        futex_val: at(&["futex.val"], 4)?,
+        futex_flags: at(&["futex.flags"], 4)?,
+        futex_bitset: at(&["futex.bitset"], 4)?,
+        futex_time: at(&["futex.time"], 8)?,
+        poll_ufds: at(&["poll.ufds"], 8)?,
+        poll_nfds: at(&["poll.nfds"], 4)?,
+        poll_has_timeout: at(&["poll.has_timeout"], 4)?,
+        poll_sec: at(&["poll.tv_sec", "poll.end_time.tv_sec"], 8)?,
+        poll_nsec: at(&["poll.tv_nsec", "poll.end_time.tv_nsec"], 8)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(kernel_version("6.18.44-fc-v595"), (6, 18));
+        assert_eq!(kernel_version("7.0"), (7, 0));
+        assert_eq!(kernel_version("strange"), (0, 0));
+        assert!(kernel_version("6.8.0-45-generic") < (6, 14));
+    }
+}
