@@ -2,6 +2,7 @@
 //!
 //! Data flows one way. [`dump`]: freeze → collect → images. [`restore()`]: images → plan → execute.
 
+pub mod check;
 mod dump;
 mod error;
 mod image;

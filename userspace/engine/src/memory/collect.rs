@@ -44,7 +44,10 @@ pub(crate) fn collect(
         if matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) {
             let before = pages.ranges.len();
             let scan = || format!("scan the pages of {pid}");
-            pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
+            // The kernel may drop the contents of droppable memory at any time: a dump is such a time.
+            if !vma.flags.droppable {
+                pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
+            }
             pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
             if vma.prot & libc::PROT_READ as u8 == 0 {
                 pages.unreadable.extend_from_slice(&pages.ranges[before..]);

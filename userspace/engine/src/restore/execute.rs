@@ -75,10 +75,8 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     // The page store is checked while the tasks read it: the tree does not run before the check is over.
     std::thread::scope(|scope| {
         let check = scope.spawn(|| image.verify_pages());
-        let result = run
-            .reach(Stage::Forked)
-            .and_then(|()| run.reach(Stage::Groups))
-            .and_then(|()| run.reach(Stage::Done));
+        let stages = [Stage::Forked, Stage::Groups, Stage::Joined, Stage::Done];
+        let result = stages.into_iter().try_for_each(|stage| run.reach(stage));
         match check.join() {
             Ok(checked) => checked.and(result),
             Err(panic) => std::panic::resume_unwind(panic),
@@ -203,33 +201,40 @@ impl Execution<'_> {
 
     /// Lets all tasks go on until each has reached `stage`; then all of them are stopped there.
     fn reach(&mut self, stage: Stage) -> Result<()> {
-        let expected: BTreeSet<i32> = self
-            .plan
-            .tasks
+        let (dying, living): (Vec<_>, Vec<_>) =
+            self.plan.tasks.iter().partition(|t| t.ends && stage == Stage::Done);
+        let dying: BTreeSet<i32> = dying.iter().map(|t| t.pid).collect();
+        self.go_on(&dying)?;
+        self.wait_for(stage, BTreeSet::new(), dying)?;
+        let expected: BTreeSet<i32> = living
             .iter()
-            .filter(|t| !(t.zombie && stage == Stage::Done))
             .flat_map(|t| {
                 let n = if stage == Stage::Done { t.threads.len() } else { 1 };
                 t.threads[..n].iter().map(|t| t.tid)
             })
             .collect();
-        let mut zombies: BTreeSet<i32> =
-            self.plan.tasks.iter().filter(|t| t.zombie && stage == Stage::Done).map(|t| t.pid).collect();
         if stage != Stage::Forked {
-            let leaders: Vec<i32> = self.plan.tasks.iter().map(|t| t.pid).collect();
-            for pid in leaders {
-                ptrace::cont(pid, 0).context(|| format!("continue process {pid}"))?;
-            }
+            self.go_on(&living.iter().map(|t| t.pid).collect())?;
         }
-        let mut arrived = BTreeSet::new();
-        while arrived.len() < expected.len() || !zombies.is_empty() {
+        self.wait_for(stage, expected, BTreeSet::new())?;
+        debug!(?stage, "all tasks arrived");
+        Ok(())
+    }
+
+    fn go_on(&self, tasks: &BTreeSet<i32>) -> Result<()> {
+        tasks.iter().try_for_each(|&pid| ptrace::cont(pid, 0).context(|| format!("continue process {pid}")))
+    }
+
+    /// Waits until all `expected` tasks stand at `stage` and all `dying` ones are gone.
+    fn wait_for(&mut self, stage: Stage, mut expected: BTreeSet<i32>, mut dying: BTreeSet<i32>) -> Result<()> {
+        while !expected.is_empty() || !dying.is_empty() {
             let (tid, what) = ptrace::wait_any().context(|| "wait for the tasks".into())?;
             match what {
                 Wait::Signal(libc::SIGTRAP) if self.trapped(tid, stage)? => {
-                    arrived.insert(tid);
+                    expected.remove(&tid);
                 }
                 // A task that died of a signal dies of it again.
-                Wait::Signal(signal) if zombies.contains(&tid) => {
+                Wait::Signal(signal) if dying.contains(&tid) => {
                     ptrace::cont(tid, signal).context(|| format!("continue task {tid}"))?;
                 }
                 Wait::Signal(signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE)) => {
@@ -237,7 +242,7 @@ impl Execution<'_> {
                 }
                 Wait::Gone(status) => {
                     self.created.remove(&tid);
-                    if !zombies.remove(&tid) {
+                    if !dying.remove(&tid) {
                         warn!(tid, status, "task ended early");
                         return Err(self.failed(tid, libc::ESRCH));
                     }
@@ -250,7 +255,6 @@ impl Execution<'_> {
                 }
             }
         }
-        debug!(?stage, "all tasks arrived");
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use std::io;
 /// Gives every task its own state and lets it go.
 pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
     let image = run.image;
-    for planned in run.plan.tasks.iter().filter(|t| !t.zombie) {
+    for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
         let task = &image.tasks[&planned.pid];
         let live = live(task)?;
         outside(task.pid, live)?;
@@ -38,7 +38,7 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         }
     }
     // From here on nothing can fail but the detaching itself, and tasks run.
-    for planned in run.plan.tasks.iter().filter(|t| !t.zombie) {
+    for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
         for thread in planned.threads.iter().rev() {
             match ptrace::detach(thread.tid, 0) {
                 Ok(()) => {}

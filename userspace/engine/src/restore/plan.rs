@@ -27,9 +27,11 @@ pub(crate) enum Stage {
     Forked = 1,
     /// Every process group has its leader.
     Groups = 2,
+    /// Every process is in its group. The dead die now, before anybody else goes on: nobody gets a signal for it.
+    Joined = 3,
     /// Memory, files, threads, signals, timers and credentials are in place; only the registers and signal masks are
     /// missing, and the restorer itself is still mapped.
-    Done = 3,
+    Done = 4,
 }
 
 /// A thread of the plan.
@@ -46,7 +48,8 @@ pub(crate) struct PlannedThread {
 #[derive(Debug)]
 pub(crate) struct PlannedTask {
     pub pid: i32,
-    pub zombie: bool,
+    /// It ends before [`Stage::Done`].
+    pub ends: bool,
     /// Threads, the leader first.
     pub threads: Vec<PlannedThread>,
     /// Address of a `syscall` instruction in its final memory.
@@ -70,6 +73,8 @@ struct Planner<'a> {
     image: &'a Image,
     env: &'a Environment,
     births: HashMap<i32, Births>,
+    /// Process groups whose leader is gone, by the first of their members.
+    stand_ins: BTreeMap<i32, i32>,
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
@@ -107,6 +112,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         image,
         env,
         births,
+        stand_ins: stand_ins(image),
         files,
         shared_fds,
         first_writers,
@@ -119,7 +125,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     };
     let root = &image.tasks[&image.inventory.root];
     planner.process(root, None)?;
-    if planner.tasks.len() != image.tasks.len() {
+    if planner.tasks.len() != image.tasks.len() + planner.stand_ins.len() {
         return Err(Error::ImageContent {
             dir: image.dir.clone(),
             reason: "some processes are not descendants of the root".into(),
@@ -132,6 +138,16 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         pages_fd,
         shared_fds: planner.shared_fds,
     })
+}
+
+/// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
+fn stand_ins(image: &Image) -> BTreeMap<i32, i32> {
+    let root = &image.tasks[&image.inventory.root];
+    let mut by_group = BTreeMap::new();
+    for task in image.tasks.values().filter(|t| t.pgid != root.pgid && !image.tasks.contains_key(&t.pgid)) {
+        by_group.entry(task.pgid).or_insert(task.pid);
+    }
+    by_group.into_iter().map(|(pgid, pid)| (pid, pgid)).collect()
 }
 
 /// What of the machine must be as it was.
@@ -187,6 +203,7 @@ fn find_gap(image: &Image, env: &Environment, size: u64) -> Result<u64> {
         .values()
         .flat_map(|s| s.vmas.iter().map(|v| (v.start, v.end)))
         .chain(env.used.iter().copied())
+        .filter(|range| range.1 <= arch::TASK_SIZE) // [vsyscall] lies above
         .collect();
     used.sort_unstable();
     let mut free_from = LOWEST;
@@ -208,7 +225,7 @@ impl<'a> Planner<'a> {
         let mut program = Program::default();
         let births = self.births.get(&task.pid).cloned().unwrap_or_default();
         let slot = self.tasks.len();
-        self.tasks.push(PlannedTask { pid: task.pid, zombie: task.live.is_none(), threads: Vec::new(), syscall_at: 0 });
+        self.tasks.push(PlannedTask { pid: task.pid, ends: task.live.is_none(), threads: Vec::new(), syscall_at: 0 });
         let Some(live) = &task.live else {
             self.zombie(task, &births, &mut program);
             self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits: false });
@@ -237,6 +254,12 @@ impl<'a> Planner<'a> {
         }
         self.forks(&births.after, space, &prots, &mut program)?;
         self.groups(task, &mut program);
+        for child in births.before.iter().chain(&births.after) {
+            if let Some(&pgid) = self.stand_ins.get(child) {
+                let args = [pgid.into(), 0.into(), libc::__WALL.into(), 0.into()];
+                program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pgid);
+            }
+        }
         self.finish_memory(space, parent.map(|p| p.0), &prots, &mut numbers, &mut program)?;
         self.descriptors(live, &mut numbers, &mut program)?;
         let threads = self.threads(live, &mut program);
@@ -322,6 +345,9 @@ impl<'a> Planner<'a> {
         let image = self.image;
         for pid in children {
             let child = &image.tasks[pid];
+            if let Some(&pgid) = self.stand_ins.get(pid) {
+                self.stand_in(pgid, program);
+            }
             let index = self.process(child, Some((space, prots)))?;
             program.clone_task(format!("fork process {pid}"), sys::CLONE_CLEAR_SIGHAND, child.exit_signal, *pid, index);
         }
@@ -336,7 +362,26 @@ impl<'a> Planner<'a> {
         program.trap(Stage::Groups as u64);
         if task.pgid != task.pid && self.image.tasks.contains_key(&task.pgid) {
             program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
+        } else if self.stand_ins.values().any(|&pgid| pgid == task.pgid) {
+            program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
         }
+        program.trap(Stage::Joined as u64);
+    }
+
+    /// A process that leads the group of a dead and forgotten leader until all members have joined.
+    fn stand_in(&mut self, pgid: i32, program: &mut Program) {
+        let index = self.programs.len();
+        let mut own = Program::default();
+        own.trap(Stage::Forked as u64);
+        own.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        own.trap(Stage::Groups as u64);
+        own.trap(Stage::Joined as u64);
+        own.exit(0);
+        self.programs.push(own);
+        let threads = vec![PlannedThread { tid: pgid, program: index, waits: false }];
+        self.tasks.push(PlannedTask { pid: pgid, ends: true, threads, syscall_at: 0 });
+        let label = format!("fork process {pgid}");
+        program.clone_task(label, sys::CLONE_CLEAR_SIGHAND, libc::SIGCHLD, pgid, index);
     }
 
     fn finish_memory(

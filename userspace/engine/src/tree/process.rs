@@ -27,7 +27,7 @@ pub(crate) fn collect(
     let pid = process.pid;
     let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
     let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
-    refuse_unsupported(pid, &status)?;
+    refuse_unsupported(pid)?;
     let mut remote = Remote::attach(pid)?;
     let prctl = |remote: &mut Remote, option: i32, arg: u64| {
         remote.syscall(pid, libc::SYS_prctl, [option as u64, arg, 0, 0, 0, 0])
@@ -43,9 +43,14 @@ pub(crate) fn collect(
     let posix_timers = timers::posix_timers(pid, &mut remote)?;
     let mut threads = Vec::with_capacity(process.threads.len());
     for &(tid, _) in &process.threads {
+        let of_thread = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
+        if of_thread.seccomp != 0 {
+            let object = format!("thread {tid}, which is under seccomp,");
+            return Err(Error::unsupported(pid, object, "run the program without seccomp"));
+        }
         // Securebits differ between threads only where a thread changed its credentials on its own.
         let same = threads.first().map(|leader: &standstill_images::types::Thread| leader.creds.securebits);
-        threads.push(thread::collect(pid, tid, seen.get(&tid), &mut remote, same)?);
+        threads.push(thread::collect(pid, tid, &of_thread, seen.get(&tid), &mut remote, same)?);
     }
     remote.detach()?;
     let link = |name: &str| -> Result<Bytes> {
@@ -106,20 +111,22 @@ pub(crate) fn collect_zombie(pid: i32) -> Result<Task> {
     })
 }
 
-fn refuse_unsupported(pid: i32, status: &proc::Status) -> Result<()> {
-    if status.seccomp != 0 {
-        return Err(Error::unsupported(pid, "a process with seccomp", "run it without seccomp for now"));
-    }
-    for ns in ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup"] {
-        let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}"));
-        if let (Ok(its), Ok(ours)) = (of(&pid.to_string()), of("self"))
-            && its != ours {
-                return Err(Error::unsupported(
-                    pid,
-                    format!("a process in another {ns} namespace"),
-                    format!("run standstill inside it: nsenter -t {pid} -a"),
-                ));
-            }
+/// Namespaces that the whole tree must share with this process.
+const NAMESPACES: [&str; 10] =
+    ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time", "pid_for_children", "time_for_children"];
+
+fn refuse_unsupported(pid: i32) -> Result<()> {
+    let ns = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
+    for name in NAMESPACES {
+        let own = name.trim_end_matches("_for_children");
+        let (Ok(its), Ok(ours)) = (ns(&pid.to_string(), name), ns("self", own)) else { continue };
+        if its != ours {
+            return Err(Error::unsupported(
+                pid,
+                format!("a process in another {name} namespace"),
+                format!("run standstill inside it: nsenter -t {pid} -a"),
+            ));
+        }
     }
     Ok(())
 }

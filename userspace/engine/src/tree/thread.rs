@@ -19,18 +19,18 @@ use standstill_images::types::{AltStack, Context as CpuContext, Restart, Rseq, T
 pub(crate) fn collect(
     pid: i32,
     tid: i32,
+    status: &proc::Status,
     seen: Option<&ThreadState>,
     remote: &mut Remote,
     securebits: Option<u32>,
 ) -> Result<Thread> {
-    let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
     let (altstack, clear_child_tid, pdeath_signal) = match seen {
         Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
         None => ask(tid, remote)?,
     };
     let creds = match securebits {
-        Some(bits) => creds::with_securebits(&status, bits),
-        None => creds::collect(tid, &status, remote)?,
+        Some(bits) => creds::with_securebits(status, bits),
+        None => creds::collect(tid, status, remote)?,
     };
     let mut regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
