@@ -25,7 +25,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::{Duration, Instant},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, info, trace, warn};
 
 /// The restorer's code.
 pub(crate) static BLOB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/restorer.bin"));
@@ -249,7 +249,8 @@ impl Execution<'_> {
                 }
                 // Births, their announcements, and signals of one of our tasks to another (SIGCHLD): nothing of the
                 // tree's own is under way yet.
-                _ => {
+                other => {
+                    trace!(tid, ?other, "goes on");
                     self.created.insert(tid);
                     ptrace::cont(tid, 0).context(|| format!("continue task {tid}"))?;
                 }

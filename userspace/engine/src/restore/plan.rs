@@ -262,6 +262,8 @@ impl<'a> Planner<'a> {
         }
         self.finish_memory(space, parent.map(|p| p.0), &prots, &mut numbers, &mut program)?;
         self.descriptors(live, &mut numbers, &mut program)?;
+        // Before there are threads: none of them may take a signal that is queued for the process.
+        signals::restore_block(&mut program);
         let threads = self.threads(live, &mut program);
         let waits = self.attributes(task, live, &mut program);
         self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits });
@@ -468,7 +470,6 @@ impl<'a> Planner<'a> {
             .map(|t| {
                 let index = self.programs.len();
                 let mut own = Program::default();
-                signals::restore_block(&mut own);
                 thread::restore(t, &self.env.sched, &mut own);
                 signals::restore_pending(pid, Some(t.tid), &t.pending, &mut own);
                 creds::restore(&t.creds, &self.env.creds, &mut own);
@@ -484,7 +485,6 @@ impl<'a> Planner<'a> {
     /// What comes last for the leader: everything that needs all threads, or after which privileges are gone.
     fn attributes(&self, task: &Task, live: &LiveTask, program: &mut Program) -> bool {
         let leader = &live.threads[0];
-        signals::restore_block(program);
         thread::restore(leader, &self.env.sched, program);
         process::restore(live, self.env.personality, program);
         signals::restore_actions(&live.sigactions, program);

@@ -65,11 +65,41 @@ impl Remote {
     }
 
     /// A thread's own registers, whether they are borrowed at the moment or not.
+    ///
+    /// A thread inside a restartable sequence goes on at the sequence's abort handler, as after any preemption
+    /// (rseq(2)): neither a kernel that restores the thread nor one that ran other code in it in between knows of the
+    /// sequence any more.
     pub(crate) fn registers(&self, tid: i32) -> io::Result<Registers> {
-        match self.borrowed {
-            Some((borrowed, own)) if borrowed == tid => Ok(own),
-            _ => ptrace::registers(tid),
+        if let Some((borrowed, own)) = self.borrowed
+            && borrowed == tid
+        {
+            return Ok(own);
         }
+        let mut regs = ptrace::registers(tid)?;
+        let area = ptrace::rseq(tid)?.address;
+        if area != 0
+            && let Some(abort) = self.abort_handler(area, regs.ip())
+        {
+            regs.set_ip(abort);
+        }
+        Ok(regs)
+    }
+
+    /// The abort handler of the restartable sequence that `ip` is in. `None` also if the area cannot be read: then the
+    /// kernel could not either.
+    fn abort_handler(&self, area: u64, ip: u64) -> Option<u64> {
+        let word = |address: u64| {
+            let mut bytes = [0; 8];
+            self.memory.read_exact_at(&mut bytes, address).ok()?;
+            Some(u64::from_ne_bytes(bytes))
+        };
+        let section = word(area + 8)?; // struct rseq: rseq_cs
+        if section == 0 {
+            return None;
+        }
+        // struct rseq_cs: version and flags, start_ip, post_commit_offset, abort_ip
+        let (start, length, abort) = (word(section + 8)?, word(section + 16)?, word(section + 24)?);
+        (ip.wrapping_sub(start) < length).then_some(abort)
     }
 
     /// Reads results from the scratch page.
@@ -120,7 +150,7 @@ impl Remote {
             }
             self.give_back()?;
         }
-        let own = ptrace::registers(tid).map_err(|e| failed(tid, e))?;
+        let own = self.registers(tid).map_err(|e| failed(tid, e))?;
         if own.is_compat() {
             return Err(Error::unsupported(self.pid, "a 32-bit program", "dump 64-bit programs only"));
         }

@@ -60,6 +60,7 @@ pub(crate) fn collect(
     let removed = std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 0);
     let (cwd, cwd_removed) = directory::path(link("cwd")?, removed);
     let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
+    let pending = signals::pending(pid, true)?;
     let live = LiveTask {
         threads,
         address_space,
@@ -71,7 +72,7 @@ pub(crate) fn collect(
         sigactions,
         itimers,
         posix_timers,
-        pending: signals::pending(pid, true)?,
+        pending,
         rlimits: proc::limits(pid).context(|| format!("read the limits of {pid}"))?,
         dumpable,
         child_subreaper: i32::from_ne_bytes(subreaper) != 0,

@@ -11,7 +11,6 @@ use crate::{
     restore::program::{Arg, Program},
     task::Remote,
 };
-use std::io;
 use standstill_images::types::{AltStack, Context as CpuContext, Restart, Rseq, Thread};
 
 /// Reads a stopped thread. What only the thread itself can tell comes from the observer (`seen`), otherwise from
@@ -32,10 +31,9 @@ pub(crate) fn collect(
         Some(bits) => creds::with_securebits(status, bits),
         None => creds::collect(tid, status, remote)?,
     };
-    let mut regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
+    let regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
     let rseq = ptrace::rseq(tid).context(|| format!("read the rseq registration of thread {tid}"))?;
-    abort_critical_section(pid, &rseq, &mut regs).context(|| format!("read the rseq area of thread {tid}"))?;
     Ok(Thread {
         tid,
         comm: std::fs::read(proc::path(pid, &format!("task/{tid}/comm")))
@@ -59,29 +57,6 @@ pub(crate) fn collect(
         sched: sched::collect(tid)?,
         timerslack_ns: proc::number(&proc::path(tid, "timerslack_ns")).unwrap_or(50_000),
     })
-}
-
-/// A thread inside a restartable sequence goes on at the sequence's abort handler, as after any preemption: the image's
-/// copy of it does, at least, for the restoring kernel knows nothing of the sequence (rseq(2)).
-fn abort_critical_section(pid: i32, rseq: &ptrace::RseqConfiguration, regs: &mut Registers) -> io::Result<()> {
-    if rseq.address == 0 {
-        return Ok(());
-    }
-    let word = |address: u64| -> io::Result<u64> {
-        let mut bytes = [0; 8];
-        sys::process_vm_read(pid, address, &mut bytes)?;
-        Ok(u64::from_ne_bytes(bytes))
-    };
-    let section = word(rseq.address + 8)?; // struct rseq: rseq_cs
-    if section == 0 {
-        return Ok(());
-    }
-    // struct rseq_cs: version and flags, start_ip, post_commit_offset, abort_ip
-    let (start, length, abort) = (word(section + 8)?, word(section + 16)?, word(section + 24)?);
-    if regs.ip().wrapping_sub(start) < length {
-        regs.set_ip(abort);
-    }
-    Ok(())
 }
 
 fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {
