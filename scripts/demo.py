@@ -3,14 +3,13 @@
     demo.py DIR
 
 It holds 64 MiB of memory with a checksum for each MiB, two threads that count, a child process that answers questions
-through a socket pair, a file that only it appends to, and a pipe that always has something in it. Each tick uses and
+through two pipes, a file that only it appends to, and a pipe that always has something in it. Each tick uses and
 checks all of them and writes a line to DIR/log. On SIGTERM it checks everything once more and ends with exit code 0;
 the first thing that is not as it was left ends it with a line `FAILED: …` and exit code 1.
 """
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,12 +19,12 @@ MIB = 1 << 20
 BLOCKS = 64
 
 
-def child(link):
-    """Answers each number with its square and how many questions there were."""
+def child(questions, answers):
+    """Answers each number with its square, how many questions there were, and its pid."""
     asked = 0
-    while question := link.recv(64):
+    while question := os.read(questions, 64):
         asked += 1
-        link.send(b"%d %d %d" % (int(question) ** 2, asked, os.getpid()))
+        os.write(answers, b"%d %d %d" % (int(question) ** 2, asked, os.getpid()))
     os._exit(0)
 
 
@@ -51,13 +50,15 @@ class Program:
     def __init__(self, directory):
         self.pid = os.getpid()
         self.log = open(f"{directory}/log", "a", buffering=1)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        questions, self.ask = os.pipe()
+        self.answer, answers = os.pipe()
         self.child_pid = os.fork()
         if self.child_pid == 0:
-            ours.close()
-            child(theirs)
-        theirs.close()
-        self.link = ours
+            os.close(self.ask)
+            os.close(self.answer)
+            child(questions, answers)
+        os.close(questions)
+        os.close(answers)
         self.journal = os.open(f"{directory}/journal", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self.journal_crc = 0
         self.memory = bytearray(os.urandom(BLOCKS * MIB))
@@ -94,8 +95,8 @@ class Program:
         expect(os.read(self.read_end, 64) == b"tick %d" % (n - 1), "the pipe does not hold what was written")
         os.write(self.write_end, b"tick %d" % n)
 
-        self.link.send(b"%d" % n)
-        answer = [int(word) for word in self.link.recv(64).split()]
+        os.write(self.ask, b"%d" % n)
+        answer = [int(word) for word in os.read(self.answer, 64).split()]
         expect(answer == [n * n, n, self.child_pid], f"the child answered {answer}")
 
         line = b"entry %d\n" % n
@@ -119,7 +120,7 @@ class Program:
                 self.seen = counts
         for i in range(BLOCKS):
             self.check_block(i)
-        self.link.close()
+        os.close(self.ask)
         expect(os.waitpid(self.child_pid, 0) == (self.child_pid, 0), "the child did not end with exit code 0")
         self.log.write(f"finished after {n} ticks: memory, threads, child, journal and pipe are as they should be\n")
 

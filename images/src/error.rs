@@ -1,11 +1,14 @@
-use std::{io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 /// Why an image cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
     /// There is no complete image.
-    #[error("{}: no complete image here", .0.display())]
+    #[error("no complete image in {}", .0.display())]
     Missing(PathBuf),
     /// Another process writes there.
     #[error("{}: another dump is writing here", .0.display())]
@@ -25,24 +28,27 @@ pub enum ImageError {
         /// The newest version known here.
         supported: u32,
     },
-    /// The file ends too early.
-    #[error("{}: truncated at byte {offset}", path.display())]
-    Truncated {
-        /// The file.
-        path: PathBuf,
-        /// Where something is missing.
-        offset: u64,
-    },
-    /// Bytes are not what was written.
-    #[error("{}: corrupt at byte {offset}: {reason}", path.display())]
-    Corrupt {
+    /// The file is not what was written, or was never valid.
+    #[error("{}: {flaw} at byte {offset}", path.display())]
+    Invalid {
         /// The file.
         path: PathBuf,
         /// Where.
         offset: u64,
         /// What is wrong there.
+        flaw: Flaw,
+    },
+    /// A record that cannot be written.
+    #[error("record kind {kind} cannot be written: {reason}")]
+    Unwritable {
+        /// Its kind.
+        kind: u16,
+        /// Why.
         reason: String,
     },
+    /// The file system or the quota is used up.
+    #[error("{}: no space left: free some, or use another directory", .0.display())]
+    NoSpace(PathBuf),
     /// Reading or writing failed.
     #[error("{}: {source}", path.display())]
     Io {
@@ -53,14 +59,71 @@ pub enum ImageError {
     },
 }
 
+/// What is wrong with a place in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Flaw {
+    /// The file ends too early.
+    Truncated,
+    /// The bytes are not those that were written.
+    Checksum,
+    /// No record begins here.
+    NoRecord,
+    /// A length beyond what there can be.
+    TooLong {
+        /// The length.
+        length: u64,
+        /// The most there can be.
+        limit: u64,
+    },
+    /// More bytes than belong here.
+    Leftovers,
+    /// A record kind that must be understood and is not.
+    UnknownKind(u16),
+    /// A flag that must be understood and is not.
+    UnknownFlags(u32),
+    /// The end record counts more or fewer records than there are.
+    Count {
+        /// Records that were written.
+        written: u64,
+        /// Records that are there.
+        found: u64,
+    },
+    /// The content makes no sense, for this reason.
+    Content(String),
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Truncated => write!(f, "truncated"),
+            Self::Checksum => write!(f, "checksum mismatch"),
+            Self::NoRecord => write!(f, "no record"),
+            Self::TooLong { length, limit } => write!(f, "too long ({length} bytes, at most {limit} are possible)"),
+            Self::Leftovers => write!(f, "unexpected bytes"),
+            Self::UnknownKind(kind) => write!(f, "a record of kind {kind}, which this program does not know,"),
+            Self::UnknownFlags(flags) => write!(f, "flags {flags:#x}, which this program does not know,"),
+            Self::Count { written, found } => write!(f, "{found} records, but {written} were written, up to the end"),
+            Self::Content(reason) => write!(f, "{reason}"),
+        }
+    }
+}
+
 impl ImageError {
     /// Whether a read or write failed, as opposed to a bad image.
     pub fn is_io(&self) -> bool {
-        matches!(self, Self::Io { .. } | Self::Locked(_))
+        matches!(self, Self::Io { .. } | Self::NoSpace(_) | Self::Locked(_))
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { path, source }
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(path),
+            _ => Self::Io { path, source },
+        }
+    }
+
+    pub(crate) fn invalid(path: &Path, offset: u64, flaw: Flaw) -> Self {
+        Self::Invalid { path: path.into(), offset, flaw }
     }
 }

@@ -8,4 +8,4 @@ pub mod publish;
 pub mod store;
 pub mod types;
 
-pub use error::ImageError;
+pub use error::{Flaw, ImageError};

@@ -1,16 +1,15 @@
 //! The self-verifying workloads go out and come back.
 
-use standstill_tests::harness::{Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_stopped, full_cycle};
+use standstill_tests::harness::{Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_twice, full_cycle};
 
 /// Dumps and restores twice in a row, with a verdict before and after each.
 fn twice(name: &str, args: &[&str], options: fn(Run) -> Run) {
     let _turn = Turn::take();
     let mut target = Target::workload(name, args);
     target.assert_well();
-    dump_and_restore(&Tool::get(), &mut target, "first", options);
-    target.assert_well();
-    dump_and_restore_stopped(&Tool::get(), &mut target, "second", options);
-    target.assert_well();
+    dump_and_restore_twice(&Tool::get(), &mut target, options, &mut |target| {
+        target.assert_well();
+    });
     target.finish(0);
 }
 

@@ -2,7 +2,12 @@
 
 #[path = "build/blob.rs"]
 mod blob;
+#[cfg(feature = "ebpf")]
+#[path = "build/ebpf.rs"]
+mod ebpf;
 
 fn main() {
     blob::build();
+    #[cfg(feature = "ebpf")]
+    ebpf::build();
 }

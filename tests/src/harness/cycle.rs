@@ -24,7 +24,7 @@ pub fn dump_and_restore(tool: &Tool, target: &mut Target, name: &str, options: f
 
 /// The same with a stopped target, which allows to compare every byte of its memory; it goes on afterwards.
 #[track_caller]
-pub fn dump_and_restore_stopped(tool: &Tool, target: &mut Target, name: &str, options: fn(Run) -> Run) -> PathBuf {
+fn dump_and_restore_stopped(tool: &Tool, target: &mut Target, name: &str, options: fn(Run) -> Run) -> PathBuf {
     let images = target.images(name);
     target.stop();
     let processes = target.processes();
@@ -40,6 +40,24 @@ pub fn dump_and_restore_stopped(tool: &Tool, target: &mut Target, name: &str, op
     assert!(changes.is_empty(), "restored differently: {changes:#?}\n{outcome}");
     target.go_on();
     images
+}
+
+/// Two rounds of dump and restore, of the running and of the stopped target, each followed by `verify`.
+#[track_caller]
+pub fn dump_and_restore_twice(
+    tool: &Tool,
+    target: &mut Target,
+    options: fn(Run) -> Run,
+    verify: &mut dyn FnMut(&mut Target),
+) {
+    dump_and_restore(tool, target, "first", options);
+    verify(target);
+    // CRIU lets a stopped process run a little before it stops again, and leaves it with a pending SIGSTOP.
+    match tool.is_criu() {
+        true => dump_and_restore(tool, target, "second", options),
+        false => dump_and_restore_stopped(tool, target, "second", options),
+    };
+    verify(target);
 }
 
 /// A dump that kills, and a restore.
@@ -79,12 +97,11 @@ pub fn full_cycle(tool: &Tool, target: &mut Target, verify: &mut dyn FnMut(&mut 
     verify(target);
     check_undisturbed_while_running(tool, target);
     verify(target);
-    check_undisturbed_while_stopped(tool, target);
-    verify(target);
-    dump_and_restore(tool, target, "first", |run| run);
-    verify(target);
-    dump_and_restore_stopped(tool, target, "second", |run| run);
-    verify(target);
+    if !tool.is_criu() {
+        check_undisturbed_while_stopped(tool, target);
+        verify(target);
+    }
+    dump_and_restore_twice(tool, target, |run| run, verify);
 }
 
 /// Dumps with `--leave-running` and looks for everything that should have stayed.
@@ -104,7 +121,7 @@ fn check_undisturbed_while_running(tool: &Tool, target: &mut Target) {
 
 /// Dumps the stopped tree with `--leave-running`; not a bit may change, and it must stay stopped.
 #[track_caller]
-pub fn check_undisturbed_while_stopped(tool: &Tool, target: &mut Target) {
+fn check_undisturbed_while_stopped(tool: &Tool, target: &mut Target) {
     let images = target.images("stopped");
     target.stop();
     let processes = target.processes();

@@ -4,6 +4,7 @@
 //! started is gone when it ends, also when it fails.
 
 mod cycle;
+pub mod left;
 mod occupy;
 mod pidfd;
 pub mod proc;
@@ -12,10 +13,10 @@ mod target;
 mod tool;
 mod turn;
 
-pub use cycle::{check_undisturbed_while_stopped, dump_and_restore, dump_and_restore_stopped, full_cycle};
+pub use cycle::{dump_and_restore, dump_and_restore_twice, full_cycle};
 pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};
 pub use target::{Target, workload};
 pub use tool::{Outcome, Run, Running, Tool};
-pub use turn::{Turn, skip, wait_until};
+pub use turn::{Turn, skip, standstill, wait_until};

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::WaitStatus;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -92,6 +92,8 @@ impl Target {
         let dir = tempfile::Builder::new().prefix("standstill-").tempdir_in("/var/tmp").expect("make a directory");
         let mut command = command(dir.path());
         let output = File::create(dir.path().join("output")).expect("create the output file");
+        // One heap for all threads: a change of the address space is then somebody else's doing.
+        command.env("MALLOC_ARENA_MAX", "1");
         command.stdin(Stdio::null()).stderr(output.try_clone().expect("dup")).stdout(output);
         prepare(&mut command);
         // SAFETY: close_range is async-signal-safe and the closure allocates nothing.
@@ -230,7 +232,7 @@ impl Target {
     #[track_caller]
     pub fn await_gone(&mut self) {
         let gone = wait_until(LIMIT, || {
-            self.reap();
+            reap();
             self.seen.iter().all(|pid| proc::state(*pid).is_none())
         });
         assert!(gone, "{} is still there: {:?}", self.name, self.seen);
@@ -254,12 +256,13 @@ impl Target {
         assert!(verdict.ok, "{} finds itself changed at the end: {:#?}", self.name, verdict.failures);
         assert_eq!(exit, Some(WaitStatus::Exited(self.pid, status)), "exit of {}: {}", self.name, self.output());
     }
+}
 
-    fn reap(&self) {
-        for pid in &self.seen {
-            if let Ok(pidfd) = Pidfd::open(*pid) {
-                pidfd.reap();
-            }
+/// Takes every child that has ended: orphans of a target become ours, and whoever has a turn runs no other command.
+fn reap() {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
+        if status == WaitStatus::StillAlive {
+            break;
         }
     }
 }
@@ -279,7 +282,7 @@ impl Drop for Target {
             }
         }
         wait_until(Duration::from_secs(5), || {
-            self.reap();
+            reap();
             let ours = proc::tree(nix::unistd::getpid());
             !self.seen.iter().any(|pid| ours.contains(pid))
         });

@@ -42,6 +42,16 @@ pub fn skip(reason: &str) {
     _ = writeln!(stderr(), "SKIPPED: {reason}");
 }
 
+/// The tool, for tests of what only Standstill promises; none, and a skip, when CRIU is tested in its place.
+pub fn standstill() -> Option<super::Tool> {
+    let tool = super::Tool::get();
+    if tool.is_criu() {
+        skip("only Standstill promises this, and the tool is CRIU");
+        return None;
+    }
+    Some(tool)
+}
+
 /// Polls until a condition holds; false when it does not within the limit.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;

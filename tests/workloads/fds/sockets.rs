@@ -31,8 +31,10 @@ impl Sockets {
         let path = dir.join("listening");
         let name = format!("standstill fds {}", std::process::id());
         let abstract_name = unix::SocketAddr::from_abstract_name(&name).expect("an abstract address");
+        let address = tcp.local_addr().expect("address");
+        std::fs::write(dir.join("port"), address.port().to_string()).expect("write the port");
         Self {
-            address: tcp.local_addr().expect("address"),
+            address,
             tcp,
             tcp6: TcpListener::bind("[::1]:0").ok(),
             by_path: UnixListener::bind(&path).expect("listen at a path"),

@@ -1,10 +1,27 @@
 //! `standstill inspect`.
+//!
+//! [`view::View`] has everything that is shown, as JSON and as text. Registers, page contents, and data waiting in pipes
+//! and sockets never become part of it: they can be secrets.
+
+mod files;
+mod memory;
+pub(crate) mod output;
+mod processes;
+mod sockets;
+mod text;
+mod view;
 
 use crate::{Failure, args::ImageArgs};
 use standstill_engine::Image;
+use view::View;
 
 pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
     let image = Image::open(&args.images_dir)?;
-    println!("{:#?}", image.tasks.keys());
+    let view = View::new(&image);
+    if args.json {
+        output::json(&view)?;
+    } else {
+        output::print(&text::render(&view))?;
+    }
     Ok(0)
 }

@@ -1,16 +1,63 @@
 //! `standstill verify`.
 
-use crate::{Failure, args::ImageArgs};
-use standstill_engine::Image;
+use crate::{Failure, args::ImageArgs, inspect::output};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use standstill_engine::{Error, Image};
+use standstill_images::{ImageError, publish::ImageDir, store::PageReader};
+use std::{io, path::Path, thread, time::Instant};
 
 pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
-    let image = Image::open(&args.images_dir)?;
-    image.verify_pages()?;
-    let pages = image.pages.pages();
+    let begin = Instant::now();
+    let image = match verify(&args.images_dir) {
+        Ok(image) => image,
+        Err(error) => {
+            let failure = failure(error);
+            if args.json {
+                output::json(&serde_json::json!({ "ok": false, "error": failure.text }))?;
+            }
+            return Err(failure);
+        }
+    };
+    let (processes, pages) = (image.tasks.len(), image.pages.pages());
     if args.json {
-        println!("{}", serde_json::json!({ "ok": true, "processes": image.tasks.len(), "pages": pages }));
+        output::json(&serde_json::json!({ "ok": true, "processes": processes, "pages": pages }))?;
     } else {
-        println!("{}: {} processes, {pages} pages, all checksums right", args.images_dir.display(), image.tasks.len());
+        let bytes = pages * 4096;
+        let rate = HumanBytes((bytes as f64 / begin.elapsed().as_secs_f64()) as u64);
+        let dir = args.images_dir.display();
+        output::print(&format!(
+            "{dir}: {processes} processes, {pages} pages ({}, {rate}/s): all checksums and references are right\n",
+            HumanBytes(bytes)
+        ))?;
     }
     Ok(0)
+}
+
+/// Reads all of an image. Opening it checks its records and what they refer to.
+fn verify(dir: &Path) -> Result<Image, Error> {
+    let image = Image::open(dir)?;
+    let store = PageReader::open(&ImageDir::open(dir)?.pages_path(&image.pages)?, &image.pages)?;
+    let threads = thread::available_parallelism().map_or(1, |n| n.get());
+    // Draws on standard error, and only if that is a terminal.
+    let bar = ProgressBar::new(image.pages.pages() * 4096).with_style(style());
+    let result = store.verify(threads, |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    result?;
+    Ok(image)
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// A page store that is missing is a bad image, not a failed read.
+fn failure(error: Error) -> Failure {
+    let missing =
+        matches!(&error, Error::Image(ImageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound);
+    let failure = Failure::from(error);
+    if missing { Failure { status: 5, ..failure } } else { failure }
 }

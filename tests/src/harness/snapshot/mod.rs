@@ -194,6 +194,13 @@ impl Snapshot {
         Self { facts: facts.map(|(name, value)| (name.clone(), value.clone())).collect() }
     }
 
+    /// Names of mappings and descriptors that are new: what a dump might leave in a target.
+    pub fn new_objects(&self, after: &Self) -> Vec<String> {
+        let object = |name: &&String| name.contains(" map ") || name.contains(" fd ");
+        let new = after.facts.iter().filter(|(name, _)| object(name) && !self.facts.contains_key(*name));
+        new.map(|(name, is)| format!("{name}: new, is {is:?}")).collect()
+    }
+
     /// Facts that are no longer as they were, and with `also_new` those that were not there before.
     pub fn changes(&self, after: &Self, also_new: bool) -> Vec<String> {
         let mut changes: Vec<String> = Vec::new();

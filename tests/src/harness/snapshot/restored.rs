@@ -11,6 +11,12 @@ const NEW_ON_RESTORE: [&str; 4] = ["syscall", "start time", "FDSize", "children"
 const KERNEL_IDS: [&str; 4] = ["mnt_id", "ino", "eventfd-id", "scm_fds"];
 
 impl Snapshot {
+    /// Leaves out what threads are doing.
+    pub fn without_syscalls(mut self) -> Self {
+        self.facts.retain(|name, _| !name.ends_with(" syscall"));
+        self
+    }
+
     /// Leaves out the address space, which a running program may change at any time.
     pub fn without_memory(mut self) -> Self {
         self.facts.retain(|name, _| !name.contains(" map ") && !name.contains(" Vm"));

@@ -7,6 +7,7 @@ use std::{collections::HashMap, fs, path::Path};
 
 const PATH: &str = "/sys/kernel/btf/vmlinux";
 
+#[cfg(test)]
 const KIND_PTR: u32 = 2;
 const KIND_ARRAY: u32 = 3;
 const KIND_STRUCT: u32 = 4;

@@ -1,57 +1,301 @@
-//! The iterators of a build without the feature `ebpf`: there are none.
+//! Reads a tree through BPF iterators.
 
-use super::{FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry};
+use super::{
+    FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry, decode,
+    ids::{AddressMap, Ids},
+    loader::Programs,
+    procfs::{self, Descriptors},
+    sorted, sys,
+};
+use standstill_ebpf_abi::FileRecord;
+use std::{
+    collections::HashSet,
+    fmt, io,
+    io::Read,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+};
 
-/// Reader of a tree's state through BPF iterators; cannot exist in this build.
-#[derive(Debug)]
-pub enum Iterators {}
+/// Up to so many processes, an iterator per process is quicker than one over all tasks of the machine.
+const ONE_BY_ONE: usize = 8;
+/// Up to so many unknown paths, readlink(2) is quicker than letting the iterator write all paths.
+const SINGLE_PATHS: usize = 100;
+
+/// File systems whose stat(2) says nothing but what is in the inode. Others are asked: some have device, inode number
+/// or size elsewhere (btrfs, overlayfs, procfs, …).
+const PLAIN_FILE_SYSTEMS: [u64; 7] = [
+    decode::ANON_INODE_FS,
+    0xef53,      // ext2, ext3, ext4
+    0x5846_5342, // xfs
+    0x0102_1994, // tmpfs, devtmpfs, memfd
+    0x5049_5045, // pipes
+    0x534f_434b, // sockets
+    0x1cd1,      // pseudo terminals
+];
+
+/// Whoever maps a DMA buffer may rename it at any time.
+const DMA_BUF: u64 = 0x444d_4142;
+
+/// What a path is known by: addresses of dentry and inode, inode number, and the programs' digest of all names in it.
+type PathKey = [u64; 4];
+
+/// Reader of a tree's state through BPF iterators.
+///
+/// Needs Linux 5.13 with BTF, and the capabilities CAP_BPF and CAP_PERFMON. Tracks nothing: each reading asks anew, and
+/// is consistent as far as the processes stand still.
+///
+/// ```no_run
+/// # use standstill_engine::observe::{Iterators, ObserveError};
+/// let mut iterators = Iterators::load()?;
+/// iterators.prefetch_paths(&[4711])?;
+/// // … freeze …
+/// for entry in iterators.files(&[4711])? {
+///     println!("{} {}", entry.fd, entry.path.display());
+/// }
+/// # Ok::<(), ObserveError>(())
+/// ```
+#[doc(alias = "bpf_iter")]
+pub struct Iterators {
+    programs: Programs,
+    /// Paths read ahead.
+    pub(super) known: AddressMap<PathKey, PathBuf>,
+    /// What `programs.tree` holds.
+    tree: HashSet<i32>,
+    /// Whether iterators can be restricted to a process (Linux 6.1).
+    restrictable: bool,
+    pub(super) stream: Vec<u8>,
+}
+
+impl fmt::Debug for Iterators {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The keys are kernel addresses.
+        write!(f, "Iterators {{ {} paths known }}", self.known.len())
+    }
+}
+
+/// The programs, by what they iterate over.
+#[derive(Clone, Copy)]
+pub(super) enum What {
+    Files,
+    Tasks,
+    Vmas,
+}
 
 impl Iterators {
     /// Loads the programs.
     ///
     /// # Errors
-    /// Always [`ObserveError::NotBuilt`].
+    /// [`ObserveError::MissingCapability`], [`ObserveError::NoBtf`], [`ObserveError::MissingField`] or
+    /// [`ObserveError::Load`].
     pub fn load() -> Result<Self> {
-        Err(ObserveError::NotBuilt)
+        Ok(Self {
+            programs: Programs::load()?,
+            known: AddressMap::default(),
+            tree: HashSet::new(),
+            restrictable: true,
+            stream: Vec::new(),
+        })
     }
 
-    /// Reads the paths of all open files ahead.
+    /// Reads the paths of all open files ahead, so that [`Self::files`] need not. The processes may run.
     ///
     /// # Errors
-    /// Cannot be called.
-    pub fn prefetch_paths(&mut self, _tgids: &[i32]) -> Result<()> {
-        match *self {}
+    /// When the iterator cannot be read.
+    pub fn prefetch_paths(&mut self, tgids: &[i32]) -> Result<()> {
+        self.write_paths(true)?;
+        self.run(What::Files, &sorted(tgids))?;
+        let mut known = AddressMap::default();
+        decode::files(&self.stream, |record, path| {
+            if let (Some(key), Some(path)) = (path_key(record), path) {
+                known.entry(key).or_insert(path);
+            }
+        })?;
+        self.known = known;
+        Ok(())
     }
 
-    /// All descriptors of the processes, by process and number.
+    /// All descriptors of the processes, by process and number. The processes must not run.
     ///
     /// # Errors
-    /// Cannot be called.
-    pub fn files(&mut self, _tgids: &[i32]) -> Result<Vec<FdEntry>> {
-        match *self {}
+    /// When the iterator, or procfs for a path or a file system that keeps attributes to itself, cannot be read.
+    pub fn files(&mut self, tgids: &[i32]) -> Result<Vec<FdEntry>> {
+        let tgids = sorted(tgids);
+        let paths = self.known.is_empty();
+        let mut reading = self.read_files(&tgids, paths)?;
+        if !paths && reading.pathless.len() > SINGLE_PATHS {
+            reading = self.read_files(&tgids, true)?;
+        }
+        reading.complete()
     }
 
-    /// The processes with their threads.
-    ///
-    /// # Errors
-    /// Cannot be called.
-    pub fn processes(&mut self, _tgids: &[i32]) -> Result<Vec<ProcessState>> {
-        match *self {}
+    pub(super) fn read_files(&mut self, tgids: &[i32], paths: bool) -> Result<FileReading> {
+        self.write_paths(paths)?;
+        self.run(What::Files, tgids)?;
+        let mut records = Vec::new();
+        decode::files(&self.stream, |record, path| {
+            let path = path.or_else(|| self.known.get(&path_key(record)?).cloned());
+            records.push((*record, path));
+        })?;
+        // One iterator over all tasks follows their numbers in its own pid namespace; ours may differ.
+        records.sort_by_key(|(r, _)| (r.tgid, r.fd));
+        let mut ids = Ids::default();
+        let mut reading = FileReading::default();
+        for (at, (record, path)) in records.into_iter().enumerate() {
+            let mut entry = decode::file(&record, &mut ids);
+            match path {
+                Some(path) => entry.path = path,
+                None => reading.pathless.push(at),
+            }
+            if !PLAIN_FILE_SYSTEMS.contains(&record.magic) {
+                reading.hidden.push(at);
+            }
+            reading.entries.push(entry);
+        }
+        Ok(reading)
     }
 
-    /// The threads of the processes.
+    /// The processes with their threads, by number. The processes must not run.
     ///
     /// # Errors
-    /// Cannot be called.
-    pub fn threads(&mut self, _tgids: &[i32]) -> Result<Vec<ThreadState>> {
-        match *self {}
+    /// When the iterator cannot be read.
+    pub fn processes(&mut self, tgids: &[i32]) -> Result<Vec<ProcessState>> {
+        self.run(What::Tasks, &sorted(tgids))?;
+        decode::processes(&self.stream, &self.programs.layouts)
     }
 
-    /// The mappings of the processes, by process and address.
+    /// The threads of the processes, by process, the leader first. The processes must not run.
     ///
     /// # Errors
-    /// Cannot be called.
-    pub fn vmas(&mut self, _tgids: &[i32]) -> Result<Vec<VmaEntry>> {
-        match *self {}
+    /// When the iterator cannot be read.
+    pub fn threads(&mut self, tgids: &[i32]) -> Result<Vec<ThreadState>> {
+        Ok(self.processes(tgids)?.into_iter().flat_map(|p| p.threads).collect())
+    }
+
+    /// The mappings of the processes, by process and address. The processes must not run.
+    ///
+    /// # Errors
+    /// When the iterator, or procfs for mappings whose file only procfs knows (overlayfs), cannot be read.
+    pub fn vmas(&mut self, tgids: &[i32]) -> Result<Vec<VmaEntry>> {
+        self.run(What::Vmas, &sorted(tgids))?;
+        let (mut all, unclear) = decode::vmas(&self.stream)?;
+        all.extend(procfs::vmas(&unclear)?);
+        all.sort_by_key(|v| (v.tgid, v.start));
+        Ok(all)
+    }
+
+    /// Tells `iter/task_file` whether to write paths.
+    pub(super) fn write_paths(&mut self, wanted: bool) -> Result<()> {
+        self.programs.paths.set(0, u32::from(wanted), 0).map_err(map_failed)
+    }
+
+    /// Runs a program over the processes; its output is in `stream` then.
+    pub(super) fn run(&mut self, what: What, tgids: &[i32]) -> Result<()> {
+        self.set_tree(tgids)?;
+        self.stream.clear();
+        let program = match what {
+            What::Files => &self.programs.task_file,
+            What::Tasks => &self.programs.task,
+            What::Vmas => &self.programs.task_vma,
+        };
+        if self.restrictable && tgids.len() <= ONE_BY_ONE {
+            for &tgid in tgids {
+                match read(program.as_fd(), Some(tgid), &mut self.stream) {
+                    // Older kernels do not know the restriction.
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => {
+                        self.restrictable = false;
+                        self.stream.clear();
+                        break;
+                    }
+                    result => result.map_err(iter_failed)?,
+                }
+            }
+            if self.restrictable {
+                return Ok(());
+            }
+        }
+        read(program.as_fd(), None, &mut self.stream).map_err(iter_failed)
+    }
+
+    /// Makes `tgids` the processes that the programs look at.
+    fn set_tree(&mut self, tgids: &[i32]) -> Result<()> {
+        let wanted: HashSet<i32> = tgids.iter().copied().collect();
+        for &gone in self.tree.difference(&wanted) {
+            self.programs.tree.remove(&(gone as u32)).map_err(map_failed)?;
+        }
+        for &new in wanted.difference(&self.tree) {
+            self.programs.tree.insert(new as u32, 1, 0).map_err(map_failed)?;
+        }
+        self.tree = wanted;
+        Ok(())
+    }
+}
+
+fn map_failed(error: aya::maps::MapError) -> ObserveError {
+    ObserveError::io("update a BPF map")(io::Error::other(error))
+}
+
+fn iter_failed(error: io::Error) -> ObserveError {
+    ObserveError::io("read a BPF iterator")(error)
+}
+
+/// Appends what an iterator writes.
+fn read(program: BorrowedFd<'_>, tgid: Option<i32>, to: &mut Vec<u8>) -> io::Result<()> {
+    let link = sys::iter_link(program, tgid)?;
+    let mut iterator = sys::iter_create(link.as_fd())?;
+    loop {
+        match iterator.read_to_end(to) {
+            Ok(_) => return Ok(()),
+            // The kernel pauses after a million objects without output. Whatever was read before is in `to`.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn path_key(record: &FileRecord) -> Option<PathKey> {
+    let stable = record.name != 0 && record.magic != DMA_BUF;
+    stable.then_some([record.dentry, record.inode, record.ino, record.name])
+}
+
+/// Descriptors as read, and what procfs has to add.
+#[derive(Default)]
+pub(super) struct FileReading {
+    pub(super) entries: Vec<FdEntry>,
+    /// Entries without path.
+    pub(super) pathless: Vec<usize>,
+    /// Entries on file systems that keep attributes to themselves.
+    hidden: Vec<usize>,
+}
+
+impl FileReading {
+    fn complete(mut self) -> Result<Vec<FdEntry>> {
+        let mut process = Process::default();
+        for at in self.pathless {
+            let entry = &mut self.entries[at];
+            entry.path = process.of(entry.tgid)?.path(entry.fd)?;
+        }
+        for at in self.hidden {
+            let entry = &mut self.entries[at];
+            let stat = process.of(entry.tgid)?.stat(entry.fd)?;
+            (entry.dev, entry.ino, entry.mode) = (stat.dev, stat.ino, stat.mode);
+            (entry.rdev, entry.size, entry.mtime, entry.nlink) = (stat.rdev, stat.size, stat.mtime, stat.nlink);
+        }
+        Ok(self.entries)
+    }
+}
+
+/// The process asked last.
+#[derive(Default)]
+struct Process(Option<(i32, Descriptors)>);
+
+impl Process {
+    fn of(&mut self, tgid: i32) -> Result<&Descriptors> {
+        if self.0.as_ref().is_some_and(|(current, _)| *current != tgid) {
+            self.0 = None;
+        }
+        match &mut self.0 {
+            Some((_, descriptors)) => Ok(descriptors),
+            none => Ok(&none.insert((tgid, Descriptors::open(tgid)?)).1),
+        }
     }
 }

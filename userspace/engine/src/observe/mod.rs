@@ -7,11 +7,24 @@
 //! Kernel addresses decide which objects are the same. They are turned into small numbers here and go no further.
 
 #[cfg(feature = "ebpf")]
+mod btf;
+#[cfg(feature = "ebpf")]
+mod decode;
+#[cfg(feature = "ebpf")]
+mod ids;
+#[cfg(feature = "ebpf")]
 mod iter;
 #[cfg(not(feature = "ebpf"))]
 #[path = "absent.rs"]
 mod iter;
+#[cfg(feature = "ebpf")]
+mod layout;
+#[cfg(feature = "ebpf")]
+mod loader;
 pub mod procfs;
+mod sys;
+#[cfg(test)]
+mod tests;
 
 pub use iter::Iterators;
 
@@ -88,9 +101,9 @@ pub enum RestartBlock {
         val: u32,
         /// Wake-up mask.
         bitset: u32,
-        /// The kernel's `FLAGS_*`: 1 FLAGS_CLOCKRT in its own numbering, which differs between versions.
-        flags: u32,
-        /// End of the wait; CLOCK_MONOTONIC, or CLOCK_REALTIME where FUTEX_CLOCK_REALTIME was given.
+        /// Whether `expires_ns` is on CLOCK_REALTIME, not CLOCK_MONOTONIC.
+        realtime: bool,
+        /// End of the wait.
         expires_ns: u64,
     },
     /// poll(2).
@@ -125,6 +138,8 @@ pub struct ThreadState {
     pub exit_signal: i32,
     /// Blocked signals.
     pub blocked: u64,
+    /// PR_SET_SECUREBITS.
+    pub securebits: u32,
     /// What an interrupted wait left behind.
     pub restart: RestartBlock,
     /// How much of that wait was left when this was read, in nanoseconds; `None`: no such wait, or without limit.
@@ -150,12 +165,16 @@ pub struct ProcessState {
     pub exited: Option<i32>,
     /// Actions of all signals whose action is not the default.
     pub sigactions: Vec<SigAction>,
-    /// ITIMER_REAL.
-    pub itimer_real: ITimer,
+    /// ITIMER_REAL; `None`: this kernel does not let it be seen.
+    pub itimer_real: Option<ITimer>,
+    /// Whether ITIMER_VIRTUAL or ITIMER_PROF is armed; only the process itself can say how much is left of them.
+    pub cpu_itimers: bool,
     /// Soft and hard resource limits by RLIMIT number.
     pub rlimits: Vec<(u64, u64)>,
     /// Addresses of the parts of the program; `None` once the leader has exited.
     pub layout: Option<MmLayout>,
+    /// PR_GET_DUMPABLE.
+    pub dumpable: u32,
     /// File mode creation mask.
     pub umask: u32,
     /// PR_SET_CHILD_SUBREAPER.
@@ -183,8 +202,45 @@ pub struct VmaEntry {
     pub ino: u64,
     /// The name in `/proc/pid/maps`: a path, `[heap]`, `[stack]`, `[vdso]`, `[anon:x]`; empty: none.
     pub name: PathBuf,
-    /// Attributes in the letters of smaps (`VmFlags`), without those that come and go by themselves.
-    pub flags: Vec<[u8; 2]>,
+    /// The kernel's `VM_*` attributes of bits 0 to 31, as far as smaps shows them; see [`Self::has`].
+    pub flags: u32,
+    /// Whether it has attributes beyond these (shadow stack, sealed, droppable, userfaultfd minor faults, …); smaps names
+    /// them.
+    pub unusual: bool,
+}
+
+impl VmaEntry {
+    /// Whether an attribute is set, by its two letters in smaps (`VmFlags`): `b"lo"` for locked memory.
+    pub fn has(&self, letters: &[u8; 2]) -> bool {
+        vma_bit(letters).is_some_and(|bit| self.flags & bit != 0)
+    }
+}
+
+/// Letters that smaps uses for the bits of `vm_flags`. The bits beyond differ between kernels.
+const VMA_LETTERS: [&[u8; 2]; 32] = [
+    b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"gd", b"um", b"pf", b"??", b"uw", b"lo", b"io", b"sr",
+    b"rr", b"dc", b"de", b"lf", b"ac", b"nr", b"ht", b"sf", b"ar", b"wf", b"dd", b"sd", b"mm", b"hg", b"nh", b"mg",
+];
+
+/// Bits that are left out: nameless ones, and soft-dirty (`sd`), which comes and goes by itself.
+const VMA_LEFT_OUT: u32 = 1 << 11 | 1 << 27;
+
+/// The bit for two letters, 0 if it is left out; `None`: not among the first 32.
+fn vma_bit(letters: &[u8; 2]) -> Option<u32> {
+    if matches!(letters, b"gu" | b"dw") {
+        // Bit 11 in Linux 6.19 and up to 5.14: guard pages may have been there; writing to the file is denied.
+        return Some(0);
+    }
+    let bit = VMA_LETTERS.iter().position(|known| *known == letters)?;
+    Some(1 << bit & !VMA_LEFT_OUT)
+}
+
+/// Each process once, ascending.
+fn sorted(tgids: &[i32]) -> Vec<i32> {
+    let mut tgids = tgids.to_vec();
+    tgids.sort_unstable();
+    tgids.dedup();
+    tgids
 }
 
 /// Why something could not be observed.
@@ -216,6 +272,9 @@ pub enum ObserveError {
     /// A privilege is missing.
     #[error("{0} is missing")]
     MissingCapability(&'static str),
+    /// The kernel refuses although the capabilities are there.
+    #[error("the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown")]
+    NotPermitted,
     /// A program does not load.
     #[error("eBPF program {program} does not load: {reason}")]
     Load {

@@ -1,0 +1,52 @@
+//! Nothing may be left behind by a command that failed.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+use super::{Target, Tool, proc, wait_until};
+
+/// Fails when the directory holds anything but log files, or a process of the tool is still there.
+#[track_caller]
+pub fn expect_nothing_left(tool: &Tool, images: &Path) {
+    let files = file_names(images);
+    let left: Vec<&String> = files.iter().filter(|name| !name.ends_with(".log")).collect();
+    assert!(left.is_empty(), "left in {}: {left:?}", images.display());
+    expect_no_process(tool);
+}
+
+/// Fails when a process of the tool is still there.
+#[track_caller]
+pub fn expect_no_process(tool: &Tool) {
+    let gone = wait_until(Duration::from_secs(5), || proc::running(tool.path()).is_empty());
+    assert!(gone, "processes of the tool are still there: {:?}", proc::running(tool.path()));
+}
+
+/// Fails when any of these processes exists in any form.
+#[track_caller]
+pub fn expect_none_of(processes: &[Pid]) {
+    let left: Vec<&Pid> = processes.iter().filter(|pid| proc::state(**pid).is_some_and(|state| state != 'Z')).collect();
+    assert!(left.is_empty(), "processes were left behind: {left:?}");
+}
+
+/// Names of the files in a directory, sorted.
+pub fn file_names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("list {}: {error}", dir.display()));
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
+    let mut names: Vec<String> = entries.filter_map(name).collect();
+    names.sort();
+    names
+}
+
+/// Dumps with options that must make it fail with this status and one error line, and checks that the target did not
+/// notice and that nothing is left.
+#[track_caller]
+pub fn expect_refused(tool: &Tool, target: &mut Target, options: &[&str], status: i32, words: &[&str]) {
+    let images = target.images("refused");
+    tool.dump(target.pid(), &images).args(options).run().expect_error(status, words);
+    expect_nothing_left(tool, &images);
+    target.assert_free();
+    target.assert_well();
+}

@@ -1,0 +1,136 @@
+//! The dump is killed at any instant: the target goes on and has nothing of it left in it.
+
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use standstill_tests::harness::left::expect_no_process;
+use standstill_tests::harness::{Snapshot, Target, Tool, Turn, standstill, wait_until};
+use standstill_tests::workload::Pattern;
+
+/// Longest of a few whole dumps.
+fn usual_duration(tool: &Tool, target: &Target) -> Duration {
+    let dump = |_| tool.dump(target.pid(), &target.images("whole")).arg("-R").run().expect_success().wall;
+    (0..3).map(dump).max().expect("three dumps")
+}
+
+/// True when the directory holds an image that verify accepts; it must be that, or none at all.
+#[track_caller]
+fn holds_image(tool: &Tool, images: &Path) -> bool {
+    let outcome = tool.command(["verify", "-D"]).arg(images).run();
+    match outcome.status {
+        Some(0) => true,
+        _ => {
+            outcome.expect_error(5, &[]);
+            false
+        }
+    }
+}
+
+/// Kills dumps of a target that would leave it running, at instants spread over the time they take.
+fn kill_dumps(workload: &str, args: &[&str], times: u64, seed: u64) {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload(workload, args);
+    let duration = usual_duration(&tool, &target);
+    let first = target.snapshot();
+    thread::sleep(Duration::from_millis(1100));
+    let before = first.stable(&target.snapshot()).without_syscalls();
+    let random = Pattern::new(seed);
+    let images = target.images("killed");
+    let (mut killed, mut unfinished) = (0, 0);
+    for number in 0..times {
+        // A random instant within its own part of the duration, and a little beyond.
+        let share = (number as f64 + (random.word(number) % 1000) as f64 / 1000.0) / times as f64;
+        let dump = tool.dump(target.pid(), &images).arg("-R").spawn();
+        thread::sleep(duration.mul_f64(share * 1.05));
+        dump.kill();
+        let outcome = dump.wait();
+        killed += u32::from(outcome.signal == Some(9));
+        expect_no_process(&tool);
+        let at = format!("killed after {:.3} of {duration:?}", share * 1.05);
+        expect_untouched(&mut target, &before, &at);
+        unfinished += u32::from(!holds_image(&tool, &images));
+    }
+    assert!(killed > times as u32 / 2, "only {killed} of {times} dumps were killed before they ended");
+    assert!(unfinished > 0, "no dump was killed before its image was complete");
+    // What the killed dumps have left in the directory is not in the way of a whole one.
+    tool.dump(target.pid(), &images).run().expect_success();
+    target.await_gone();
+    tool.restore(&images).arg("-d").run().expect_success();
+    target.assert_well();
+    target.finish(0);
+}
+
+/// Fails unless the target is as before, from outside and from inside.
+#[track_caller]
+fn expect_untouched(target: &mut Target, before: &Snapshot, at: &str) {
+    assert!(target.is_alive(), "{at}: the target is gone");
+    let mut changes = Vec::new();
+    let same = wait_until(Duration::from_secs(3), || {
+        let now = target.snapshot();
+        changes = before.changes(&now, false);
+        changes.extend(before.new_objects(&now));
+        changes.is_empty()
+    });
+    assert!(same, "{at}: the target was changed: {changes:#?}");
+    target.assert_free();
+    let verdict = target.verdict();
+    assert!(verdict.ok && verdict.checks > 0, "{at}: the target finds itself changed: {:#?}", verdict.failures);
+}
+
+#[test]
+fn threads_survive_a_killed_dump_at_100_instants() {
+    kill_dumps("threads_avx", &["--threads", "16"], 100, 1);
+}
+
+#[test]
+fn interrupted_calls_survive_a_killed_dump() {
+    kill_dumps("interrupted", &["--sleep-ms", "500"], 40, 2);
+}
+
+#[test]
+fn a_tree_survives_a_killed_dump() {
+    kill_dumps("tree", &["--depth", "8"], 40, 3);
+}
+
+#[test]
+fn descriptors_survive_a_killed_dump() {
+    kill_dumps("fds", &[], 30, 4);
+}
+
+#[test]
+fn a_killed_dump_that_kills_leaves_the_target_or_a_complete_image() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("threads_avx", &["--threads", "8"]);
+    let duration = usual_duration(&tool, &target);
+    let random = Pattern::new(5);
+    let (mut survived, mut restored) = (0, 0);
+    for number in 0..40 {
+        let share = (number as f64 + (random.word(number) % 1000) as f64 / 1000.0) / 40.0;
+        let images = target.images("killed");
+        target.processes();
+        let dump = tool.dump(target.pid(), &images).spawn();
+        thread::sleep(duration.mul_f64(share * 1.2));
+        dump.kill();
+        dump.wait();
+        expect_no_process(&tool);
+        let complete = holds_image(&tool, &images);
+        // Killing takes a moment: the target may be on its way out.
+        thread::sleep(Duration::from_millis(20));
+        if target.is_alive() {
+            survived += 1;
+        } else {
+            assert!(complete, "the target is gone after {share:.3} of {duration:?}, and so is its image");
+            restored += 1;
+            target.await_gone();
+            tool.restore(&images).arg("-d").run().expect_success();
+        }
+        target.assert_free();
+        target.assert_well();
+    }
+    assert!(survived > 0, "no dump was killed early enough to test anything");
+    assert!(restored > 0, "no dump was killed late enough to test anything");
+    target.finish(0);
+}

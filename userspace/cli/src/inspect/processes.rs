@@ -1,0 +1,158 @@
+//! Processes and threads, without their registers.
+
+use super::{memory::Memory, output::text};
+use serde::Serialize;
+use standstill_engine::Image;
+use standstill_images::types::{
+    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SigAction, Task, TaskState, Thread,
+};
+
+/// A process.
+#[derive(Serialize)]
+pub(crate) struct Process<'a> {
+    pub pid: i32,
+    pub ppid: i32,
+    pub pgid: i32,
+    pub sid: i32,
+    pub comm: String,
+    pub state: State,
+    pub exit_signal: i32,
+    /// Everything a living process has.
+    #[serde(flatten)]
+    pub live: Option<Live<'a>>,
+}
+
+/// Life state of a process.
+#[derive(Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum State {
+    Running,
+    Stopped {
+        signal: i32,
+    },
+    /// Dead and not waited for; the status is that of wait(2).
+    Dead {
+        status: i32,
+    },
+}
+
+/// The state of a living process.
+#[derive(Serialize)]
+pub(crate) struct Live<'a> {
+    pub threads: Vec<ThreadView<'a>>,
+    pub cwd: String,
+    pub root: String,
+    pub umask: u32,
+    pub descriptor_table: u32,
+    pub descriptors: &'a [Descriptor],
+    /// Of all signals whose action is not the default.
+    pub signal_actions: &'a [SigAction],
+    pub pending: Vec<Pending>,
+    /// ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF.
+    pub itimers: &'a [ITimer; 3],
+    pub posix_timers: &'a [PosixTimer],
+    /// Soft and hard limit by RLIMIT number.
+    pub rlimits: &'a [(u64, u64)],
+    pub dumpable: u32,
+    pub child_subreaper: bool,
+    pub personality: u32,
+    pub oom_score_adj: i32,
+    pub loginuid: u32,
+    pub memory: Option<Memory<'a>>,
+}
+
+/// A thread.
+#[derive(Serialize)]
+pub(crate) struct ThreadView<'a> {
+    pub tid: i32,
+    pub comm: String,
+    pub restart: &'a Restart,
+    pub blocked: u64,
+    pub pending: Vec<Pending>,
+    pub altstack: &'a AltStack,
+    pub clear_child_tid: u64,
+    pub robust_list: (u64, u64),
+    pub rseq: &'a Option<Rseq>,
+    pub pdeath_signal: i32,
+    pub creds: &'a Creds,
+    pub sched: &'a Sched,
+    pub timerslack_ns: u64,
+}
+
+/// A pending signal, without what was sent along.
+#[derive(Serialize)]
+pub(crate) struct Pending {
+    pub signal: i32,
+    pub code: i32,
+}
+
+impl Pending {
+    /// From a raw `siginfo_t`: signal, errno and code come first.
+    fn new(info: &[u8]) -> Self {
+        let word = |n: usize| info.get(n..n + 4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+        Self { signal: word(0), code: word(8) }
+    }
+}
+
+impl<'a> Process<'a> {
+    pub(crate) fn new(task: &'a Task, image: &'a Image) -> Self {
+        Self {
+            pid: task.pid,
+            ppid: task.ppid,
+            pgid: task.pgid,
+            sid: task.sid,
+            comm: text(&task.comm.0),
+            state: match task.state {
+                TaskState::Running => State::Running,
+                TaskState::Stopped(signal) => State::Stopped { signal },
+                TaskState::Zombie(status) => State::Dead { status },
+            },
+            exit_signal: task.exit_signal,
+            live: task.live.as_ref().map(|live| Live::new(live, image)),
+        }
+    }
+}
+
+impl<'a> Live<'a> {
+    fn new(live: &'a LiveTask, image: &'a Image) -> Self {
+        Self {
+            threads: live.threads.iter().map(ThreadView::new).collect(),
+            cwd: text(&live.cwd.0),
+            root: text(&live.root.0),
+            umask: live.umask,
+            descriptor_table: live.fd_table,
+            descriptors: image.tables.get(&live.fd_table).map_or(&[], |t| &t.fds),
+            signal_actions: &live.sigactions,
+            pending: live.pending.iter().map(|info| Pending::new(info)).collect(),
+            itimers: &live.itimers,
+            posix_timers: &live.posix_timers,
+            rlimits: &live.rlimits,
+            dumpable: live.dumpable,
+            child_subreaper: live.child_subreaper,
+            personality: live.personality,
+            oom_score_adj: live.oom_score_adj,
+            loginuid: live.loginuid,
+            memory: image.spaces.get(&live.address_space).map(|space| Memory::new(space, image)),
+        }
+    }
+}
+
+impl<'a> ThreadView<'a> {
+    fn new(thread: &'a Thread) -> Self {
+        Self {
+            tid: thread.tid,
+            comm: text(&thread.comm.0),
+            restart: &thread.restart,
+            blocked: thread.blocked,
+            pending: thread.pending.iter().map(|info| Pending::new(info)).collect(),
+            altstack: &thread.altstack,
+            clear_child_tid: thread.clear_child_tid,
+            robust_list: thread.robust_list,
+            rseq: &thread.rseq,
+            pdeath_signal: thread.pdeath_signal,
+            creds: &thread.creds,
+            sched: &thread.sched,
+            timerslack_ns: thread.timerslack_ns,
+        }
+    }
+}

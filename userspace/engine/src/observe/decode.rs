@@ -1,0 +1,306 @@
+//! From the programs' records to the types of this module.
+
+use super::{
+    FdEntry, FileId, ObserveError, ProcessState, RestartBlock, Result, SharedId, ThreadState, VmaEntry,
+    ids::Ids,
+    layout::{Layouts, RestartLayout},
+};
+use nix::time::{ClockId, clock_gettime};
+use standstill_ebpf_abi::{Action, FileRecord, Plain, ProcessRecord, ThreadRecord, VmaRecord, vma_name};
+use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::PathBuf};
+
+/// `SIGNAL_GROUP_EXIT` in `signal_struct.flags`.
+const SIGNAL_GROUP_EXIT: u32 = 4;
+/// `SA_IMMUTABLE`: the kernel's own, never shown by sigaction(2).
+const SA_IMMUTABLE: u64 = 0x0080_0000;
+/// ANON_INODE_FS_MAGIC.
+pub(super) const ANON_INODE_FS: u64 = 0x0904_1934;
+
+/// Splits off the text behind a record; `None` if the stream is damaged.
+fn text<'a>(rest: &'a [u8], len: i32) -> Option<(&'a [u8], &'a [u8])> {
+    rest.split_at_checked(len.max(0) as usize)
+}
+
+fn path(bytes: &[u8]) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(bytes))
+}
+
+/// The device number in stat's encoding.
+pub(super) fn device(kernel: u32) -> u64 {
+    // MKDEV of the kernel: 12 bits of major, 20 of minor.
+    libc::makedev(kernel >> 20, kernel & 0xf_ffff)
+}
+
+/// Calls `each` for every record of `iter/task_file` with its path, if it has one.
+pub(super) fn files(mut stream: &[u8], mut each: impl FnMut(&FileRecord, Option<PathBuf>)) -> Result<()> {
+    while !stream.is_empty() {
+        let record = FileRecord::split(stream).and_then(|(r, rest)| Some((r, text(rest, r.path_len)?)));
+        let (record, (name, rest)) = record.ok_or(ObserveError::BadRecord("task_file"))?;
+        each(&record, (record.path_len > 0).then(|| path(name)));
+        stream = rest;
+    }
+    Ok(())
+}
+
+/// An entry without path.
+pub(super) fn file(record: &FileRecord, ids: &mut Ids<u64>) -> FdEntry {
+    // Files without type: the inode says "regular", stat(2) does not.
+    let hidden = if record.magic == ANON_INODE_FS { libc::S_IFMT } else { 0 };
+    FdEntry {
+        tgid: record.tgid,
+        fd: record.fd,
+        cloexec: record.cloexec != 0,
+        file: FileId(ids.of(record.file)),
+        flags: record.flags & !(libc::O_CLOEXEC as u32),
+        pos: record.pos,
+        ino: record.ino,
+        dev: device(record.dev),
+        mode: record.mode & !hidden,
+        rdev: device(record.rdev),
+        size: record.size,
+        mtime: (record.mtime, record.mtime_nsec),
+        nlink: record.nlink,
+        path: PathBuf::new(),
+    }
+}
+
+/// Numbers of what tasks share.
+#[derive(Default)]
+struct SharedIds {
+    mm: Ids<u64>,
+    files: Ids<u64>,
+    fs: Ids<u64>,
+    sighand: Ids<u64>,
+}
+
+/// The processes of a stream of `iter/task`, by number.
+pub(super) fn processes(mut stream: &[u8], layouts: &Layouts) -> Result<Vec<ProcessState>> {
+    let mut threads = Vec::new();
+    while !stream.is_empty() {
+        let bad = ObserveError::BadRecord("task");
+        let Some((record, mut rest)) = ThreadRecord::split(stream) else { return Err(bad) };
+        let mut process = None;
+        if record.leader != 0 {
+            let Some((record, after)) = ProcessRecord::split(rest) else { return Err(bad) };
+            process = Some(record);
+            rest = after;
+        }
+        threads.push((record, process));
+        stream = rest;
+    }
+    threads.sort_by_key(|(t, _)| (t.tgid, t.leader == 0, t.tid));
+    let mut ids = SharedIds::default();
+    let mut all: Vec<ProcessState> = Vec::new();
+    for (record, process) in &threads {
+        if let Some(process) = process {
+            all.push(process_state(record, process));
+        }
+        // A thread whose leader is not there came after the leader was passed: its process has just been made.
+        if let Some(last) = all.last_mut().filter(|p| p.tgid == record.tgid) {
+            last.threads.push(thread(record, &mut ids, &layouts.restart));
+        }
+    }
+    Ok(all)
+}
+
+fn process_state(leader: &ThreadRecord, process: &ProcessRecord) -> ProcessState {
+    let sigactions = process.actions.iter().zip(1..).filter(|(a, _)| a.handler != libc::SIG_DFL as u64);
+    let [start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start, env_end] =
+        process.layout;
+    let layout = MmLayout {
+        start_code,
+        end_code,
+        start_data,
+        end_data,
+        start_brk,
+        brk,
+        start_stack,
+        arg_start,
+        arg_end,
+        env_start,
+        env_end,
+    };
+    let exit_status =
+        if process.signal_flags & SIGNAL_GROUP_EXIT != 0 { process.group_exit_code } else { process.exit_code };
+    ProcessState {
+        tgid: leader.tgid,
+        threads: Vec::new(),
+        exited: (leader.exit_state != 0).then_some(exit_status),
+        sigactions: sigactions.map(|(action, signal)| sigaction(signal, action)).collect(),
+        itimer_real: itimer_real(process, leader.monotonic_ns),
+        cpu_itimers: process.cpu_timers != 0,
+        rlimits: process.limits.iter().map(|&[soft, hard]| (soft, hard)).collect(),
+        layout: (leader.mm != 0).then_some(layout),
+        dumpable: process.mm_flags & 3,
+        umask: process.umask,
+        child_subreaper: process.child_subreaper != 0,
+    }
+}
+
+fn sigaction(signal: i32, action: &Action) -> SigAction {
+    let Action { handler, flags, restorer, mask } = *action;
+    SigAction { signal, handler, flags: flags & !SA_IMMUTABLE, restorer, mask }
+}
+
+fn itimer_real(process: &ProcessRecord, now: u64) -> Option<ITimer> {
+    let value_us = match process.real_state {
+        u32::MAX => return None,
+        0 => 0,
+        // A timer that is just firing is armed all the same, as for getitimer(2).
+        _ => (process.real_expires_ns.saturating_sub(now) / 1000).max(1),
+    };
+    Some(ITimer { value_us, interval_us: process.real_interval_ns / 1000 })
+}
+
+fn thread(record: &ThreadRecord, ids: &mut SharedIds, layout: &RestartLayout) -> ThreadState {
+    let shared = |ids: &mut Ids<u64>, address: u64| (address != 0).then(|| SharedId(ids.of(address)));
+    let restart = restart_block(record, layout);
+    ThreadState {
+        tgid: record.tgid,
+        tid: record.tid,
+        altstack: AltStack {
+            sp: record.sas_ss_sp,
+            flags: altstack_flags(record),
+            size: record.sas_ss_size,
+        },
+        clear_child_tid: record.clear_child_tid,
+        robust_list: record.robust_list,
+        pdeath_signal: record.pdeath_signal,
+        exit_signal: record.exit_signal,
+        blocked: record.blocked,
+        securebits: record.securebits,
+        remaining_ns: remaining(&restart, record),
+        restart,
+        mm: shared(&mut ids.mm, record.mm),
+        files: shared(&mut ids.files, record.files),
+        fs: shared(&mut ids.fs, record.fs),
+        sighand: shared(&mut ids.sighand, record.sighand),
+    }
+}
+
+/// What sigaltstack(2) shows outside a handler: SS_DISABLE if there is no stack.
+fn altstack_flags(record: &ThreadRecord) -> i32 {
+    if record.sas_ss_size == 0 { libc::SS_DISABLE } else { record.sas_ss_flags as i32 & !libc::SS_ONSTACK }
+}
+
+fn restart_block(record: &ThreadRecord, at: &RestartLayout) -> RestartBlock {
+    let half = |n: usize| u32::from_ne_bytes(record.restart[n..n + 4].try_into().expect("four bytes"));
+    let word = |n: usize| u64::from_ne_bytes(record.restart[n..n + 8].try_into().expect("eight bytes"));
+    let name = record.restart_fn.split(|&b| b == 0).next().unwrap_or_default();
+    let nanosleep = |clock| RestartBlock::Nanosleep {
+        clock,
+        expires_ns: word(at.sleep_expires),
+        rmtp: word(at.sleep_rmtp),
+    };
+    match name {
+        b"do_no_restart_syscall" => RestartBlock::None,
+        b"hrtimer_nanosleep_restart" | b"posix_cpu_nsleep_restart" => nanosleep(half(at.sleep_clock) as i32),
+        // The block holds the kernel's own number of the alarm clock.
+        b"alarm_timer_nsleep_restart" if half(at.sleep_clock) == 0 => nanosleep(libc::CLOCK_REALTIME_ALARM),
+        b"alarm_timer_nsleep_restart" => nanosleep(libc::CLOCK_BOOTTIME_ALARM),
+        b"futex_wait_restart" => {
+            let flags = half(at.futex_flags);
+            // FLAGS_HAS_TIMEOUT is always set here: 0x40 since Linux 6.7, 0x04 before; FLAGS_CLOCKRT is half of it.
+            let clockrt = if flags & 0x40 != 0 { 0x20 } else { 0x02 };
+            RestartBlock::Futex {
+                uaddr: word(at.futex_uaddr),
+                val: half(at.futex_val),
+                bitset: half(at.futex_bitset),
+                realtime: flags & clockrt != 0,
+                expires_ns: word(at.futex_time),
+            }
+        }
+        b"do_restart_poll" => {
+            let expires = word(at.poll_sec).wrapping_mul(1_000_000_000).wrapping_add(word(at.poll_nsec));
+            RestartBlock::Poll {
+                ufds: word(at.poll_ufds),
+                nfds: half(at.poll_nfds),
+                expires_ns: (half(at.poll_has_timeout) != 0).then_some(expires),
+            }
+        }
+        _ => RestartBlock::Unknown,
+    }
+}
+
+fn remaining(restart: &RestartBlock, record: &ThreadRecord) -> Option<u64> {
+    // The reader's CLOCK_MONOTONIC may be shifted (time_namespaces(7)); the kernel's own came with the record.
+    let (clock, expires) = match *restart {
+        RestartBlock::Nanosleep { clock, expires_ns, .. } => (clock, expires_ns),
+        RestartBlock::Futex { realtime: true, expires_ns, .. } => (libc::CLOCK_REALTIME, expires_ns),
+        RestartBlock::Futex { realtime: false, expires_ns, .. } => (libc::CLOCK_MONOTONIC, expires_ns),
+        RestartBlock::Poll { expires_ns, .. } => (libc::CLOCK_MONOTONIC, expires_ns?),
+        RestartBlock::None | RestartBlock::Unknown => return None,
+    };
+    let now = match clock {
+        libc::CLOCK_MONOTONIC => record.monotonic_ns,
+        libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => record.boottime_ns,
+        libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM => now(libc::CLOCK_REALTIME)?,
+        libc::CLOCK_TAI => now(clock)?,
+        // CPU time: only the thread's own clock could say.
+        _ => return None,
+    };
+    Some(expires.saturating_sub(now))
+}
+
+fn now(clock: i32) -> Option<u64> {
+    let time = clock_gettime(ClockId::from_raw(clock)).ok()?;
+    Some(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
+/// The mappings of a stream of `iter/task_vma`, by process and address, and the processes of which the names or the
+/// files could not be told.
+pub(super) fn vmas(mut stream: &[u8]) -> Result<(Vec<VmaEntry>, Vec<i32>)> {
+    let mut all = Vec::new();
+    let mut unclear = Vec::new();
+    while !stream.is_empty() {
+        let record = VmaRecord::split(stream).and_then(|(r, rest)| Some((r, text(rest, r.name_len)?)));
+        let (record, (name, rest)) = record.ok_or(ObserveError::BadRecord("task_vma"))?;
+        stream = rest;
+        match vma_name(&record, name) {
+            Some(name) => all.push(vma(&record, name)),
+            None if unclear.last() == Some(&record.tgid) => {}
+            None => unclear.push(record.tgid),
+        }
+    }
+    all.retain(|v| !unclear.contains(&v.tgid));
+    Ok((all, unclear))
+}
+
+/// The name as `/proc/pid/maps` has it; `None` if only procfs knows.
+fn vma_name(record: &VmaRecord, name: &[u8]) -> Option<PathBuf> {
+    if record.name_len < 0 {
+        return None;
+    }
+    let named = |kind: &str| path(&[kind.as_bytes(), name, b"]"].concat());
+    match record.kind {
+        vma_name::NONE => Some(PathBuf::new()),
+        vma_name::PATH => Some(path(name)),
+        vma_name::SPECIAL if record.name_fn.starts_with(b"special_mapping_name\0") => Some(path(name)),
+        vma_name::HEAP => Some("[heap]".into()),
+        vma_name::STACK => Some("[stack]".into()),
+        vma_name::ANON => Some(named("[anon:")),
+        vma_name::ANON_SHARED => Some(named("[anon_shmem:")),
+        _ => None,
+    }
+}
+
+fn vma(record: &VmaRecord, name: PathBuf) -> VmaEntry {
+    // Bits 0 to 3 are VM_READ, VM_WRITE, VM_EXEC and VM_SHARED; smaps takes the `s` in the permissions from VM_MAYSHARE.
+    const VM_MAYSHARE: u64 = 0x80;
+    /// Memory protection keys (VM_PKEY_BIT*), not an attribute smaps has letters for.
+    const VM_PKEY: u64 = 0xf << 32;
+    VmaEntry {
+        tgid: record.tgid,
+        start: record.start,
+        end: record.end,
+        prot: (record.flags & 7) as u8,
+        shared: record.flags & VM_MAYSHARE != 0,
+        offset: if matches!(record.kind, vma_name::PATH | vma_name::ANON_SHARED) { record.pgoff << 12 } else { 0 },
+        dev: device(record.dev),
+        ino: record.ino,
+        name,
+        flags: record.flags as u32 & !super::VMA_LEFT_OUT,
+        unusual: record.flags & !VM_PKEY & !u64::from(u32::MAX) != 0,
+    }
+}

@@ -1,0 +1,130 @@
+//! Loads the programs.
+
+use super::{ObserveError, Result, layout::Layouts};
+use aya::{
+    Btf, Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{Array, HashMap, MapData},
+    programs::{Iter, ProgramError, ProgramFd},
+};
+use standstill_ebpf_abi::Plain;
+use std::fs;
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observers.o"));
+
+/// The programs in the kernel, and the maps they look at.
+pub(super) struct Programs {
+    pub task_file: ProgramFd,
+    pub task: ProgramFd,
+    pub task_vma: ProgramFd,
+    /// Processes of interest.
+    pub tree: HashMap<MapData, u32, u8>,
+    /// Whether paths are written.
+    pub paths: Array<MapData, u32>,
+    pub layouts: Layouts,
+}
+
+impl Programs {
+    pub(super) fn load() -> Result<Self> {
+        check_capabilities()?;
+        let layouts = Layouts::read()?;
+        let btf = Btf::from_sys_fs().map_err(|e| failed("", e))?;
+        let mut ebpf = EbpfLoader::new()
+            .btf(Some(&btf))
+            .override_global("COMMON", layouts.common.bytes(), true)
+            .override_global("FILE", layouts.files.bytes(), true)
+            .override_global("TASK", layouts.tasks.bytes(), true)
+            .override_global("VMA", layouts.vmas.bytes(), true)
+            .load(OBJECT)
+            .map_err(|e| failed("", e))?;
+        Ok(Self {
+            task_file: program(&mut ebpf, &btf, "task_file")?,
+            task: program(&mut ebpf, &btf, "task")?,
+            task_vma: program(&mut ebpf, &btf, "task_vma")?,
+            tree: map(&mut ebpf, "TREE", |m| HashMap::try_from(m))?,
+            paths: map(&mut ebpf, "PATHS", |m| Array::try_from(m))?,
+            layouts,
+        })
+    }
+}
+
+/// Loads one program; its name is that of the iterator.
+fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<ProgramFd> {
+    let mut load = || -> std::result::Result<ProgramFd, ProgramError> {
+        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+        let iter: &mut Iter = program.try_into()?;
+        iter.load(name, btf)?;
+        Ok(iter.fd()?.try_clone()?)
+    };
+    load().map_err(|e| failed(name, e))
+}
+
+fn map<T>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    convert: impl FnOnce(aya::maps::Map) -> std::result::Result<T, aya::maps::MapError>,
+) -> Result<T> {
+    let map = ebpf.take_map(name).ok_or_else(|| failed(name, "the object has no such map"))?;
+    convert(map).map_err(|e| failed(name, e))
+}
+
+/// An error of aya in our words, with the errors it was caused by and the end of the verifier's log.
+fn failed(program: &'static str, error: impl Into<Box<dyn std::error::Error>>) -> ObserveError {
+    let error = error.into();
+    let mut source = Some(&*error);
+    while let Some(e) = source {
+        if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM)) {
+            return ObserveError::NotPermitted;
+        }
+        source = e.source();
+    }
+    let text = error.to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    let reason = match lines.len() {
+        0..16 => text,
+        n => format!("{} […] {}", lines[0], lines[n - 12..].join("\n")),
+    };
+    ObserveError::Load { program, reason }
+}
+
+/// Numbers of capabilities, see capabilities(7).
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
+const CAP_BPF: u32 = 39;
+
+/// Says which capability is missing, instead of a bare EPERM.
+fn check_capabilities() -> Result<()> {
+    let path = "/proc/self/status";
+    let status = fs::read_to_string(path).map_err(ObserveError::io(format!("read {path}")))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(u64::MAX);
+    missing_capability(effective).map_or(Ok(()), |name| Err(ObserveError::MissingCapability(name)))
+}
+
+fn missing_capability(effective: u64) -> Option<&'static str> {
+    let has = |capability: u32| effective & 1 << capability != 0;
+    if has(CAP_SYS_ADMIN) {
+        return None;
+    }
+    [(CAP_BPF, "CAP_BPF"), (CAP_PERFMON, "CAP_PERFMON")].into_iter().find(|&(n, _)| !has(n)).map(|(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_missing_capability_is_named() {
+        assert_eq!(missing_capability(u64::MAX), None);
+        assert_eq!(missing_capability(1 << CAP_SYS_ADMIN), None);
+        assert_eq!(missing_capability(1 << CAP_BPF | 1 << CAP_PERFMON), None);
+        assert_eq!(missing_capability(1 << CAP_BPF), Some("CAP_PERFMON"));
+        assert_eq!(missing_capability(0), Some("CAP_BPF"));
+    }
+
+    #[test]
+    fn a_long_verifier_log_is_cut() {
+        let log: Vec<String> = (0..100).map(|n| format!("line {n}")).collect();
+        let text = failed("task", log.join("\n")).to_string();
+        assert!(text.starts_with("eBPF program task does not load: line 0 […] line 88\n") && text.ends_with("line 99"));
+    }
+}
