@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use standstill_tests::harness::left::expect_no_process;
-use standstill_tests::harness::{Snapshot, Target, Tool, Turn, standstill, wait_until};
+use standstill_tests::harness::{Snapshot, Target, Tool, Turn, say, standstill, wait_until};
 use standstill_tests::workload::Pattern;
 
 /// Longest of a few whole dumps.
@@ -33,12 +33,15 @@ fn kill_dumps(workload: &str, args: &[&str], times: u64, seed: u64) {
     let Some(tool) = standstill() else { return };
     let mut target = Target::workload(workload, args);
     let duration = usual_duration(&tool, &target);
+    // What does not change when the target works for a verdict.
     let first = target.snapshot();
     thread::sleep(Duration::from_millis(1100));
-    let before = first.stable(&target.snapshot()).without_syscalls();
+    target.assert_well();
+    let before = first.stable(&target.snapshot()).without_activity();
+    let mut mappings = target.snapshot();
     let random = Pattern::new(seed);
     let images = target.images("killed");
-    let (mut killed, mut unfinished) = (0, 0);
+    let (mut killed, mut unfinished, mut left) = (0, 0, 0);
     for number in 0..times {
         // A random instant within its own part of the duration, and a little beyond.
         let share = (number as f64 + (random.word(number) % 1000) as f64 / 1000.0) / times as f64;
@@ -50,7 +53,15 @@ fn kill_dumps(workload: &str, args: &[&str], times: u64, seed: u64) {
         expect_no_process(&tool);
         let at = format!("killed after {:.3} of {duration:?}", share * 1.05);
         expect_untouched(&mut target, &before, &at);
+        let now = target.snapshot();
+        left += u32::from(!mappings.new_mappings(&now).is_empty());
+        mappings = now;
         unfinished += u32::from(!holds_image(&tool, &images));
+    }
+    // A page of the parasite's may stay where nobody was left to take it away; it must be the exception.
+    assert!(left <= killed / 4, "{left} of {killed} killed dumps left a mapping in the target");
+    if left > 0 {
+        say(&format!("NOTE: {left} of {killed} killed dumps left a mapping in the target"));
     }
     assert!(killed > times as u32 / 2, "only {killed} of {times} dumps were killed before they ended");
     assert!(unfinished > 0, "no dump was killed before its image was complete");
@@ -70,13 +81,15 @@ fn expect_untouched(target: &mut Target, before: &Snapshot, at: &str) {
     let same = wait_until(Duration::from_secs(3), || {
         let now = target.snapshot();
         changes = before.changes(&now, false);
-        changes.extend(before.new_objects(&now));
+        changes.extend(before.new_descriptors(&now));
         changes.is_empty()
     });
     assert!(same, "{at}: the target was changed: {changes:#?}");
     target.assert_free();
     let verdict = target.verdict();
-    assert!(verdict.ok && verdict.checks > 0, "{at}: the target finds itself changed: {:#?}", verdict.failures);
+    let well = verdict.ok && verdict.checks > 0;
+    let failures = verdict.failures;
+    assert!(well, "{at}: the target finds itself changed: {failures:#?}\n{}", target.whereabouts());
 }
 
 #[test]
@@ -119,16 +132,19 @@ fn a_killed_dump_that_kills_leaves_the_target_or_a_complete_image() {
         let complete = holds_image(&tool, &images);
         // Killing takes a moment: the target may be on its way out.
         thread::sleep(Duration::from_millis(20));
+        let at = format!("killed after {:.3} of {duration:?}", share * 1.2);
         if target.is_alive() {
             survived += 1;
         } else {
-            assert!(complete, "the target is gone after {share:.3} of {duration:?}, and so is its image");
+            assert!(complete, "{at}: the target is gone, and so is its image");
             restored += 1;
             target.await_gone();
             tool.restore(&images).arg("-d").run().expect_success();
         }
         target.assert_free();
-        target.assert_well();
+        let verdict = target.verdict();
+        let (failures, places) = (verdict.failures, target.whereabouts());
+        assert!(verdict.ok, "{at}, {survived} survived, {restored} restored: {failures:#?}\n{places}");
     }
     assert!(survived > 0, "no dump was killed early enough to test anything");
     assert!(restored > 0, "no dump was killed late enough to test anything");

@@ -1,7 +1,8 @@
 //! Parent, children and a grandchild that share pages copy-on-write; each measures nothing itself, the parent compares
 //! page frames: what was one page before the checkpoint must be one page after it.
 //!
-//! Options: `--mib N` (size of the memory, default 32).
+//! Options: `--mib N` (size of the memory, default 32), `--merged` (in the parent, the kernel makes one mapping of the
+//! memory and a neighbour of it).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +56,24 @@ impl View {
     }
 }
 
+/// The memory between two pages that nobody can access, so that the kernel does not make one mapping of it and a
+/// neighbour.
+struct Guarded {
+    memory: Mapping,
+    above: Mapping,
+}
+
+impl Guarded {
+    fn new(length: usize) -> Self {
+        const PAGE: usize = 8 * PAGE_WORDS;
+        let whole = Mapping::new(length + 2 * PAGE, libc::PROT_NONE, libc::MAP_PRIVATE, None).expect("map");
+        whole.advise(libc::MADV_NOHUGEPAGE).expect("small pages");
+        let memory = whole.part(PAGE, length);
+        memory.protect(libc::PROT_READ | libc::PROT_WRITE).expect("lift the protection");
+        Self { memory, above: whole.part(PAGE + length, PAGE) }
+    }
+}
+
 /// Two processes and how many pages they have in common.
 struct Pair {
     who: String,
@@ -66,8 +85,8 @@ fn main() {
     let args = Args::parse();
     let mut control = Control::new("cow_tree", &args);
     let checker = Arc::clone(&control.checker);
-    let memory = Mapping::private(args.value("mib", 32_usize) << 20).expect("map");
-    memory.advise(libc::MADV_NOHUGEPAGE).expect("small pages");
+    let guarded = Guarded::new(args.value("mib", 32_usize) << 20);
+    let memory = guarded.memory;
     let mut view = View::new(memory);
     let mut pairs = Vec::new();
     for number in 0..CHILDREN {
@@ -79,6 +98,9 @@ fn main() {
     let grandchild = grandchild_pid(pairs[0].2);
     pairs.push(("child 0 and grandchild".to_owned(), pairs[0].2, grandchild));
     pairs.push(("parent and grandchild".to_owned(), getpid(), grandchild));
+    if args.flag("merged") {
+        guarded.above.protect(libc::PROT_READ | libc::PROT_WRITE).expect("lift the guard");
+    }
     let pairs: Vec<Pair> = pairs
         .into_iter()
         .map(|(who, one, two)| Pair { who, pids: (one, two), shared: shared_pages(&memory, one, two) })

@@ -8,13 +8,13 @@ use crate::{
     kernel::{Address, known, load, number, probe_word},
     task_file::FILE,
 };
-use aya_ebpf::{macros::map, maps::PerCpuArray};
+use aya_ebpf::{helpers::generated::bpf_probe_read_kernel, macros::map, maps::PerCpuArray};
 use standstill_ebpf_abi::Plain;
 
 /// Directories in a path and mounts below each other that are followed; beyond, there is no digest.
 const STEPS: u32 = 40;
 const MOUNT_STEPS: u32 = 24;
-/// Bytes of a name without directory that are in the digest.
+/// Bytes of the name of a file outside any directory that are in the digest.
 const PSEUDO_NAME: usize = 40;
 
 #[repr(C)]
@@ -89,34 +89,27 @@ pub unsafe fn digest(file: Address, path: u32, session: u64) -> u64 {
     0
 }
 
-/// Adds the name of a dentry that has no parent.
+/// Adds the name of a dentry that has no parent; it never changes.
 ///
 /// # Safety
 /// `dentry` points to a `struct dentry` and the verifier knows it.
 #[inline(always)]
 unsafe fn pseudo_name(scratch: &mut Scratch, dentry: Address, len: u32, mut digest: u64) -> u64 {
-    if len as usize > PSEUDO_NAME {
-        return 0;
-    }
+    // A longer name is a memfd's, and its inode number, which goes with the digest, is its own. Only the one inode of
+    // eventfd, epoll and the like has many names.
+    let len = len.min(PSEUDO_NAME as u32);
     if len != 0 {
-        // SAFETY: the caller's promise.
-        let name = unsafe { load(dentry, known(&FILE.dentry_name)) };
         scratch.name = [0; PSEUDO_NAME / 8];
-        read_name(scratch, name, len);
+        // SAFETY: the caller's promise; `len` is at most the size of the array.
+        unsafe {
+            let name: Address = load(dentry, known(&FILE.dentry_name));
+            bpf_probe_read_kernel((&raw mut scratch.name).cast(), len, name.cast());
+        }
         for word in scratch.name {
             digest = fold(digest, word);
         }
     }
     digest | 1
-}
-
-#[inline(always)]
-fn read_name(scratch: &mut Scratch, name: Address, len: u32) {
-    // Byte by byte would be slow, and beyond the end of a short name need not be anything.
-    // SAFETY: `len` is at most the size of the array.
-    unsafe {
-        aya_ebpf::helpers::generated::bpf_probe_read_kernel((&raw mut scratch.name).cast(), len, name.cast());
-    }
 }
 
 /// Digest of where a mount is: its own identity and the path to its mountpoint; 0 if it is too deep.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use super::{Target, Tool, proc, wait_until};
+use super::{Pidfd, Target, Tool, proc, wait_until};
 
 /// Fails when the directory holds anything but log files, or a process of the tool is still there.
 #[track_caller]
@@ -27,6 +27,10 @@ pub fn expect_no_process(tool: &Tool) {
 /// Fails when any of these processes exists in any form.
 #[track_caller]
 pub fn expect_none_of(processes: &[Pid]) {
+    // What a command has killed becomes ours when the command ends, and its pid is free once we have taken its status.
+    for pidfd in processes.iter().filter_map(|pid| Pidfd::open(*pid).ok()) {
+        pidfd.reap();
+    }
     let left: Vec<&Pid> = processes.iter().filter(|pid| proc::state(**pid).is_some_and(|state| state != 'Z')).collect();
     assert!(left.is_empty(), "processes were left behind: {left:?}");
 }

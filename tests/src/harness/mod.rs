@@ -17,6 +17,6 @@ pub use cycle::{dump_and_restore, dump_and_restore_twice, full_cycle};
 pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};
-pub use target::{Target, workload};
+pub use target::{Setting, Target, workload};
 pub use tool::{Outcome, Run, Running, Tool};
-pub use turn::{Turn, skip, standstill, wait_until};
+pub use turn::{Turn, say, skip, standstill, wait_until};

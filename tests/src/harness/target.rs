@@ -47,6 +47,20 @@ fn close_inherited() -> std::io::Result<()> {
     }
 }
 
+/// Where and how a target is started.
+pub struct Setting {
+    /// Directory in which the target's own directory is made.
+    pub base: PathBuf,
+    /// Whether it leads a session of its own, or stays in that of the tests as a job of a shell does.
+    pub own_session: bool,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self { base: "/var/tmp".into(), own_session: true }
+    }
+}
+
 /// A running process tree with a directory of its own; both are gone when it is dropped.
 pub struct Target {
     pid: Pid,
@@ -63,7 +77,12 @@ pub struct Target {
 impl Target {
     /// Starts a workload of this crate with its directory as `--dir`, and waits until it is ready.
     pub fn workload(name: &str, args: &[&str]) -> Self {
-        Self::start(name, |dir| {
+        Self::launch(&Setting::default(), name, args)
+    }
+
+    /// The same in a setting of its own.
+    pub fn launch(setting: &Setting, name: &str, args: &[&str]) -> Self {
+        let command = |dir: &Path| {
             let mut command = workload(name);
             match name.contains('.') {
                 true => command.arg(dir),
@@ -71,33 +90,31 @@ impl Target {
             };
             command.args(args);
             command
-        })
-        .await_ready()
+        };
+        Self::start_in(setting, name, command).await_ready()
     }
 
-    /// Starts any program as the leader of a session of its own.
+    /// Starts any program; `command` is given the directory of the target.
     pub fn start(name: &str, command: impl FnOnce(&Path) -> Command) -> Self {
-        Self::start_in(name, command, |command| {
-            let lead = || {
-                nix::unistd::setsid()?;
-                Ok(())
-            };
-            // SAFETY: setsid is async-signal-safe and the closure allocates nothing.
-            unsafe { command.pre_exec(lead) };
-        })
+        Self::start_in(&Setting::default(), name, command)
     }
 
-    /// Starts any program, prepared by `prepare` after its files are set up.
-    pub fn start_in(name: &str, command: impl FnOnce(&Path) -> Command, prepare: impl FnOnce(&mut Command)) -> Self {
-        let dir = tempfile::Builder::new().prefix("standstill-").tempdir_in("/var/tmp").expect("make a directory");
+    fn start_in(setting: &Setting, name: &str, command: impl FnOnce(&Path) -> Command) -> Self {
+        let dir = tempfile::Builder::new().prefix("standstill-").tempdir_in(&setting.base).expect("make a directory");
         let mut command = command(dir.path());
         let output = File::create(dir.path().join("output")).expect("create the output file");
         // One heap for all threads: a change of the address space is then somebody else's doing.
         command.env("MALLOC_ARENA_MAX", "1");
         command.stdin(Stdio::null()).stderr(output.try_clone().expect("dup")).stdout(output);
-        prepare(&mut command);
-        // SAFETY: close_range is async-signal-safe and the closure allocates nothing.
-        unsafe { command.pre_exec(close_inherited) };
+        let own_session = setting.own_session;
+        let prepare = move || {
+            if own_session {
+                nix::unistd::setsid()?;
+            }
+            close_inherited()
+        };
+        // SAFETY: setsid and close_range are async-signal-safe and the closure allocates nothing.
+        unsafe { command.pre_exec(prepare) };
         let child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
         let pid = Pid::from_raw(child.id().cast_signed());
         Self { pid, name: name.to_owned(), dir, seen: vec![pid], stopped: Vec::new(), _child: child }
@@ -167,6 +184,21 @@ impl Target {
                 assert!(!line("State").is_some_and(|state| state.starts_with('t')), "{name}: {thread} is held");
             }
         }
+    }
+
+    /// Where every thread is, for messages.
+    pub fn whereabouts(&mut self) -> String {
+        let line = |pid: Pid, thread: Pid| {
+            let file = |name: &str| proc::text(pid, &format!("task/{thread}/{name}")).trim().to_owned();
+            let status = |name: &str| proc::status_line(thread, name).unwrap_or_default();
+            let (state, blocked, pending) = (status("State"), status("SigBlk"), status("SigPnd"));
+            let (name, syscall, place) = (file("comm"), file("syscall"), file("wchan"));
+            format!(
+                "{pid}/{thread} {name}: {state}, in {place}, syscall {syscall}, blocks {blocked}, pending {pending}\n"
+            )
+        };
+        let threads = |pid: Pid| proc::threads(pid).into_iter().map(move |thread| line(pid, thread));
+        self.processes().into_iter().flat_map(threads).collect()
     }
 
     /// Asks for a verdict.

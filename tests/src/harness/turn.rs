@@ -38,8 +38,12 @@ pub fn skip(reason: &str) {
         std::env::var_os("STANDSTILL_REQUIRE_ALL").is_none_or(|value| value != "1"),
         "not allowed to skip: {reason}"
     );
-    // Not eprintln, which the test runner captures.
-    _ = writeln!(stderr(), "SKIPPED: {reason}");
+    say(&format!("SKIPPED: {reason}"));
+}
+
+/// Prints a line that is seen even when the test passes: the test runner captures what eprintln prints.
+pub fn say(line: &str) {
+    _ = stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// The tool, for tests of what only Standstill promises; none, and a skip, when CRIU is tested in its place.

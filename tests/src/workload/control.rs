@@ -32,6 +32,19 @@ impl Request {
 /// Longest life of a workload whose test has gone away without stopping it.
 const MAX_LIFE: Duration = Duration::from_secs(900);
 
+/// What the meter says when a verdict is asked for, before the verification for it disturbs the clock loop.
+#[derive(Default)]
+struct Pauses {
+    longest_us: u64,
+    paused_us: u64,
+}
+
+impl Pauses {
+    fn now(meter: Option<&Meter>) -> Self {
+        meter.map_or_else(Self::default, |meter| Self { longest_us: meter.longest_us(), paused_us: meter.paused_us() })
+    }
+}
+
 /// One process of a workload, as seen by the test that drives it.
 pub struct Control {
     name: &'static str,
@@ -102,15 +115,17 @@ impl Control {
                     }
                 }
                 Some(libc::SIGTERM) => {
+                    let pauses = Pauses::now(meter);
                     round(Request::End);
                     self.family.end(&self.dir, &self.checker);
-                    let ok = self.write(meter);
+                    let ok = self.write(&pauses);
                     std::process::exit(if ok { self.exit_status } else { 1 });
                 }
                 Some(_) => {
+                    let pauses = Pauses::now(meter);
                     round(Request::Verdict);
                     self.collect();
-                    self.write(meter);
+                    self.write(&pauses);
                 }
             }
         }
@@ -124,14 +139,12 @@ impl Control {
         (signal > 0).then_some(signal)
     }
 
-    fn write(&mut self, meter: Option<&Meter>) -> bool {
+    fn write(&mut self, pauses: &Pauses) -> bool {
         self.seq += 1;
         let mut verdict = self.checker.verdict(self.name);
         verdict.seq = self.seq;
-        if let Some(meter) = meter {
-            verdict.longest_pause_us = meter.longest_us();
-            verdict.paused_us = meter.paused_us();
-        }
+        verdict.longest_pause_us = pauses.longest_us;
+        verdict.paused_us = pauses.paused_us;
         if let Err(error) = verdict.write(&self.dir, &self.member) {
             eprintln!("{}: cannot write the verdict: {error}", self.member);
         }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use standstill_images::{
+    ImageError,
     frame::{Record, RecordReader, RecordWriter},
     publish::ImageDir,
     store::{PageReader, PageStoreIndex},
@@ -103,7 +104,12 @@ impl Image {
             return Err(content("a record is there twice"));
         }
         let pages = pages.ok_or_else(|| content("the page store's index is missing"))?;
-        let store = PageReader::open(&open.pages_path(&pages)?, &pages)?;
+        let store = match PageReader::open(&open.pages_path(&pages)?, &pages) {
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                return Err(content("the page store is missing"));
+            }
+            other => other?,
+        };
         let image = Self {
             dir: dir.into(),
             inventory: inventory.ok_or_else(|| content("the inventory is missing"))?,

@@ -194,10 +194,24 @@ impl Snapshot {
         Self { facts: facts.map(|(name, value)| (name.clone(), value.clone())).collect() }
     }
 
-    /// Names of mappings and descriptors that are new: what a dump might leave in a target.
-    pub fn new_objects(&self, after: &Self) -> Vec<String> {
-        let object = |name: &&String| name.contains(" map ") || name.contains(" fd ");
-        let new = after.facts.iter().filter(|(name, _)| object(name) && !self.facts.contains_key(*name));
+    /// Descriptors that are new: what a dump might leave in a target.
+    pub fn new_descriptors(&self, after: &Self) -> Vec<String> {
+        self.new_facts(after, " fd ")
+    }
+
+    /// Mappings that are new, but for the heap.
+    pub fn new_mappings(&self, after: &Self) -> Vec<String> {
+        let mut new = self.new_facts(after, " map ");
+        new.retain(|map| !map.contains("[heap]"));
+        new
+    }
+
+    fn new_facts(&self, after: &Self, kind: &str) -> Vec<String> {
+        // A process that is new has all its objects to itself.
+        let known =
+            |name: &str| name.split(' ').next().is_some_and(|pid| self.facts.contains_key(&format!("{pid} exe")));
+        let facts = after.facts.iter().filter(|(name, _)| name.contains(kind) && known(name));
+        let new = facts.filter(|(name, _)| !self.facts.contains_key(*name));
         new.map(|(name, is)| format!("{name}: new, is {is:?}")).collect()
     }
 

@@ -43,9 +43,9 @@ pub(super) const ALL: &[Feature] = &[
         .required()
         .needs(PTRACE),
     Feature::new(
-        "process-vm-readv",
-        Some("3.2"),
-        "reading the memory of a tree (CONFIG_CROSS_MEMORY_ATTACH)",
+        "proc-mem-read",
+        Some("2.2"),
+        "reading the memory of a tree",
         memory::vm_read,
     )
     .required()

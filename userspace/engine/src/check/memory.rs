@@ -6,7 +6,6 @@ use crate::{
         PAGE, arch,
         pagemap::{Pagemap, Range},
         proc,
-        sys::process_vm_read,
     },
     restore::environment,
 };
@@ -21,7 +20,7 @@ static MARK: [u8; 16] = *b"standstill check";
 
 pub(super) fn vm_read(bench: &Bench) -> Outcome {
     let mut copy = [0; MARK.len()];
-    process_vm_read(bench.child()?.pid(), MARK.as_ptr() as u64, &mut copy)?;
+    std::fs::File::open(proc::path(bench.child()?.pid(), "mem"))?.read_exact_at(&mut copy, MARK.as_ptr() as u64)?;
     Failed::unless(copy == MARK, "what was read is not what is there")?;
     Ok(String::new())
 }

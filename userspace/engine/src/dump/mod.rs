@@ -3,6 +3,7 @@
 use crate::{
     error::{Context, Error, Result},
     image,
+    kernel::{proc, sys},
     memory::{self, collect::PrivatePages, copy::Copier},
     objects::{self, Collected},
     observe::{self, FdEntry, Iterators, ThreadState},
@@ -95,6 +96,12 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
         }
     }
     let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
+    if options.afterwards != Afterwards::Kill {
+        // The thaw must not wait for the disk: what the memory of the machine allows is copied first and written later.
+        let expected = resident_bytes(&running_tree(options.pid));
+        pages = pages.with_buffer_limit(expected.min(available_memory() / 2).max(MIN_BUFFER) as usize);
+        pages.reserve(expected);
+    }
     let prepare_us = begin.elapsed().as_micros() as u64;
 
     let freezing = Instant::now();
@@ -237,7 +244,7 @@ fn copy_pages(tree: &FrozenTree, state: &mut State, pages: &mut PageWriter) -> R
     for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
         copier.shared(object, source)?;
     }
-    Ok(copier.counts())
+    copier.finish()
 }
 
 impl State {
@@ -314,9 +321,27 @@ fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {
         .collect()
 }
 
+/// Bytes of page data that may wait at least.
+const MIN_BUFFER: u64 = 64 << 20;
+
+/// Memory that the processes have in use: a hint.
+fn resident_bytes(pids: &[i32]) -> u64 {
+    let anonymous = |pid: &i32| -> Option<u64> {
+        let text = std::fs::read_to_string(proc::path(*pid, "status")).ok()?;
+        let kib: u64 = proc::field(&text, "RssAnon")?.trim_end_matches(" kB").parse().ok()?;
+        Some(kib << 10)
+    };
+    pids.iter().filter_map(anonymous).sum()
+}
+
+/// Memory that the machine can spare.
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
+}
+
 /// Pids of the tree while it runs: a hint.
 fn running_tree(root: i32) -> Vec<i32> {
-    use crate::kernel::proc;
     let mut pids = vec![root];
     let mut next = 0;
     while let Some(&pid) = pids.get(next) {
@@ -329,7 +354,6 @@ fn running_tree(root: i32) -> Vec<i32> {
 
 /// Refuses what can never be a target.
 fn check_target(pid: i32) -> Result<()> {
-    use crate::kernel::{proc, sys};
     const PF_KTHREAD: u64 = 0x0020_0000;
     if !sys::page_size_is_supported() {
         return Err(Error::Missing { what: "a kernel with pages of 4 KiB".into(), remedy: "use such a kernel".into() });

@@ -9,7 +9,7 @@ const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
-/// Page guarded by MADV_GUARD_INSTALL; reported since Linux 6.15.
+/// Page guarded by MADV_GUARD_INSTALL; reported since Linux 6.16.
 const PAGE_IS_GUARD: u64 = 1 << 8;
 
 #[repr(C)]
@@ -59,14 +59,14 @@ impl Pagemap {
     /// zero page nor a guard. Ranges do not join those found by earlier calls.
     pub(crate) fn private_pages(&self, start: u64, end: u64, found: &mut Vec<Range>) -> io::Result<()> {
         let (without, any_of) = (PAGE_IS_FILE | PAGE_IS_PFNZERO, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
-        // Guards look like swapped pages; kernels that do not know the category (before 6.15) refuse it.
+        // Guards look like swapped pages; kernels that do not know the category (before 6.16) refuse it.
         match self.scan(start, end, without | PAGE_IS_GUARD, any_of, found) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.scan(start, end, without, any_of, found),
             other => other,
         }
     }
 
-    /// Pages of `start..end` guarded with MADV_GUARD_INSTALL. Empty on kernels that do not tell (before 6.15).
+    /// Pages of `start..end` guarded with MADV_GUARD_INSTALL. Empty on kernels that do not tell (before 6.16).
     pub(crate) fn guards(&self, start: u64, end: u64, found: &mut Vec<Range>) -> io::Result<()> {
         match self.scan(start, end, 0, PAGE_IS_GUARD, found) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),

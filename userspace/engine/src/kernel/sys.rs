@@ -2,7 +2,7 @@
 
 use super::PAGE;
 use std::{
-    io::{self, IoSliceMut},
+    io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
@@ -44,13 +44,6 @@ pub(crate) enum Kcmp {
 pub(crate) fn kcmp(a: i32, b: i32, what: Kcmp) -> io::Result<bool> {
     // SAFETY: no memory is passed.
     unsafe { check(libc::syscall(libc::SYS_kcmp, a, b, what as i32, 0, 0)).map(|order| order == 0) }
-}
-
-/// process_vm_readv(2) of one remote range into one buffer; the number of bytes read.
-pub(crate) fn process_vm_read(pid: i32, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut local = [IoSliceMut::new(buffer)];
-    let remote = [nix::sys::uio::RemoteIoVec { base: address as usize, len: local[0].len() }];
-    Ok(nix::sys::uio::process_vm_readv(nix::unistd::Pid::from_raw(pid), &mut local, &remote)?)
 }
 
 /// clone3(2), Linux 5.5: all signal actions of the child are the default ones.

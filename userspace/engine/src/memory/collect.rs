@@ -20,8 +20,6 @@ pub(crate) struct PrivatePages {
     pub pid: i32,
     /// Pages by address.
     pub ranges: Vec<Range>,
-    /// Parts of `ranges` that process_vm_readv(2) must not be used for: not readable by the process itself.
-    pub unreadable: Vec<Range>,
 }
 
 /// Reads the address space of a process, all but the contents of its pages.
@@ -33,7 +31,7 @@ pub(crate) fn collect(
 ) -> Result<(AddressSpace, PrivatePages)> {
     let mapped = smaps::read(pid).context(|| format!("read the mappings of {pid}"))?;
     let mut vmas = Vec::with_capacity(mapped.len());
-    let mut pages = PrivatePages { pid, ranges: Vec::new(), unreadable: Vec::new() };
+    let mut pages = PrivatePages { pid, ranges: Vec::new() };
     let mut guards = Vec::new();
     let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
     for map in &mapped {
@@ -42,16 +40,12 @@ pub(crate) fn collect(
         }
         let vma = record(pid, map, all)?;
         if matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) {
-            let before = pages.ranges.len();
             let scan = || format!("scan the pages of {pid}");
             // The kernel may drop the contents of droppable memory at any time: a dump is such a time.
             if !vma.flags.droppable {
                 pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
             }
             pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
-            if vma.prot & libc::PROT_READ as u8 == 0 {
-                pages.unreadable.extend_from_slice(&pages.ranges[before..]);
-            }
         }
         vmas.push(vma);
     }

@@ -3,14 +3,14 @@
 use super::collect::PrivatePages;
 use crate::{
     error::{Context, Error, Result},
-    kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc, sys},
+    kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},
     objects::shared_memory,
 };
 use standstill_images::{
-    store::PageWriter,
+    store::{Buffer, PageWriter},
     types::{PageRun, SharedMemory},
 };
-use std::{collections::HashMap, fs::File, os::fd::OwnedFd, os::unix::fs::FileExt};
+use std::{collections::HashMap, fs::File, io, os::fd::OwnedFd, os::unix::fs::FileExt};
 
 /// What was copied and what was not, in pages.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,23 +23,28 @@ pub(crate) struct Counts {
 /// Where the pages of one address space are: address → page frame and place in the store.
 type Frames = HashMap<u64, (u64, u64)>;
 
-/// Copies private pages, process by process.
+/// Copies pages straight from the target into the buffers that are written to the store.
 pub(crate) struct Copier<'a> {
     store: &'a mut PageWriter,
+    /// What is being filled, and how many pages were handed over before it.
+    buffer: Option<Buffer>,
+    submitted: u64,
     counts: Counts,
     /// Frames of processes whose children are still to come.
     frames: HashMap<i32, Frames>,
-    buffer: Vec<u8>,
 }
 
 impl<'a> Copier<'a> {
     pub(crate) fn new(store: &'a mut PageWriter) -> Self {
-        Self { store, counts: Counts::default(), frames: HashMap::new(), buffer: vec![0; 1 << 20] }
+        Self { store, buffer: None, submitted: 0, counts: Counts::default(), frames: HashMap::new() }
     }
 
-    /// The totals.
-    pub(crate) fn counts(&self) -> Counts {
-        self.counts
+    /// Hands over the rest; the totals.
+    pub(crate) fn finish(mut self) -> Result<Counts> {
+        if let Some(buffer) = self.buffer.take() {
+            self.store.append_buffer(buffer)?;
+        }
+        Ok(self.counts)
     }
 
     /// Copies the pages of a process. Pages whose frame `parent`, copied before, has at the same address are stored
@@ -58,7 +63,7 @@ impl<'a> Copier<'a> {
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
         for range in &pages.ranges {
             if !with_frames {
-                self.range(pid, *range, pages, &memory, &mut runs)?;
+                self.range(pid, *range, &memory, &mut runs)?;
                 continue;
             }
             let count = (range.end - range.start) / PAGE;
@@ -82,7 +87,7 @@ impl<'a> Copier<'a> {
                     self.counts.shared += same.len() as u64;
                 } else {
                     let part = Range { start, end: start + same.len() as u64 * PAGE };
-                    self.range(pid, part, pages, &memory, &mut runs)?;
+                    self.range(pid, part, &memory, &mut runs)?;
                 }
                 n += same.len();
             }
@@ -100,53 +105,73 @@ impl<'a> Copier<'a> {
         &mut self,
         pid: i32,
         range: Range,
-        pages: &PrivatePages,
         memory: &File,
         runs: &mut Vec<PageRun>,
     ) -> Result<()> {
-        // process_vm_readv(2) keeps to the process's own protections; /proc/pid/mem does not.
-        let unreadable = pages.unreadable.iter().any(|u| u.start < range.end && range.start < u.end);
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let mut at = range.start;
-        while at < range.end {
-            let len = (range.end - at).min(buffer.len() as u64) as usize;
-            let read = if unreadable {
-                memory.read_exact_at(&mut buffer[..len], at).map(|()| len)
-            } else {
-                sys::process_vm_read(pid, at, &mut buffer[..len])
-            };
-            let n = read.context(|| format!("read the memory of {pid} at {at:x}"))? / PAGE as usize * PAGE as usize;
-            if n == 0 {
-                return Err(Error::Died(pid));
+        // Not process_vm_readv(2): it pins pages, for which the kernel gives a process that shares them copy-on-write
+        // copies of its own, and it keeps to the process's own protections.
+        self.copy(range.start, range.end, runs, |at, buffer| {
+            match memory.read_at(buffer, at).context(|| format!("read the memory of {pid} at {at:x}"))? {
+                n if n < PAGE as usize => Err(Error::Died(pid)),
+                n => Ok(n),
             }
-            self.append(at, &mut buffer[..n], runs)?;
-            at += n as u64;
+        })
+    }
+
+    /// Stores the pages from `start` to `end` that hold something. `read` fills a buffer from an address on and tells how
+    /// much it read: a page at least.
+    fn copy(
+        &mut self,
+        start: u64,
+        end: u64,
+        runs: &mut Vec<PageRun>,
+        read: impl Fn(u64, &mut [u8]) -> Result<usize>,
+    ) -> Result<()> {
+        let page = PAGE as usize;
+        let mut at = start;
+        while at < end {
+            let mut buffer = self.buffer.take().unwrap_or_else(|| self.store.take_buffer());
+            let first = self.submitted + (buffer.filled().len() / page) as u64;
+            let spare = buffer.spare_mut();
+            let len = spare.len().min((end - at) as usize);
+            let got = read(at, &mut spare[..len])? / page * page;
+            let kept = self.keep(at, &mut spare[..got], first, runs);
+            buffer.advance(kept);
+            at += got as u64;
+            if buffer.spare_mut().is_empty() {
+                self.submitted += (buffer.filled().len() / page) as u64;
+                self.store.append_buffer(buffer)?;
+            } else {
+                self.buffer = Some(buffer);
+            }
         }
-        self.buffer = buffer;
         Ok(())
     }
 
-    /// Stores the pages of `buffer` that hold something.
-    fn append(&mut self, start: u64, buffer: &mut [u8], runs: &mut Vec<PageRun>) -> Result<()> {
+    /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
+    fn keep(&mut self, start: u64, pages: &mut [u8], first: u64, runs: &mut Vec<PageRun>) -> usize {
         let page = PAGE as usize;
-        let mut from = 0;
-        while from < buffer.len() {
-            let zero = is_zero(&buffer[from..from + page]);
+        let (mut from, mut kept) = (0, 0);
+        while from < pages.len() {
+            let zero = is_zero(&pages[from..from + page]);
             let mut to = from + page;
-            while to < buffer.len() && is_zero(&buffer[to..to + page]) == zero {
+            while to < pages.len() && is_zero(&pages[to..to + page]) == zero {
                 to += page;
             }
             let count = ((to - from) / page) as u64;
             if zero {
                 self.counts.zero += count;
             } else {
-                let store = self.store.append(&buffer[from..to])?;
-                push(runs, start + from as u64, count, store);
+                if kept != from {
+                    pages.copy_within(from..to, kept);
+                }
+                push(runs, start + from as u64, count, first + (kept / page) as u64);
                 self.counts.stored += count;
+                kept += to - from;
             }
             from = to;
         }
-        Ok(())
+        kept
     }
 
     /// Copies the contents of a shared object.
@@ -154,29 +179,30 @@ impl<'a> Copier<'a> {
         let context = || format!("read shared memory object {}", object.id);
         let file = File::from(source.try_clone().context(context)?);
         let ranges = shared_memory::data_ranges(source, object.size).context(context)?;
-        let mut buffer = std::mem::take(&mut self.buffer);
         let mut runs = Vec::new();
         for (start, end) in ranges {
-            let mut at = start;
-            while at < end {
-                let len = (end - at).min(buffer.len() as u64) as usize;
+            self.copy(start, end, &mut runs, |at, buffer| {
                 // The last page of a file may be cut short: the rest of it is zeros.
-                let mut n = 0;
-                while n < len {
-                    match file.read_at(&mut buffer[n..len], at + n as u64).context(context)? {
-                        0 => break,
-                        read => n += read,
-                    }
-                }
-                buffer[n..len].fill(0);
-                self.append(at, &mut buffer[..len], &mut runs)?;
-                at += len as u64;
-            }
+                let n = read_all(&file, at, buffer).context(context)?;
+                buffer[n..].fill(0);
+                Ok(buffer.len())
+            })?;
         }
-        self.buffer = buffer;
         object.pages = runs;
         Ok(())
     }
+}
+
+/// Reads until the buffer is full or the file ends.
+fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut n = 0;
+    while n < buffer.len() {
+        match file.read_at(&mut buffer[n..], offset + n as u64)? {
+            0 => break,
+            read => n += read,
+        }
+    }
+    Ok(n)
 }
 
 /// Adds pages to a list of runs.

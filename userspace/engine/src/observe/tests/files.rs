@@ -9,9 +9,8 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::{
         mman::{MapFlags, ProtFlags, mmap},
-        signal::{SigHandler, Signal, kill, signal},
+        signal::{SigHandler, Signal, signal},
     },
-    unistd::Pid,
 };
 use proptest::prelude::*;
 use std::{ffi::CStr, fs, num::NonZeroUsize};
@@ -105,6 +104,8 @@ extern "C" fn move_mount(_: i32) {
 /// Opens files on file systems that keep attributes to themselves, in a mount namespace of its own. SIGUSR1: a mount
 /// moves.
 pub(super) fn act_on_mounts() {
+    // The namespace is the thread's alone.
+    say(nix::unistd::gettid());
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let mount = |target: &CStr, kind: &CStr, flags: libc::c_ulong, data: &CStr| {
         // SAFETY: all strings end with a NUL.
@@ -152,8 +153,10 @@ fn file_systems_that_keep_attributes_to_themselves_and_a_mount_that_moves() {
     assert_same(&iterators.files(&victim.pids).unwrap(), &truth);
     super::vmas::assert_same(&iterators.vmas(&victim.pids).unwrap(), &procfs::vmas(&victim.pids).unwrap());
 
-    kill(Pid::from_raw(victim.pids[0]), Signal::SIGUSR1).unwrap();
-    let moved = || fs::read_to_string(format!("/proc/{}/mountinfo", victim.pids[0])).unwrap().contains("/moved ");
+    let tid: i32 = victim.words[0].parse().unwrap();
+    // SAFETY: no memory is passed.
+    unsafe { libc::syscall(libc::SYS_tgkill, victim.pids[0], tid, libc::SIGUSR1) };
+    let moved = || fs::read_to_string(format!("/proc/{tid}/mountinfo")).unwrap().contains("/moved ");
     while !moved() {
         std::thread::yield_now();
     }

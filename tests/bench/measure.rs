@@ -1,0 +1,94 @@
+//! One run of one case with one tool.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use standstill_tests::harness::{Outcome, Setting, Target, Tool};
+use standstill_tests::verdict::Verdict;
+
+use crate::cases::Case;
+
+/// Sleep of the target's clock loop, in microseconds: what a freeze is measured with.
+const CLOCK_US: &str = "50";
+
+/// Figures of one run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Figures {
+    pub(crate) idle_us: u64,
+    pub(crate) freeze_us: u64,
+    pub(crate) dump_us: u64,
+    pub(crate) restore_us: u64,
+    pub(crate) image_bytes: u64,
+}
+
+/// Measures a fresh target; says why when that did not work.
+pub(crate) fn run(case: &Case, tool: &Tool, dir: &Path) -> Result<Figures, String> {
+    let setting = Setting { base: dir.to_owned(), ..Setting::default() };
+    let args: Vec<&str> = case.args.iter().copied().chain(["--clock-us", CLOCK_US]).collect();
+    let mut target = Target::launch(&setting, "clock", &args);
+    settle(dir);
+
+    reset_meter(&target);
+    let outcome = succeed(tool.dump(target.pid(), &target.images("running")).arg("--leave-running").run())?;
+    let freeze_us = well(&target)?.longest_pause_us;
+    target.images("running");
+    settle(dir);
+
+    reset_meter(&target);
+    thread::sleep(outcome.wall);
+    let idle_us = well(&target)?.longest_pause_us;
+
+    let images = target.images("killed");
+    target.processes();
+    let dump_us = wall_us(&succeed(tool.dump(target.pid(), &images).run())?);
+    target.await_gone();
+    let image_bytes = size_of(&images);
+    settle(dir);
+    let restore_us = wall_us(&succeed(tool.restore(&images).arg("-d").run())?);
+    well(&target)?;
+    Ok(Figures { idle_us, freeze_us, dump_us, restore_us, image_bytes })
+}
+
+/// Lets nothing that was written before be written during the measurement.
+fn settle(dir: &Path) {
+    if let Ok(file) = File::open(dir) {
+        // SAFETY: the descriptor is live for the call.
+        unsafe { libc::syncfs(file.as_raw_fd()) };
+    }
+    thread::sleep(Duration::from_millis(200));
+}
+
+fn reset_meter(target: &Target) {
+    target.signal(Signal::SIGUSR2);
+    // The signal is taken in the workload's loop.
+    thread::sleep(Duration::from_millis(20));
+}
+
+/// A figure counts only when the target is well afterwards.
+fn well(target: &Target) -> Result<Verdict, String> {
+    let begin = Instant::now();
+    let verdict = target.verdict();
+    match verdict.ok && verdict.checks > 0 {
+        true => Ok(verdict),
+        false => Err(format!("the target finds itself changed after {:?}: {:?}", begin.elapsed(), verdict.failures)),
+    }
+}
+
+fn succeed(outcome: Outcome) -> Result<Outcome, String> {
+    if outcome.status == Some(0) { Ok(outcome) } else { Err(outcome.to_string()) }
+}
+
+fn wall_us(outcome: &Outcome) -> u64 {
+    u64::try_from(outcome.wall.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Bytes of an image, without its logs.
+fn size_of(images: &Path) -> u64 {
+    let entries = fs::read_dir(images).into_iter().flatten().flatten();
+    let is_log = |entry: &fs::DirEntry| entry.path().extension().is_some_and(|extension| extension == "log");
+    entries.filter(|entry| !is_log(entry)).filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+}

@@ -1,0 +1,65 @@
+//! Command line of the benchmark.
+
+use std::path::PathBuf;
+
+use crate::cases;
+
+pub(crate) const HELP: &str = "\
+Measures how long a target stands still during a dump, and what dump and restore take.
+
+Usage: scripts/bench [options]
+
+  --criu PATH   also measure CRIU, in turn with Standstill, and print ratios
+  --case NAME   only this case (may be repeated): heap-64m heap-1g fds-1000 fds-15000
+                threads-100 threads-1000 processes-300
+  --runs N      runs of each case (default 5)
+  --json FILE   write every single figure to a file
+  --dir DIR     directory for targets and images (default /var/tmp)
+
+The binary measured is the release build, or the one named by STANDSTILL.
+freeze   longest pause of the target's own clock loop during `dump --leave-running`
+dump     wall time of a dump that kills the target
+restore  wall time of `restore -d`
+idle     longest pause of the clock loop without a dump, for as long as a dump takes
+";
+
+/// What the command line asks for.
+pub(crate) struct Options {
+    pub(crate) criu: Option<PathBuf>,
+    pub(crate) runs: usize,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) dir: PathBuf,
+    cases: Vec<String>,
+}
+
+impl Options {
+    /// Reads the command line; none when help was asked for.
+    pub(crate) fn parse() -> Result<Option<Self>, String> {
+        let mut options = Self { criu: None, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
+        let mut args = std::env::args().skip(1);
+        while let Some(name) = args.next() {
+            if matches!(name.as_str(), "-h" | "--help") {
+                return Ok(None);
+            }
+            let value = args.next().ok_or_else(|| format!("{name}: unknown, or its value is missing"))?;
+            match name.as_str() {
+                "--criu" => options.criu = Some(value.into()),
+                "--json" => options.json = Some(value.into()),
+                "--dir" => options.dir = value.into(),
+                "--runs" => options.runs = value.parse().map_err(|_| format!("--runs {value}: not a number"))?,
+                "--case" if cases::ALL.iter().any(|case| case.name == value) => options.cases.push(value),
+                "--case" => return Err(format!("--case {value}: no such case")),
+                _ => return Err(format!("{name}: unknown option")),
+            }
+        }
+        if options.runs == 0 {
+            return Err("--runs 0: nothing to do".to_owned());
+        }
+        Ok(Some(options))
+    }
+
+    /// True when a case was asked for, or none was named.
+    pub(crate) fn wants(&self, case: &str) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|name| name == case)
+    }
+}
