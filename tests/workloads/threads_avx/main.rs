@@ -66,11 +66,12 @@ fn main() {
 fn await_all(shared: &Shared) {
     let limit = now_us() + 10_000_000;
     let before: Vec<u64> = shared.rounds.iter().map(|rounds| rounds.load(Ordering::Relaxed)).collect();
-    shared.generation.fetch_add(1, Ordering::Relaxed);
     for (number, before) in before.into_iter().enumerate() {
         let rounds = &shared.rounds[number];
+        // A thread may have begun to hold the newest generation already.
         while rounds.load(Ordering::Relaxed) == before && now_us() < limit {
-            thread::sleep(Duration::from_millis(2));
+            shared.generation.fetch_add(1, Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(10));
         }
         shared.checker.that(rounds.load(Ordering::Relaxed) > before, || format!("thread {number} does not run"));
     }

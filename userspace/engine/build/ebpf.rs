@@ -27,7 +27,13 @@ pub(crate) fn build() {
     });
     let linker = linker().unwrap_or_else(|| give_up("there is no bpf-linker on this machine"));
     let target_dir = Path::new(&env::var("OUT_DIR").unwrap()).join("ebpf");
-    let status = compiler.cargo(&linker).arg("--manifest-path").arg(programs.join("Cargo.toml")).arg("--target-dir").arg(&target_dir).status();
+    let status = compiler
+        .cargo(&linker)
+        .arg("--manifest-path")
+        .arg(programs.join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(&target_dir)
+        .status();
     match status {
         Ok(status) if status.success() => {}
         Ok(_) => give_up("ebpf/programs does not build: the messages above say why"),
@@ -108,7 +114,8 @@ impl Compiler {
         // What the outer cargo, clippy or rustup set is meant for the engine.
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
-            let inner = ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_TERM_COLOR"].contains(&&*text) || text.starts_with("CARGO_HTTP_");
+            let inner = ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_TERM_COLOR"].contains(&&*text)
+                || text.starts_with("CARGO_HTTP_");
             let outer = text.starts_with("CARGO") || text.starts_with("RUST") && !text.starts_with("RUSTUP_HOME");
             if outer && !inner || text == "MAKEFLAGS" {
                 command.env_remove(name);

@@ -42,14 +42,9 @@ pub(super) const ALL: &[Feature] = &[
     Feature::new("ptrace-xstate", Some("2.6.35"), "floating point and vector registers", process::xstate)
         .required()
         .needs(PTRACE),
-    Feature::new(
-        "proc-mem-read",
-        Some("2.2"),
-        "reading the memory of a tree",
-        memory::vm_read,
-    )
-    .required()
-    .needs(PTRACE),
+    Feature::new("proc-mem-read", Some("2.2"), "reading the memory of a tree", memory::vm_read)
+        .required()
+        .needs(PTRACE),
     Feature::new("proc-mem-write", Some("2.6.39"), "system calls in a process on its own behalf", memory::forced_write)
         .required()
         .needs(PTRACE),

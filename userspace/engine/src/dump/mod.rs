@@ -5,8 +5,8 @@ use crate::{
     image,
     kernel::{proc, sys},
     memory::{self, collect::PrivatePages, copy::Copier},
-    objects::{self, Collected},
-    observe::{self, FdEntry, Iterators, ThreadState},
+    objects::{self, Collected, regular},
+    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
     restore::{environment, sessions},
     task::FrozenTree,
     tree::process,
@@ -138,6 +138,7 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
             None
         }
     };
+    regular::check_names(&mut state.objects)?;
     let index = pages.finish()?;
     phases.end("write");
     if tree.is_some() {
@@ -172,27 +173,29 @@ fn collect(
 ) -> Result<State> {
     let pids = tree.pids();
     process::refuse_sharing(tree.processes())?;
-    let (entries, seen) = read(&pids, options.reader, observer)?;
+    let seen = read(&pids, options.reader, observer)?;
     phases.end("descriptors");
+    let entries = &seen.files;
     let next = entries.iter().map(|e| e.file.0 + 1).max().unwrap_or(0);
     let mut state = State {
         root: options.pid,
         tasks: Vec::new(),
         spaces: Vec::new(),
         private: Vec::new(),
-        tables: tables(&pids, &entries),
+        tables: tables(&pids, entries),
         objects: Collected::new(next),
         vdso: environment::vdso(options.pid)?,
     };
     let mut done = HashSet::new();
     for entry in entries.iter().filter(|e| done.insert(e.file.0)) {
-        objects::dump(entry, &entries, &mut state.objects)?;
+        objects::dump(entry, entries, &mut state.objects)?;
     }
     phases.end("files");
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
-        let (task, inside) = process::collect(process, &seen, id, id)?;
-        let (space, private) = memory::collect::collect(process.pid, id, inside.brk, &mut state.objects)?;
+        let (task, brk) = process::collect(process, seen.processes.get(&process.pid), id, id)?;
+        let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
+        let (space, private) = memory::collect::collect(process.pid, id, brk, mapped, &mut state.objects)?;
         state.tasks.push(task);
         state.spaces.push(space);
         state.private.push(private);
@@ -281,33 +284,46 @@ fn observer(reader: Reader) -> Result<Option<Iterators>> {
             warn!("no eBPF iterators: {e}; reading procfs instead, which takes longer");
             Ok(None)
         }
-        Err(e) => Err(Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }),
+        Err(e) => Err(no_reader(&e)),
     }
 }
 
-/// Descriptors and thread states, from the iterators or else from procfs.
-fn read(
-    pids: &[i32],
-    reader: Reader,
-    observer: &mut Option<Iterators>,
-) -> Result<(Vec<FdEntry>, HashMap<i32, ThreadState>)> {
+/// What a reader says of the tree.
+struct Seen {
+    files: Vec<FdEntry>,
+    /// Empty, like `processes`, if only procfs was read.
+    vmas: HashMap<i32, Vec<VmaEntry>>,
+    processes: HashMap<i32, ProcessState>,
+}
+
+impl Seen {
+    fn new(files: Vec<FdEntry>, vmas: Vec<VmaEntry>, processes: Vec<ProcessState>) -> Self {
+        let mut by_pid: HashMap<i32, Vec<VmaEntry>> = HashMap::new();
+        for vma in vmas {
+            by_pid.entry(vma.tgid).or_default().push(vma);
+        }
+        Self { files, vmas: by_pid, processes: processes.into_iter().map(|p| (p.tgid, p)).collect() }
+    }
+}
+
+/// Reads the tree by the iterators or else by procfs.
+fn read(pids: &[i32], reader: Reader, observer: &mut Option<Iterators>) -> Result<Seen> {
     if let Some(iterators) = observer {
-        let both = iterators.files(pids).and_then(|files| Ok((files, iterators.threads(pids)?)));
-        match both {
-            Ok((files, threads)) => return Ok((files, threads.into_iter().map(|t| (t.tid, t)).collect())),
+        let mut all = || Ok(Seen::new(iterators.files(pids)?, iterators.vmas(pids)?, iterators.processes(pids)?));
+        match all() {
+            Ok(seen) => return Ok(seen),
             Err(e) if reader == Reader::Auto => warn!("the eBPF iterators failed: {e}; reading procfs instead"),
-            Err(e) => {
-                return Err(Error::Missing {
-                    what: format!("the eBPF reader ({e})"),
-                    remedy: "use --reader procfs".into(),
-                });
-            }
+            Err(e) => return Err(no_reader(&e)),
         }
         *observer = None;
     }
     let files = observe::procfs::files(pids)
-        .map_err(|e| Error::System { call: "read descriptors from procfs".into(), source: std::io::Error::other(e) })?;
-    Ok((files, HashMap::new()))
+        .map_err(|e| Error::System { call: "read procfs".into(), source: std::io::Error::other(e) })?;
+    Ok(Seen::new(files, Vec::new(), Vec::new()))
+}
+
+fn no_reader(e: &ObserveError) -> Error {
+    Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }
 }
 
 fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {

@@ -8,6 +8,7 @@ use crate::{
         proc,
     },
     objects::{Collected, regular, shared_memory},
+    observe::VmaEntry,
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
 use std::{
@@ -22,14 +23,20 @@ pub(crate) struct PrivatePages {
     pub ranges: Vec<Range>,
 }
 
-/// Reads the address space of a process, all but the contents of its pages.
+/// Reads the address space of a process, with what the observer saw of its mappings, if anything: all but the contents of its pages.
 pub(crate) fn collect(
     pid: i32,
     id: AddressSpaceId,
     brk: u64,
+    seen: &[VmaEntry],
     all: &mut Collected,
 ) -> Result<(AddressSpace, PrivatePages)> {
-    let mapped = smaps::read(pid).context(|| format!("read the mappings of {pid}"))?;
+    // The observer names the common attributes only.
+    let mapped = if seen.is_empty() || seen.iter().any(|v| v.unusual) {
+        smaps::read(pid).context(|| format!("read the mappings of {pid}"))?
+    } else {
+        seen.iter().map(Mapped::from).collect()
+    };
     let mut vmas = Vec::with_capacity(mapped.len());
     let mut pages = PrivatePages { pid, ranges: Vec::new() };
     let mut guards = Vec::new();

@@ -101,13 +101,7 @@ impl<'a> Copier<'a> {
         Ok(runs)
     }
 
-    fn range(
-        &mut self,
-        pid: i32,
-        range: Range,
-        memory: &File,
-        runs: &mut Vec<PageRun>,
-    ) -> Result<()> {
+    fn range(&mut self, pid: i32, range: Range, memory: &File, runs: &mut Vec<PageRun>) -> Result<()> {
         // Not process_vm_readv(2): it pins pages, for which the kernel gives a process that shares them copy-on-write
         // copies of its own, and it keeps to the process's own protections.
         self.copy(range.start, range.end, runs, |at, buffer| {

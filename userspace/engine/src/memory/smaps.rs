@@ -1,7 +1,7 @@
 //! `/proc/<pid>/smaps` (proc(5)): mappings with their attributes.
 
-use crate::kernel::proc;
-use std::{fs, io};
+use crate::{kernel::proc, observe::VmaEntry};
+use std::{fs, io, os::unix::ffi::OsStrExt};
 
 /// A mapping as the kernel shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,26 @@ impl Mapped {
     /// Whether an attribute is set.
     pub(crate) fn has(&self, flag: &[u8; 2]) -> bool {
         self.flags.contains(flag)
+    }
+}
+
+impl From<&VmaEntry> for Mapped {
+    fn from(seen: &VmaEntry) -> Self {
+        const USED: [&[u8; 2]; 18] = [
+            b"gd", b"nr", b"lo", b"lf", b"dc", b"wf", b"dd", b"mg", b"hg", b"nh", b"sr", b"rr", b"pf", b"io", b"ht",
+            b"um", b"uw", b"mw",
+        ];
+        Self {
+            start: seen.start,
+            end: seen.end,
+            prot: seen.prot,
+            shared: seen.shared,
+            offset: seen.offset,
+            dev: seen.dev,
+            ino: seen.ino,
+            name: seen.name.as_os_str().as_bytes().to_vec(),
+            flags: USED.into_iter().filter(|letters| seen.has(letters)).copied().collect(),
+        }
     }
 }
 

@@ -41,13 +41,15 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry]) -> Result<FileKind> {
         .map(|line| {
             // The number may mean another file by now, or the set may have come to this process by fork.
             let same = |e: &&FdEntry| e.ino == line.ino || line.ino == 0 && e.fd == line.fd;
-            let target = entries
-                .iter()
-                .filter(same)
-                .min_by_key(|e| (e.tgid != entry.tgid, e.fd != line.fd))
-                .ok_or_else(|| {
-                    refuse(entry, &format!("what it watches as descriptor {} is open in no process of the tree", line.fd))
-                })?;
+            let target =
+                entries.iter().filter(same).min_by_key(|e| (e.tgid != entry.tgid, e.fd != line.fd)).ok_or_else(
+                    || {
+                        refuse(
+                            entry,
+                            &format!("what it watches as descriptor {} is open in no process of the tree", line.fd),
+                        )
+                    },
+                )?;
             Ok(EpollTarget { fd: line.fd, file: target.file.0, events: line.events, data: line.data })
         })
         .collect::<Result<_>>()?;
@@ -62,7 +64,14 @@ pub(super) fn create(numbers: &mut Numbers, program: &mut Program) -> i32 {
 
 /// Registers one target, found at descriptor `from`, under its number. `scratch` is a free descriptor number to keep
 /// what has that number now.
-pub(crate) fn add(epoll: i32, target: &EpollTarget, from: i32, taken: Option<bool>, scratch: i32, program: &mut Program) {
+pub(crate) fn add(
+    epoll: i32,
+    target: &EpollTarget,
+    from: i32,
+    taken: Option<bool>,
+    scratch: i32,
+    program: &mut Program,
+) {
     let mut event = target.events.to_ne_bytes().to_vec();
     event.extend_from_slice(&target.data.to_ne_bytes()); // struct epoll_event is packed on x86-64
     let block = program.data(&event);

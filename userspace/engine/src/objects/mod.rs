@@ -49,6 +49,8 @@ pub(crate) struct Collected {
     /// Mapped and executed files by device, inode and access.
     mapped: HashMap<(u64, u64, bool), OpenFileId>,
     next_file: OpenFileId,
+    /// Names of regular files, to be checked when there is time.
+    names: Vec<regular::Name>,
 }
 
 impl Collected {

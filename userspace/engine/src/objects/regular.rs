@@ -7,8 +7,9 @@ use crate::{
     restore::{files::Numbers, program::Program},
 };
 use nix::sys::statfs;
-use standstill_images::types::{Bytes, FileKind, RegularFile};
+use standstill_images::types::{Bytes, FileKind, OpenFileId, RegularFile};
 use std::{
+    collections::HashMap,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -25,8 +26,27 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     if let Some(path) = own_namespace(path) {
         return Ok(FileKind::Regular(RegularFile { path, size: 0, mtime: (0, 0), mode: entry.mode }));
     }
-    describe(path, entry.size, entry.mtime, entry.mode, entry.dev, entry.ino)
-        .ok_or_else(|| refuse(entry, "its name is gone or leads elsewhere: give the file its name back"))
+    all.names.push(Name { file: entry.file.0, entry: entry.clone() });
+    let (size, mtime) = (entry.size, entry.mtime);
+    Ok(FileKind::Regular(RegularFile { path: path.as_path().into(), size, mtime, mode: entry.mode }))
+}
+
+/// A name under which a file is recorded, not checked yet.
+pub(super) struct Name {
+    file: OpenFileId,
+    entry: FdEntry,
+}
+
+/// Checks the names of all recorded files. Whoever renames a file does not care whether the tree is frozen, so neither
+/// need we.
+pub(crate) fn check_names(all: &mut Collected) -> Result<()> {
+    let names: HashMap<OpenFileId, FdEntry> = all.names.drain(..).map(|n| (n.file, n.entry)).collect();
+    for file in &mut all.files {
+        let Some(e) = names.get(&file.id) else { continue };
+        file.kind = describe(&e.path, e.size, e.mtime, e.mode, e.dev, e.ino)
+            .ok_or_else(|| refuse(e, "its name is gone or leads elsewhere: give the file its name back"))?;
+    }
+    Ok(())
 }
 
 /// The procfs name of a namespace descriptor (`net:[4026531840]`), if it is one that the tree itself lives in: trees in

@@ -15,9 +15,7 @@ use nix::{
     sys::memfd::{MFdFlags, memfd_create},
     unistd::ftruncate,
 };
-use standstill_images::types::{
-    Bytes, FileKind, OpenFile, OpenFileId, SharedMemory, SharedMemoryId, SharedMemoryKind,
-};
+use standstill_images::types::{Bytes, FileKind, OpenFile, OpenFileId, SharedMemory, SharedMemoryId, SharedMemoryKind};
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,

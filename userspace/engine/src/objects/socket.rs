@@ -98,9 +98,10 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let mut options = Vec::new();
     for &(level, name) in OPTIONS {
         if let Ok(value) = option(&fd, level, name)
-            && (name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET) {
-                options.push((level, name, value));
-            }
+            && (name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET)
+        {
+            options.push((level, name, value));
+        }
     }
     for (name, force) in [(libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)] {
         // The kernel doubles what is set, and reports the doubled value.

@@ -48,8 +48,7 @@ impl Field {
 impl Btf {
     /// The running kernel's, with an index of `structs`.
     pub(super) fn read(structs: &[&str]) -> Result<Self> {
-        let data =
-            fs::read(PATH).map_err(|source| ObserveError::NoBtf { path: Path::new(PATH).into(), source })?;
+        let data = fs::read(PATH).map_err(|source| ObserveError::NoBtf { path: Path::new(PATH).into(), source })?;
         Self::parse(data, structs)
     }
 
@@ -80,18 +79,19 @@ impl Btf {
                 }
             }
             self.types.push(at as u32);
-            at += 12 + match kind {
-                // Pointers, forward declarations, typedefs, qualifiers, functions, floats, type tags.
-                2 | 7 | 8..=12 | 16 | 18 => 0,
-                // Integers, variables, declaration tags.
-                1 | 14 | 17 => 4,
-                3 => 12,
-                // Enums and parameters of functions.
-                6 | 13 => 8 * vlen,
-                // Members, variables in sections, 64-bit enums.
-                4 | 5 | 15 | 19 => 12 * vlen,
-                _ => return None,
-            };
+            at += 12
+                + match kind {
+                    // Pointers, forward declarations, typedefs, qualifiers, functions, floats, type tags.
+                    2 | 7 | 8..=12 | 16 | 18 => 0,
+                    // Integers, variables, declaration tags.
+                    1 | 14 | 17 => 4,
+                    3 => 12,
+                    // Enums and parameters of functions.
+                    6 | 13 => 8 * vlen,
+                    // Members, variables in sections, 64-bit enums.
+                    4 | 5 | 15 | 19 => 12 * vlen,
+                    _ => return None,
+                };
         }
         Some(())
     }

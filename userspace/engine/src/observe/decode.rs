@@ -106,8 +106,19 @@ pub(super) fn processes(mut stream: &[u8], layouts: &Layouts) -> Result<Vec<Proc
 
 fn process_state(leader: &ThreadRecord, process: &ProcessRecord) -> ProcessState {
     let sigactions = process.actions.iter().zip(1..).filter(|(a, _)| a.handler != libc::SIG_DFL as u64);
-    let [start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start, env_end] =
-        process.layout;
+    let [
+        start_code,
+        end_code,
+        start_data,
+        end_data,
+        start_brk,
+        brk,
+        start_stack,
+        arg_start,
+        arg_end,
+        env_start,
+        env_end,
+    ] = process.layout;
     let layout = MmLayout {
         start_code,
         end_code,
@@ -159,11 +170,7 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layout: &RestartLayout) ->
     ThreadState {
         tgid: record.tgid,
         tid: record.tid,
-        altstack: AltStack {
-            sp: record.sas_ss_sp,
-            flags: altstack_flags(record),
-            size: record.sas_ss_size,
-        },
+        altstack: AltStack { sp: record.sas_ss_sp, flags: altstack_flags(record), size: record.sas_ss_size },
         clear_child_tid: record.clear_child_tid,
         robust_list: record.robust_list,
         pdeath_signal: record.pdeath_signal,
@@ -188,11 +195,8 @@ fn restart_block(record: &ThreadRecord, at: &RestartLayout) -> RestartBlock {
     let half = |n: usize| u32::from_ne_bytes(record.restart[n..n + 4].try_into().expect("four bytes"));
     let word = |n: usize| u64::from_ne_bytes(record.restart[n..n + 8].try_into().expect("eight bytes"));
     let name = record.restart_fn.split(|&b| b == 0).next().unwrap_or_default();
-    let nanosleep = |clock| RestartBlock::Nanosleep {
-        clock,
-        expires_ns: word(at.sleep_expires),
-        rmtp: word(at.sleep_rmtp),
-    };
+    let nanosleep =
+        |clock| RestartBlock::Nanosleep { clock, expires_ns: word(at.sleep_expires), rmtp: word(at.sleep_rmtp) };
     match name {
         b"do_no_restart_syscall" => RestartBlock::None,
         b"hrtimer_nanosleep_restart" | b"posix_cpu_nsleep_restart" => nanosleep(half(at.sleep_clock) as i32),

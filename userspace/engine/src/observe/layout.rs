@@ -62,7 +62,13 @@ impl Layouts {
     /// Of the running kernel.
     pub(super) fn read() -> Result<Self> {
         let btf = Btf::read(STRUCTS)?;
-        Ok(Self { common: common(&btf)?, files: files(&btf)?, tasks: tasks(&btf)?, vmas: vmas(&btf)?, restart: restart(&btf)? })
+        Ok(Self {
+            common: common(&btf)?,
+            files: files(&btf)?,
+            tasks: tasks(&btf)?,
+            vmas: vmas(&btf)?,
+            restart: restart(&btf)?,
+        })
     }
 }
 
@@ -136,8 +142,17 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         return Err(ObserveError::MissingField { structure: "k_sigaction", field: "sa.sa_restorer" });
     }
     let mm = [
-        "start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "start_stack", "arg_start", "arg_end",
-        "env_start", "env_end",
+        "start_code",
+        "end_code",
+        "start_data",
+        "end_data",
+        "start_brk",
+        "brk",
+        "start_stack",
+        "arg_start",
+        "arg_end",
+        "env_start",
+        "env_end",
     ];
     let mut mm_layout = [0; 11];
     for (to, field) in mm_layout.iter_mut().zip(mm) {

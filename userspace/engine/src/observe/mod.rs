@@ -273,7 +273,9 @@ pub enum ObserveError {
     #[error("{0} is missing")]
     MissingCapability(&'static str),
     /// The kernel refuses although the capabilities are there.
-    #[error("the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown")]
+    #[error(
+        "the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown"
+    )]
     NotPermitted,
     /// A program does not load.
     #[error("eBPF program {program} does not load: {reason}")]

@@ -72,7 +72,7 @@ impl Environment {
         let personality = unsafe { libc::personality(0xffff_ffff) } as u32;
         const CAP_SYS_RESOURCE: u32 = 24;
         Ok(Self {
-            creds: creds::with_securebits(&status, 0),
+            creds: creds::of(&status, 0),
             sched: sched::collect(pid)?,
             limits: proc::limits(pid).context(|| "read own limits".into())?,
             personality,

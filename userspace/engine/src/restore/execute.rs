@@ -201,8 +201,7 @@ impl Execution<'_> {
 
     /// Lets all tasks go on until each has reached `stage`; then all of them are stopped there.
     fn reach(&mut self, stage: Stage) -> Result<()> {
-        let (dying, living): (Vec<_>, Vec<_>) =
-            self.plan.tasks.iter().partition(|t| t.ends && stage == Stage::Done);
+        let (dying, living): (Vec<_>, Vec<_>) = self.plan.tasks.iter().partition(|t| t.ends && stage == Stage::Done);
         let dying: BTreeSet<i32> = dying.iter().map(|t| t.pid).collect();
         self.go_on(&dying)?;
         self.wait_for(stage, BTreeSet::new(), dying)?;
@@ -278,10 +277,12 @@ impl Execution<'_> {
         let (at, error) = self.layout.state(self.memory.bytes_mut(), index);
         let errno = if error != 0 { error as i32 } else { errno };
         let step = self.plan.programs[index].label(at).to_string();
-        if errno == libc::EEXIST && (step.starts_with("fork process") || step.starts_with("start thread"))
-            && let Some(pid) = step.rsplit(' ').next().and_then(|n| n.parse().ok()) {
-                return Error::PidInUse(pid);
-            }
+        if errno == libc::EEXIST
+            && (step.starts_with("fork process") || step.starts_with("start thread"))
+            && let Some(pid) = step.rsplit(' ').next().and_then(|n| n.parse().ok())
+        {
+            return Error::PidInUse(pid);
+        }
         Error::Restore { pid: tid, step, source: io::Error::from_raw_os_error(errno) }
     }
 

@@ -131,13 +131,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
             reason: "some processes are not descendants of the root".into(),
         });
     }
-    Ok(Plan {
-        programs: planner.programs,
-        tasks: planner.tasks,
-        base,
-        pages_fd,
-        shared_fds: planner.shared_fds,
-    })
+    Ok(Plan { programs: planner.programs, tasks: planner.tasks, base, pages_fd, shared_fds: planner.shared_fds })
 }
 
 /// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
@@ -165,12 +159,13 @@ fn check_machine(image: &Image, env: &Environment) -> Result<()> {
             }
         }
         if !env.may_raise_limits
-            && let Some(name) = limits::first_raised(&live.rlimits, &env.limits) {
-                return Err(Error::Missing {
-                    what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
-                    remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
-                });
-            }
+            && let Some(name) = limits::first_raised(&live.rlimits, &env.limits)
+        {
+            return Err(Error::Missing {
+                what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
+                remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
+            });
+        }
         let space = &image.spaces[&live.address_space];
         let own: Vec<_> = env.kernel_mappings.iter().map(|m| (m.name.as_bytes(), m.len)).collect();
         let theirs: Vec<_> = space
@@ -311,11 +306,7 @@ impl<'a> Planner<'a> {
     }
 
     fn references(&self) -> Referenced<'_> {
-        Referenced {
-            pipes: &self.image.pipes,
-            first_writers: &self.first_writers,
-            shared_fds: &self.shared_fds,
-        }
+        Referenced { pipes: &self.image.pipes, first_writers: &self.first_writers, shared_fds: &self.shared_fds }
     }
 
     fn memory(
@@ -362,9 +353,8 @@ impl<'a> Planner<'a> {
             program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
         }
         program.trap(Stage::Groups as u64);
-        if task.pgid != task.pid && self.image.tasks.contains_key(&task.pgid) {
-            program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
-        } else if self.stand_ins.values().any(|&pgid| pgid == task.pgid) {
+        let led = self.image.tasks.contains_key(&task.pgid) || self.stand_ins.values().any(|&pgid| pgid == task.pgid);
+        if task.pgid != task.pid && led {
             program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
         }
         program.trap(Stage::Joined as u64);

@@ -105,7 +105,6 @@ impl Program {
         }
     }
 
-
     /// Reads `len` bytes at `offset` of a file to `address`.
     pub(crate) fn read_full(&mut self, label: impl Into<String>, fd: i32, address: u64, len: u64, offset: u64) {
         let args = [fd.into(), address.into(), len.into(), offset.into()];

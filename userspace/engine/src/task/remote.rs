@@ -17,10 +17,10 @@ use crate::{
 };
 use std::{fs::File, fs::OpenOptions, io, os::unix::fs::FileExt};
 
-/// A process in whose threads system calls can be made.
+/// A process in whose threads system calls can be made. Nothing happens to it before the first one.
 pub(crate) struct Remote {
     pid: i32,
-    memory: File,
+    memory: Option<File>,
     trampoline: u64,
     scratch: u64,
     /// The thread whose registers are borrowed, and its own ones.
@@ -28,13 +28,26 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    /// Prepares a stopped process. `leader` must stay stopped by us as long as the result lives.
-    pub(crate) fn attach(pid: i32) -> Result<Self> {
-        let memory = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(proc::path(pid, "mem"))
-            .context(|| format!("open the memory of {pid}"))?;
+    /// For a process that stays stopped by us as long as the result lives.
+    pub(crate) fn new(pid: i32) -> Self {
+        Self { pid, memory: None, trampoline: 0, scratch: 0, borrowed: None }
+    }
+
+    fn memory(&mut self) -> Result<&File> {
+        let pid = self.pid;
+        if self.memory.is_none() {
+            let open = OpenOptions::new().read(true).write(true).open(proc::path(pid, "mem"));
+            self.memory = Some(open.context(|| format!("open the memory of {pid}"))?);
+        }
+        Ok(self.memory.as_ref().expect("just opened"))
+    }
+
+    /// Finds room for the trampoline and makes the scratch page.
+    fn attach(&mut self) -> Result<()> {
+        if self.scratch != 0 {
+            return Ok(());
+        }
+        let pid = self.pid;
         let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
         let no_room = || {
             Error::unsupported(
@@ -45,23 +58,23 @@ impl Remote {
         };
         let vdso = maps.iter().find(|m| m.name == "[vdso]").ok_or_else(no_room)?;
         let mut code = vec![0u8; (vdso.end - vdso.start) as usize];
-        memory.read_exact_at(&mut code, vdso.start).context(|| format!("read the vdso of {pid}"))?;
+        self.memory()?.read_exact_at(&mut code, vdso.start).context(|| format!("read the vdso of {pid}"))?;
         let used = code.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1).next_multiple_of(16);
-        if code.len() - used < arch::TRAMPOLINE {
+        if code.len() < used + arch::TRAMPOLINE {
             return Err(no_room());
         }
-        let trampoline = vdso.start + used as u64;
-        let mut remote = Self { pid, memory, trampoline, scratch: 0, borrowed: None };
-        remote.borrow(pid)?;
+        self.trampoline = vdso.start + used as u64;
+        self.borrow(pid)?;
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        remote.scratch = remote.syscall(pid, libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])? as u64;
-        Ok(remote)
+        self.scratch = self.checked(pid, libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])? as u64;
+        Ok(())
     }
 
     /// Address of a page of the target for arguments and results.
-    pub(crate) fn scratch(&self) -> u64 {
-        self.scratch
+    pub(crate) fn scratch(&mut self) -> Result<u64> {
+        self.attach()?;
+        Ok(self.scratch)
     }
 
     /// A thread's own registers, whether they are borrowed at the moment or not.
@@ -69,7 +82,7 @@ impl Remote {
     /// A thread inside a restartable sequence goes on at the sequence's abort handler, as after any preemption
     /// (rseq(2)): neither a kernel that restores the thread nor one that ran other code in it in between knows of the
     /// sequence any more.
-    pub(crate) fn registers(&self, tid: i32) -> io::Result<Registers> {
+    pub(crate) fn registers(&mut self, tid: i32) -> io::Result<Registers> {
         if let Some((borrowed, own)) = self.borrowed
             && borrowed == tid
         {
@@ -87,10 +100,11 @@ impl Remote {
 
     /// The abort handler of the restartable sequence that `ip` is in. `None` also if the area cannot be read: then the
     /// kernel could not either.
-    fn abort_handler(&self, area: u64, ip: u64) -> Option<u64> {
+    fn abort_handler(&mut self, area: u64, ip: u64) -> Option<u64> {
+        let memory = self.memory().ok()?;
         let word = |address: u64| {
             let mut bytes = [0; 8];
-            self.memory.read_exact_at(&mut bytes, address).ok()?;
+            memory.read_exact_at(&mut bytes, address).ok()?;
             Some(u64::from_ne_bytes(bytes))
         };
         let section = word(area + 8)?; // struct rseq: rseq_cs
@@ -103,12 +117,18 @@ impl Remote {
     }
 
     /// Reads results from the scratch page.
-    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.memory.read_exact_at(buffer, self.scratch + offset).context(|| format!("read the memory of {}", self.pid))
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
+        let (pid, at) = (self.pid, self.scratch()?);
+        self.memory()?.read_exact_at(buffer, at).context(|| format!("read the memory of {pid}"))
     }
 
-    /// Makes thread `tid` of the process execute one system call; its result is an errno if negative.
+    /// Makes thread `tid` of the process execute one system call; an error if it fails.
     pub(crate) fn syscall(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
+        self.attach()?;
+        self.checked(tid, nr, args)
+    }
+
+    fn checked(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
         match self.raw(tid, nr, args)? {
             error @ -4095..0 => Err(io::Error::from_raw_os_error(-error as i32))
                 .context(|| format!("system call {nr} in thread {tid} of process {}", self.pid)),
@@ -154,9 +174,8 @@ impl Remote {
         if own.is_compat() {
             return Err(Error::unsupported(self.pid, "a 32-bit program", "dump 64-bit programs only"));
         }
-        self.memory
-            .write_all_at(&arch::trampoline(&own), self.trampoline)
-            .context(|| format!("write the vdso of {}", self.pid))?;
+        let (pid, at) = (self.pid, self.trampoline);
+        self.memory()?.write_all_at(&arch::trampoline(&own), at).context(|| format!("write the vdso of {pid}"))?;
         self.borrowed = Some((tid, own));
         Ok(own)
     }
@@ -190,21 +209,22 @@ impl Remote {
         if self.scratch != 0 {
             let scratch = std::mem::take(&mut self.scratch);
             let tid = self.borrowed.map_or(self.pid, |(tid, _)| tid);
-            self.syscall(tid, libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
+            self.checked(tid, libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
         }
         self.give_back()?;
-        self.memory
-            .write_all_at(&[0; arch::TRAMPOLINE], self.trampoline)
-            .context(|| format!("write the vdso of {}", self.pid))
+        let (pid, at) = (self.pid, std::mem::take(&mut self.trampoline));
+        if at != 0 {
+            self.memory()?.write_all_at(&[0; arch::TRAMPOLINE], at).context(|| format!("write the vdso of {pid}"))?;
+        }
+        Ok(())
     }
 }
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        if (self.scratch != 0 || self.borrowed.is_some())
-            && let Err(e) = self.clean() {
-                tracing::debug!(pid = self.pid, "clean-up after a remote call: {e}");
-            }
+        if let Err(e) = self.clean() {
+            tracing::debug!(pid = self.pid, "clean-up after a remote call: {e}");
+        }
     }
 }
 

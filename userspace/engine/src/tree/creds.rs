@@ -13,21 +13,13 @@ const CAPABILITY_VERSION_3: u64 = 0x2008_0522;
 /// Securebits that let ids change without touching capabilities.
 const SECBIT_NO_SETUID_FIXUP: i32 = 1 << 2;
 
-/// Credentials of a thread; securebits only the thread itself can tell.
-pub(crate) fn collect(tid: i32, status: &Status, remote: &mut Remote) -> Result<Creds> {
-    let get = [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0];
-    Ok(Creds {
-        uids: status.uids,
-        gids: status.gids,
-        groups: status.groups.clone(),
-        caps: status.caps,
-        securebits: remote.syscall(tid, libc::SYS_prctl, get)? as u32,
-        no_new_privs: status.no_new_privs,
-    })
+/// Securebits: only the thread itself can tell.
+pub(crate) fn ask_securebits(tid: i32, remote: &mut Remote) -> Result<u32> {
+    Ok(remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])? as u32)
 }
 
-/// Credentials of a thread that is known to have the securebits of another one.
-pub(crate) fn with_securebits(status: &Status, securebits: u32) -> Creds {
+/// Credentials of a thread.
+pub(crate) fn of(status: &Status, securebits: u32) -> Creds {
     Creds {
         uids: status.uids,
         gids: status.gids,

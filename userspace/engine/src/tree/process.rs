@@ -5,43 +5,47 @@ use crate::{
     error::{Context, Error, Result},
     kernel::{proc, sys},
     objects::directory,
-    observe::ThreadState,
+    observe::ProcessState,
     restore::program::Program,
     task::{FrozenProcess, Remote, Stopped},
 };
-use standstill_images::types::{AddressSpaceId, Bytes, FdTableId, LiveTask, Task, TaskState};
-use std::{collections::HashMap, path::Path};
+use standstill_images::types::{
+    AddressSpaceId, Bytes, FdTableId, ITimer, LiveTask, SigAction, Task, TaskState, Thread,
+};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
 
-/// What the process alone could tell about its memory.
-pub(crate) struct FromInside {
-    pub brk: u64,
+/// What only the process itself or the observer can tell.
+struct Inner {
+    brk: u64,
+    dumpable: u32,
+    child_subreaper: bool,
+    sigactions: Vec<SigAction>,
+    itimers: [ITimer; 3],
 }
 
-/// Reads a frozen process, all but its memory and files.
+/// Reads a frozen process, all but its memory and files; also gives its brk(2). What procfs does not show comes from the
+/// observer (`seen`), otherwise from system calls that the process makes for us.
 pub(crate) fn collect(
     process: &FrozenProcess,
-    seen: &HashMap<i32, ThreadState>,
+    seen: Option<&ProcessState>,
     address_space: AddressSpaceId,
     fd_table: FdTableId,
-) -> Result<(Task, FromInside)> {
+) -> Result<(Task, u64)> {
     let pid = process.pid;
     let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
     let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
     refuse_unsupported(pid)?;
-    let mut remote = Remote::attach(pid)?;
-    let prctl = |remote: &mut Remote, option: i32, arg: u64| {
-        remote.syscall(pid, libc::SYS_prctl, [option as u64, arg, 0, 0, 0, 0])
+    let mut remote = Remote::new(pid);
+    let inner = match seen.and_then(observed) {
+        Some(inner) => inner,
+        None => ask(pid, &status, &mut remote)?,
     };
-    let brk = remote.syscall(pid, libc::SYS_brk, [0; 6])? as u64;
-    let dumpable = prctl(&mut remote, libc::PR_GET_DUMPABLE, 0)? as u32;
-    let scratch = remote.scratch();
-    prctl(&mut remote, libc::PR_GET_CHILD_SUBREAPER, scratch)?;
-    let mut subreaper = [0u8; 4];
-    remote.read(0, &mut subreaper)?;
-    let sigactions = signals::actions(pid, &status, &mut remote)?;
-    let itimers = timers::itimers(pid, &mut remote)?;
     let posix_timers = timers::posix_timers(pid, &mut remote)?;
-    let mut threads = Vec::with_capacity(process.threads.len());
+    let mut threads: Vec<Thread> = Vec::with_capacity(process.threads.len());
     for &(tid, _) in &process.threads {
         let of_thread = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
         if of_thread.seccomp != 0 {
@@ -49,15 +53,17 @@ pub(crate) fn collect(
             return Err(Error::unsupported(pid, object, "run the program without seccomp"));
         }
         // Securebits differ between threads only where a thread changed its credentials on its own.
-        let same = threads.first().map(|leader: &standstill_images::types::Thread| leader.creds.securebits);
-        threads.push(thread::collect(pid, tid, &of_thread, seen.get(&tid), &mut remote, same)?);
+        let same = threads.first().map(|leader| leader.creds.securebits);
+        let state = seen.and_then(|p| p.threads.iter().find(|t| t.tid == tid));
+        threads.push(thread::collect(pid, tid, &of_thread, state, &mut remote, same)?);
     }
     remote.detach()?;
     let link = |name: &str| -> Result<Bytes> {
         let target = std::fs::read_link(proc::path(pid, name)).context(|| format!("read /proc/{pid}/{name}"))?;
         Ok(target.as_path().into())
     };
-    let removed = std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 0);
+    let removed =
+        std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 0);
     let (cwd, cwd_removed) = directory::path(link("cwd")?, removed);
     let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
     let pending = signals::pending(pid, true)?;
@@ -69,13 +75,13 @@ pub(crate) fn collect(
         cwd_removed,
         root: link("root")?,
         umask: status.umask,
-        sigactions,
-        itimers,
+        sigactions: inner.sigactions,
+        itimers: inner.itimers,
         posix_timers,
         pending,
         rlimits: proc::limits(pid).context(|| format!("read the limits of {pid}"))?,
-        dumpable,
-        child_subreaper: i32::from_ne_bytes(subreaper) != 0,
+        dumpable: inner.dumpable,
+        child_subreaper: inner.child_subreaper,
         personality: u32::from_str_radix(small("personality").trim(), 16).unwrap_or(0),
         oom_score_adj: small("oom_score_adj").trim().parse().unwrap_or(0),
         loginuid: small("loginuid").trim().parse().unwrap_or(u32::MAX),
@@ -94,7 +100,40 @@ pub(crate) fn collect(
         comm: stat.comm.as_slice().into(),
         live: Some(live),
     };
-    Ok((task, FromInside { brk }))
+    Ok((task, inner.brk))
+}
+
+/// What the observer saw; `None` if that is not all.
+fn observed(seen: &ProcessState) -> Option<Inner> {
+    let itimers = match (seen.itimer_real, seen.cpu_itimers) {
+        (Some(real), false) => [real, ITimer::default(), ITimer::default()],
+        _ => return None,
+    };
+    Some(Inner {
+        brk: seen.layout?.brk,
+        dumpable: seen.dumpable,
+        child_subreaper: seen.child_subreaper,
+        sigactions: seen.sigactions.clone(),
+        itimers,
+    })
+}
+
+/// Lets the process tell itself.
+fn ask(pid: i32, status: &proc::Status, remote: &mut Remote) -> Result<Inner> {
+    let scratch = remote.scratch()?;
+    let prctl = |remote: &mut Remote, option: i32, arg: u64| {
+        remote.syscall(pid, libc::SYS_prctl, [option as u64, arg, 0, 0, 0, 0])
+    };
+    prctl(remote, libc::PR_GET_CHILD_SUBREAPER, scratch)?;
+    let mut subreaper = [0u8; 4];
+    remote.read(&mut subreaper)?;
+    Ok(Inner {
+        brk: remote.syscall(pid, libc::SYS_brk, [0; 6])? as u64,
+        dumpable: prctl(remote, libc::PR_GET_DUMPABLE, 0)? as u32,
+        child_subreaper: i32::from_ne_bytes(subreaper) != 0,
+        sigactions: signals::actions(pid, status, remote)?,
+        itimers: timers::itimers(pid, remote)?,
+    })
 }
 
 /// A process that is dead and not waited for.
@@ -117,11 +156,16 @@ const NAMESPACES: [&str; 10] =
     ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time", "pid_for_children", "time_for_children"];
 
 fn refuse_unsupported(pid: i32) -> Result<()> {
-    let ns = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
-    for name in NAMESPACES {
-        let own = name.trim_end_matches("_for_children");
-        let (Ok(its), Ok(ours)) = (ns(&pid.to_string(), name), ns("self", own)) else { continue };
-        if its != ours {
+    let ns = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
+    static OWN: LazyLock<[Option<PathBuf>; 10]> = LazyLock::new(|| {
+        NAMESPACES.map(|name| {
+            let own = name.trim_end_matches("_for_children");
+            std::fs::read_link(format!("/proc/self/ns/{own}")).ok()
+        })
+    });
+    for (name, ours) in NAMESPACES.into_iter().zip(&*OWN) {
+        let its = ns(&pid.to_string(), name);
+        if its.is_some() && ours.is_some() && its != *ours {
             return Err(Error::unsupported(
                 pid,
                 format!("a process in another {name} namespace"),

@@ -16,12 +16,16 @@ const ACTION: u64 = 32;
 /// Actions that are not the default. procfs says which are caught or ignored; the process itself says the rest.
 pub(crate) fn actions(pid: i32, status: &Status, remote: &mut Remote) -> Result<Vec<SigAction>> {
     let set: Vec<i32> = (1..=64).filter(|s| (status.caught | status.ignored) & (1 << (s - 1)) != 0).collect();
+    if set.is_empty() {
+        return Ok(Vec::new());
+    }
+    let scratch = remote.scratch()?;
     for (n, &signal) in set.iter().enumerate() {
-        let out = remote.scratch() + ACTION * n as u64;
+        let out = scratch + ACTION * n as u64;
         remote.syscall(pid, libc::SYS_rt_sigaction, [signal as u64, 0, out, SIGSET, 0, 0])?;
     }
     let mut bytes = vec![0u8; ACTION as usize * set.len()];
-    remote.read(0, &mut bytes)?;
+    remote.read(&mut bytes)?;
     Ok(set
         .iter()
         .zip(bytes.chunks_exact(ACTION as usize))

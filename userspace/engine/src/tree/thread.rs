@@ -27,10 +27,12 @@ pub(crate) fn collect(
         Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
         None => ask(tid, remote)?,
     };
-    let creds = match securebits {
-        Some(bits) => creds::with_securebits(status, bits),
-        None => creds::collect(tid, status, remote)?,
+    let securebits = match (seen, securebits) {
+        (Some(t), _) => t.securebits,
+        (_, Some(bits)) => bits,
+        _ => creds::ask_securebits(tid, remote)?,
     };
+    let creds = creds::of(status, securebits);
     let regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
     let rseq = ptrace::rseq(tid).context(|| format!("read the rseq registration of thread {tid}"))?;
@@ -60,12 +62,12 @@ pub(crate) fn collect(
 }
 
 fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {
-    let out = remote.scratch();
+    let out = remote.scratch()?;
     remote.syscall(tid, libc::SYS_sigaltstack, [0, out, 0, 0, 0, 0])?;
     remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, out + 24, 0, 0, 0, 0])?;
     remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_PDEATHSIG as u64, out + 32, 0, 0, 0, 0])?;
     let mut bytes = [0u8; 36];
-    remote.read(0, &mut bytes)?;
+    remote.read(&mut bytes)?;
     let word = |n: usize| u64::from_ne_bytes(bytes[n..n + 8].try_into().expect("eight bytes"));
     let half = |n: usize| i32::from_ne_bytes(bytes[n..n + 4].try_into().expect("four bytes"));
     // SS_ONSTACK only says where the thread happens to be.

@@ -16,12 +16,13 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
 
 /// The three interval timers: only the process itself can read them.
 pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
+    let scratch = remote.scratch()?;
     for which in 0..3 {
-        let out = remote.scratch() + 32 * which;
+        let out = scratch + 32 * which;
         remote.syscall(pid, libc::SYS_getitimer, [which, out, 0, 0, 0, 0])?;
     }
     let mut bytes = [0u8; 96];
-    remote.read(0, &mut bytes)?;
+    remote.read(&mut bytes)?;
     let w: Vec<u64> = words(&bytes).collect();
     Ok([0, 4, 8]
         .map(|n| ITimer { interval_us: w[n] * 1_000_000 + w[n + 1], value_us: w[n + 2] * 1_000_000 + w[n + 3] }))
@@ -32,9 +33,10 @@ pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTim
     let lines = proc::timers(pid).context(|| format!("read the timers of {pid}"))?;
     let mut all = Vec::with_capacity(lines.len());
     for line in lines {
-        remote.syscall(pid, libc::SYS_timer_gettime, [line.id as u64, remote.scratch(), 0, 0, 0, 0])?;
+        let out = remote.scratch()?;
+        remote.syscall(pid, libc::SYS_timer_gettime, [line.id as u64, out, 0, 0, 0, 0])?;
         let mut bytes = [0u8; 32];
-        remote.read(0, &mut bytes)?;
+        remote.read(&mut bytes)?;
         let w: Vec<u64> = words(&bytes).collect();
         all.push(PosixTimer {
             id: line.id,

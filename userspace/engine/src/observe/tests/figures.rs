@@ -6,13 +6,15 @@ use super::{
     iterators,
     victim::{Victim, branch},
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::time::{Duration, Instant};
 
 /// Opens `count` descriptors of the four most usual kinds, then makes `children` copies of the process.
 pub(super) fn many(script: &str) {
     let (count, children) = script.split_once(' ').unwrap();
     let (count, children): (usize, usize) = (count.parse().unwrap(), children.parse().unwrap());
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 1 << 20, 1 << 20).unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     let deep = std::path::Path::new("a/few/levels/deep");
     std::fs::create_dir_all(deep).unwrap();
     for n in 0..count / 5 {
@@ -27,36 +29,51 @@ pub(super) fn many(script: &str) {
 }
 
 fn best(mut what: impl FnMut() -> usize) -> (usize, Duration) {
-    (0..7).map(|_| {
-        let begin = Instant::now();
-        let n = what();
-        (n, begin.elapsed())
-    }).min_by_key(|(_, time)| *time).unwrap()
+    (0..7)
+        .map(|_| {
+            let begin = Instant::now();
+            let n = what();
+            (n, begin.elapsed())
+        })
+        .min_by_key(|(_, time)| *time)
+        .unwrap()
 }
 
 #[test]
 #[ignore = "prints figures"]
 fn figures() {
     let Some(mut all) = iterators() else { return };
-    let show = |what: &str, (n, time): (usize, Duration)| println!("{what:58} {n:7} {:9.3} ms", time.as_secs_f64() * 1e3);
+    let show =
+        |what: &str, (n, time): (usize, Duration)| println!("{what:58} {n:7} {:9.3} ms", time.as_secs_f64() * 1e3);
     show("load the programs", best(|| iterators().map_or(0, |_| 3)));
-    for (script, what) in [("many 15000 0", "1 process"), ("many 1500 9", "10 processes"), ("many 100 99", "100 processes")] {
+    for (script, what) in
+        [("many 15000 0", "1 process"), ("many 1500 9", "10 processes"), ("many 100 99", "100 processes")]
+    {
         let victim = Victim::start(script);
         let pids = &victim.pids;
-        show(&format!("{what}: descriptors, all with paths, nothing read ahead"), best(|| {
-            all.known.clear();
-            all.files(pids).unwrap().len()
-        }));
-        show(&format!("{what}: reading ahead"), best(|| {
-            all.prefetch_paths(pids).unwrap();
-            all.known.len()
-        }));
+        show(
+            &format!("{what}: descriptors, all with paths, nothing read ahead"),
+            best(|| {
+                all.known.clear();
+                all.files(pids).unwrap().len()
+            }),
+        );
+        show(
+            &format!("{what}: reading ahead"),
+            best(|| {
+                all.prefetch_paths(pids).unwrap();
+                all.known.len()
+            }),
+        );
         show(&format!("{what}: descriptors, paths read ahead"), best(|| all.files(pids).unwrap().len()));
-        show(&format!("{what}: the same without userspace"), best(|| {
-            all.write_paths(false).unwrap();
-            all.run(super::super::iter::What::Files, pids).unwrap();
-            all.stream.len()
-        }));
+        show(
+            &format!("{what}: the same without userspace"),
+            best(|| {
+                all.write_paths(false).unwrap();
+                all.run(super::super::iter::What::Files, pids).unwrap();
+                all.stream.len()
+            }),
+        );
         show(&format!("{what}: descriptors through procfs"), best(|| procfs::files(pids).unwrap().len()));
         show(&format!("{what}: threads"), best(|| all.threads(pids).unwrap().len()));
         show(&format!("{what}: mappings"), best(|| all.vmas(pids).unwrap().len()));

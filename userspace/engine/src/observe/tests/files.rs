@@ -120,7 +120,8 @@ pub(super) fn act_on_mounts() {
     fs::create_dir("mounted/inner").unwrap();
     assert!(mount(c"mounted/inner", c"tmpfs", 0, c""));
     fs::write("mounted/inner/file", "x").unwrap();
-    let mut paths = vec!["mounted/file", "mounted/inner/file", "/proc/self/maps", "/sys/kernel", "/proc", "/proc/self/ns/mnt"];
+    let mut paths =
+        vec!["mounted/file", "mounted/inner/file", "/proc/self/maps", "/sys/kernel", "/proc", "/proc/self/ns/mnt"];
     fs::write("lower/below", vec![1; 5000]).unwrap();
     // Not in every kernel, and not on every file system.
     if mount(c"merged", c"overlay", 0, c"lowerdir=lower,upperdir=upper,workdir=work") {

@@ -16,7 +16,8 @@ pub(super) fn act() {
     zombies();
     // A process that shares descriptors and directories.
     // SAFETY: like fork(2), but for what is shared; the child only waits for its end.
-    let sharer = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::CLONE_FS | libc::SIGCHLD, 0, 0, 0, 0) };
+    let sharer =
+        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::CLONE_FS | libc::SIGCHLD, 0, 0, 0, 0) };
     if sharer == 0 {
         super::victim::stand_still();
     }
@@ -101,7 +102,17 @@ fn waits() {
         let word = 5u32;
         let limit = libc::timespec { tv_sec: 2000, tv_nsec: 0 };
         // SAFETY: the word and the limit outlive the call.
-        unsafe { libc::syscall(libc::SYS_futex, &raw const word, libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, 5, &raw const limit, 0, 0) };
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                &raw const word,
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                5,
+                &raw const limit,
+                0,
+                0,
+            )
+        };
     });
     start("futex_real", || {
         let word = 6u32;
@@ -174,8 +185,7 @@ fn assert_process(main: &ProcessState, words: &Words) {
     assert_eq!(main.rlimits[libc::RLIMIT_NOFILE as usize], (123, 456));
     let actions: Vec<SigAction> = (1..=64)
         .map(|signal| {
-            let words: Vec<u64> =
-                words.0[&format!("action{signal}")].split(' ').map(|w| w.parse().unwrap()).collect();
+            let words: Vec<u64> = words.0[&format!("action{signal}")].split(' ').map(|w| w.parse().unwrap()).collect();
             SigAction { signal, handler: words[0], flags: words[1], restorer: words[2], mask: words[3] }
         })
         .filter(|a| a.handler != 0)
@@ -186,17 +196,24 @@ fn assert_process(main: &ProcessState, words: &Words) {
     let field = |n: usize| stat.rsplit(") ").next().unwrap().split(' ').nth(n - 3).unwrap().parse::<u64>().unwrap();
     let layout = main.layout.unwrap();
     let ours = [
-        layout.start_code, layout.end_code, layout.start_stack, layout.start_data, layout.end_data, layout.start_brk,
-        layout.arg_start, layout.arg_end, layout.env_start, layout.env_end,
+        layout.start_code,
+        layout.end_code,
+        layout.start_stack,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
     ];
     assert_eq!(ours, [26, 27, 28, 45, 46, 47, 48, 49, 50, 51].map(field));
     assert!(layout.brk >= layout.start_brk);
 }
 
 fn assert_threads(main: &ProcessState, words: &Words) {
-    let thread = |name: &str| -> &ThreadState {
-        main.threads.iter().find(|t| t.tid == words.number(name) as i32).unwrap()
-    };
+    let thread =
+        |name: &str| -> &ThreadState { main.threads.iter().find(|t| t.tid == words.number(name) as i32).unwrap() };
     assert_eq!(main.threads[0].tid, main.tgid);
     assert!(main.threads.iter().all(|t| (t.exit_signal == libc::SIGCHLD) == (t.tid == main.tgid)));
     assert!(main.threads.iter().all(|t| t.mm == main.threads[0].mm && t.sighand == main.threads[0].sighand));

@@ -48,17 +48,21 @@ impl Victim {
             .unwrap();
         let mut pids = Vec::new();
         let mut words = Vec::new();
+        let mut ready = false;
         for line in BufReader::new(leader.stdout.take().unwrap()).lines() {
             let line = line.unwrap();
             match line.split_once(": ") {
                 Some(("pid", pid)) => pids.push(pid.parse().unwrap()),
                 Some(("word", word)) => words.push(word.into()),
-                Some(("ready", _)) => break,
+                Some(("ready", _)) => {
+                    ready = true;
+                    break;
+                }
                 // The test harness has a word, too.
                 _ => {}
             }
         }
-        assert!(!pids.is_empty(), "the victim of {script:?} failed");
+        assert!(ready, "the victim of {script:?} failed");
         Self { leader, pids, words, dir }
     }
 
@@ -131,7 +135,9 @@ fn fds(kinds: &str) {
                 continue;
             }
             // Two descriptors, one description.
-            'd' => made.get(n / 2).copied().map(|fd| raw(fcntl(borrow(fd), FcntlArg::F_DUPFD(0)))).into_iter().collect(),
+            'd' => {
+                made.get(n / 2).copied().map(|fd| raw(fcntl(borrow(fd), FcntlArg::F_DUPFD(0)))).into_iter().collect()
+            }
             kind => make(kind, n),
         };
         if kind.is_ascii_uppercase() {
