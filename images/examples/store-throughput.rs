@@ -2,8 +2,13 @@
 //!
 //! Usage: `store-throughput DIR [MiB]`. Prints one line per compression and kind of data, in MiB of page data per
 //! second, for comparison with other runs on the same machine. `handed over` is the time until the last page was taken
-//! from the caller: what a frozen tree waits for.
+//! from the caller: what a frozen tree waits for. `cpu` is what writing cost in ms of processor time per GiB, which other
+//! load on the machine changes little.
 
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::{TimeVal, TimeValLike},
+};
 use standstill_images::{
     ImageError,
     store::{CHUNK, Compression, PageReader, PageWriter},
@@ -23,9 +28,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for (data, noise) in [("incompressible", PERIOD), ("compressible", PERIOD / 4)] {
             let result = measure(&path, compression, mib, noise);
             fs::remove_file(&path)?;
-            let [handed_over, durable, verify, ratio] = result?;
+            let [handed_over, durable, cpu, verify, ratio] = result?;
             let name = format!("{compression:?}");
-            println!("{name:>12} {data:>14} {handed_over:>12.0} {durable:>10.0} {verify:>8.0} {ratio:>7.2}");
+            println!("{name:>12} {data:>14} {handed_over:>12.0} {durable:>8.0} {cpu:>6.0} {verify:>8.0} {ratio:>6.2}");
         }
     }
     Ok(())
@@ -34,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// Noise at the start of each so many bytes, the rest repeats.
 const PERIOD: usize = 256;
 
-fn measure(path: &Path, compression: Compression, mib: usize, noise: usize) -> Result<[f64; 4], ImageError> {
+fn measure(path: &Path, compression: Compression, mib: usize, noise: usize) -> Result<[f64; 5], ImageError> {
     // A source longer than the caches, so that the copy costs what it costs with process memory.
     let mut state = 1_u64;
     let mut source = vec![0_u8; 64 * CHUNK];
@@ -48,7 +53,7 @@ fn measure(path: &Path, compression: Compression, mib: usize, noise: usize) -> R
     }
     let mut writer = PageWriter::create(path, compression)?;
     let speed = |begin: Instant| mib as f64 / begin.elapsed().as_secs_f64();
-    let begin = Instant::now();
+    let (begin, cpu) = (Instant::now(), cpu_ms());
     for chunk in source.chunks_exact(CHUNK).cycle().take(mib) {
         let mut buffer = writer.take_buffer();
         buffer.spare_mut().copy_from_slice(chunk);
@@ -57,11 +62,18 @@ fn measure(path: &Path, compression: Compression, mib: usize, noise: usize) -> R
     }
     let handed_over = speed(begin);
     let index = writer.finish()?;
-    let durable = speed(begin);
+    let (durable, cpu) = (speed(begin), (cpu_ms() - cpu) * 1024.0 / mib as f64);
     let reader = PageReader::open(path, &index)?;
     let begin = Instant::now();
     reader.verify(2, |_, _| ())?;
     let verify = speed(begin);
     let stored: u64 = index.chunks.iter().map(|c| u64::from(c.stored)).sum();
-    Ok([handed_over, durable, verify, (mib * CHUNK) as f64 / stored as f64])
+    Ok([handed_over, durable, cpu, verify, (mib * CHUNK) as f64 / stored as f64])
+}
+
+/// Processor time of this process so far.
+fn cpu_ms() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("no other argument is valid");
+    let ms = |time: TimeVal| time.num_microseconds() as f64 / 1000.0;
+    ms(usage.user_time()) + ms(usage.system_time())
 }

@@ -51,7 +51,7 @@ fn bash_script_with_a_pipeline() {
 
 #[test]
 fn xz_in_the_middle_of_a_file() {
-    const SIZE: usize = 96 << 20;
+    const SIZE: usize = 64 << 20;
     let _turn = Turn::take();
     let files = tempfile::tempdir_in("/var/tmp").expect("make a directory");
     let input = files.path().join("input");

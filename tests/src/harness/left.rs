@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpid};
 
 use super::{Pidfd, Target, Tool, proc, wait_until};
 
@@ -17,11 +17,13 @@ pub fn expect_nothing_left(tool: &Tool, images: &Path) {
     expect_no_process(tool);
 }
 
-/// Fails when a process of the tool is still there.
+/// Fails when a process of the tool is still there, among our descendants: orphans become our children.
 #[track_caller]
 pub fn expect_no_process(tool: &Tool) {
-    let gone = wait_until(Duration::from_secs(5), || proc::running(tool.path()).is_empty());
-    assert!(gone, "processes of the tool are still there: {:?}", proc::running(tool.path()));
+    let is_tool = |pid: &Pid| fs::read_link(proc::path(*pid, "exe")).is_ok_and(|exe| exe == tool.path());
+    let left = || proc::tree(getpid()).into_iter().filter(is_tool).collect::<Vec<Pid>>();
+    let gone = wait_until(Duration::from_secs(5), || left().is_empty());
+    assert!(gone, "processes of the tool are still there: {:?}", left());
 }
 
 /// Fails when any of these processes exists in any form.

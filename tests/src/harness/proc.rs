@@ -74,9 +74,3 @@ pub fn tree(root: Pid) -> Vec<Pid> {
     }
     tree
 }
-
-/// Processes whose executable is the given file.
-pub fn running(executable: &std::path::Path) -> Vec<Pid> {
-    let pids = numbers_in(std::path::Path::new("/proc")).into_iter().map(Pid::from_raw);
-    pids.filter(|pid| fs::read_link(path(*pid, "exe")).is_ok_and(|exe| exe == executable)).collect()
-}

@@ -1,7 +1,16 @@
 //! The log: standard error or a file, by tracing.
 
 use crate::{Failure, args::LogArgs};
-use std::{fs::OpenOptions, io::IsTerminal, os::unix::fs::OpenOptionsExt, path::Path, sync::Mutex};
+use std::{
+    fs::OpenOptions,
+    io::IsTerminal,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use tracing::level_filters::LevelFilter;
 
 fn level(verbose: &[String]) -> LevelFilter {
@@ -13,6 +22,13 @@ fn level(verbose: &[String]) -> LevelFilter {
         2 | 3 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     }
+}
+
+static TO_FILE: AtomicBool = AtomicBool::new(false);
+
+/// Whether the log goes to a file, so that errors must be written to it besides standard error.
+pub(crate) fn to_file() -> bool {
+    TO_FILE.load(Ordering::Relaxed)
 }
 
 /// Starts logging. A log file is created in `dir` with mode 0600.
@@ -34,6 +50,7 @@ pub(crate) fn start(args: &LogArgs, dir: &Path) -> Result<(), Failure> {
         .mode(0o600)
         .open(&path)
         .map_err(|e| Failure::io(&path.display().to_string(), &e))?;
+    TO_FILE.store(true, Ordering::Relaxed);
     tracing_subscriber::fmt().with_max_level(level).with_writer(Mutex::new(file)).with_ansi(false).init();
     Ok(())
 }

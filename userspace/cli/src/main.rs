@@ -50,7 +50,9 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            tracing::error!("Error: {}", failure.text);
+            if logging::to_file() {
+                tracing::error!("Error: {}", failure.text);
+            }
             eprintln!("standstill: error: {}", failure.text);
             ExitCode::from(failure.status)
         }

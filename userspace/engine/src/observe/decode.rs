@@ -8,7 +8,7 @@ use super::{
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{Action, FileRecord, Plain, ProcessRecord, ThreadRecord, VmaRecord, vma_name};
 use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::PathBuf};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::{Path, PathBuf}};
 
 /// `SIGNAL_GROUP_EXIT` in `signal_struct.flags`.
 const SIGNAL_GROUP_EXIT: u32 = 4;
@@ -22,8 +22,8 @@ fn text<'a>(rest: &'a [u8], len: i32) -> Option<(&'a [u8], &'a [u8])> {
     rest.split_at_checked(len.max(0) as usize)
 }
 
-fn path(bytes: &[u8]) -> PathBuf {
-    PathBuf::from(OsStr::from_bytes(bytes))
+fn path(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
 }
 
 /// The device number in stat's encoding.
@@ -32,19 +32,29 @@ pub(super) fn device(kernel: u32) -> u64 {
     libc::makedev(kernel >> 20, kernel & 0xf_ffff)
 }
 
-/// Calls `each` for every record of `iter/task_file` with its path, if it has one.
-pub(super) fn files(mut stream: &[u8], mut each: impl FnMut(&FileRecord, Option<PathBuf>)) -> Result<()> {
-    while !stream.is_empty() {
-        let record = FileRecord::split(stream).and_then(|(r, rest)| Some((r, text(rest, r.path_len)?)));
-        let (record, (name, rest)) = record.ok_or(ObserveError::BadRecord("task_file"))?;
-        each(&record, (record.path_len > 0).then(|| path(name)));
-        stream = rest;
-    }
-    Ok(())
+/// A record of `iter/task_file` at the beginning of `stream`, and its path if it has one.
+pub(super) fn file_record(stream: &[u8]) -> Option<(FileRecord, Option<&Path>)> {
+    let (record, rest) = FileRecord::split(stream)?;
+    let (name, _) = text(rest, record.path_len)?;
+    Some((record, (record.path_len > 0).then(|| path(name))))
 }
 
-/// An entry without path.
-pub(super) fn file(record: &FileRecord, ids: &mut Ids<u64>) -> FdEntry {
+/// Process and descriptor of each record of `iter/task_file`, and where in the stream it is; in ascending order.
+pub(super) fn file_order(stream: &[u8]) -> Result<Vec<((i32, i32), usize)>> {
+    let mut order = Vec::with_capacity(stream.len() / size_of::<FileRecord>());
+    let mut at = 0;
+    while at < stream.len() {
+        let (record, _) = file_record(&stream[at..]).ok_or(ObserveError::BadRecord("task_file"))?;
+        order.push(((record.tgid, record.fd), at));
+        at += size_of::<FileRecord>() + record.path_len.max(0) as usize;
+    }
+    // An iterator over all tasks follows their numbers in its own pid namespace; ours may differ.
+    order.sort_by_key(|(key, _)| *key);
+    Ok(order)
+}
+
+/// The entry of a record.
+pub(super) fn file(record: &FileRecord, path: PathBuf, ids: &mut Ids<u64>) -> FdEntry {
     // Files without type: the inode says "regular", stat(2) does not.
     let hidden = if record.magic == ANON_INODE_FS { libc::S_IFMT } else { 0 };
     FdEntry {
@@ -61,7 +71,7 @@ pub(super) fn file(record: &FileRecord, ids: &mut Ids<u64>) -> FdEntry {
         size: record.size,
         mtime: (record.mtime, record.mtime_nsec),
         nlink: record.nlink,
-        path: PathBuf::new(),
+        path,
     }
 }
 
@@ -276,11 +286,11 @@ fn vma_name(record: &VmaRecord, name: &[u8]) -> Option<PathBuf> {
     if record.name_len < 0 {
         return None;
     }
-    let named = |kind: &str| path(&[kind.as_bytes(), name, b"]"].concat());
+    let named = |kind: &str| path(&[kind.as_bytes(), name, b"]"].concat()).into();
     match record.kind {
         vma_name::NONE => Some(PathBuf::new()),
-        vma_name::PATH => Some(path(name)),
-        vma_name::SPECIAL if record.name_fn.starts_with(b"special_mapping_name\0") => Some(path(name)),
+        vma_name::PATH => Some(path(name).into()),
+        vma_name::SPECIAL if record.name_fn.starts_with(b"special_mapping_name\0") => Some(path(name).into()),
         vma_name::HEAP => Some("[heap]".into()),
         vma_name::STACK => Some("[stack]".into()),
         vma_name::ANON => Some(named("[anon:")),

@@ -37,6 +37,11 @@ pub(super) type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHashe
 pub(super) struct Ids<K>(AddressMap<K, u32>);
 
 impl<K: Eq + Hash> Ids<K> {
+    /// Numbers for about so many objects.
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        Self(AddressMap::with_capacity_and_hasher(capacity, Default::default()))
+    }
+
     /// The number of an object.
     pub(super) fn of(&mut self, object: K) -> u32 {
         let next = self.0.len() as u32;

@@ -104,12 +104,14 @@ impl Iterators {
     pub fn prefetch_paths(&mut self, tgids: &[i32]) -> Result<()> {
         self.write_paths(true)?;
         self.run(What::Files, &sorted(tgids))?;
-        let mut known = AddressMap::default();
-        decode::files(&self.stream, |record, path| {
-            if let (Some(key), Some(path)) = (path_key(record), path) {
-                known.entry(key).or_insert(path);
+        let order = decode::file_order(&self.stream)?;
+        let mut known = AddressMap::with_capacity_and_hasher(order.len(), Default::default());
+        for (_, at) in order {
+            let Some((record, Some(path))) = decode::file_record(&self.stream[at..]) else { continue };
+            if let Some(key) = path_key(&record) {
+                known.entry(key).or_insert_with(|| path.into());
             }
-        })?;
+        }
         self.known = known;
         Ok(())
     }
@@ -131,25 +133,20 @@ impl Iterators {
     pub(super) fn read_files(&mut self, tgids: &[i32], paths: bool) -> Result<FileReading> {
         self.write_paths(paths)?;
         self.run(What::Files, tgids)?;
-        let mut records = Vec::new();
-        decode::files(&self.stream, |record, path| {
-            let path = path.or_else(|| self.known.get(&path_key(record)?).cloned());
-            records.push((*record, path));
-        })?;
-        // One iterator over all tasks follows their numbers in its own pid namespace; ours may differ.
-        records.sort_by_key(|(r, _)| (r.tgid, r.fd));
-        let mut ids = Ids::default();
-        let mut reading = FileReading::default();
-        for (at, (record, path)) in records.into_iter().enumerate() {
-            let mut entry = decode::file(&record, &mut ids);
-            match path {
-                Some(path) => entry.path = path,
-                None => reading.pathless.push(at),
+        let order = decode::file_order(&self.stream)?;
+        let mut ids = Ids::with_capacity(order.len());
+        let mut reading = FileReading { entries: Vec::with_capacity(order.len()), ..Default::default() };
+        for (_, at) in order {
+            let Some((record, path)) = decode::file_record(&self.stream[at..]) else { continue };
+            let known = || self.known.get(&path_key(&record)?).cloned();
+            let path = path.map(PathBuf::from).or_else(known);
+            if path.is_none() {
+                reading.pathless.push(reading.entries.len());
             }
             if !PLAIN_FILE_SYSTEMS.contains(&record.magic) {
-                reading.hidden.push(at);
+                reading.hidden.push(reading.entries.len());
             }
-            reading.entries.push(entry);
+            reading.entries.push(decode::file(&record, path.unwrap_or_default(), &mut ids));
         }
         Ok(reading)
     }

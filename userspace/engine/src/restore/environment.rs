@@ -21,6 +21,8 @@ pub(crate) struct Environment {
     pub creds: Creds,
     pub sched: Sched,
     pub limits: Vec<(u64, u64)>,
+    /// Signals ignored.
+    pub ignored: u64,
     pub personality: u32,
     pub loginuid: u32,
     pub may_raise_limits: bool,
@@ -75,6 +77,7 @@ impl Environment {
             creds: creds::of(&status, 0),
             sched: sched::collect(pid)?,
             limits: proc::limits(pid).context(|| "read own limits".into())?,
+            ignored: status.ignored,
             personality,
             loginuid: proc::number(&proc::path(pid, "loginuid")).unwrap_or(u32::MAX),
             may_raise_limits: status.caps[2] & (1 << CAP_SYS_RESOURCE) != 0,

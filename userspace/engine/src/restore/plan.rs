@@ -255,7 +255,7 @@ impl<'a> Planner<'a> {
                 program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pgid);
             }
         }
-        self.finish_memory(space, parent.map(|p| p.0), &prots, &mut numbers, &mut program)?;
+        self.finish_memory(space, &prots, &mut numbers, &mut program)?;
         self.descriptors(live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
@@ -293,6 +293,8 @@ impl<'a> Planner<'a> {
 
     /// The root begins as a copy of this process: everything of it goes, and what all share is made.
     fn root_begin(&self, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        // CLONE_CLEAR_SIGHAND leaves ignored signals ignored.
+        signals::restore_default(self.env.ignored, program);
         let mut parked = self.base + self.programs_size;
         let end = parked + self.env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
         for m in &self.env.kernel_mappings {
@@ -379,7 +381,6 @@ impl<'a> Planner<'a> {
     fn finish_memory(
         &self,
         space: &AddressSpace,
-        parent: Option<&AddressSpace>,
         prots: &Prots,
         numbers: &mut Numbers,
         program: &mut Program,
@@ -393,9 +394,6 @@ impl<'a> Planner<'a> {
                 None => program.call("unmap a kernel mapping", libc::SYS_munmap, &[parked.into(), m.len.into()]),
             }
             parked += m.len;
-        }
-        if parent.is_some_and(|p| p.layout == space.layout && p.exe == space.exe && p.auxv == space.auxv) {
-            return Ok(());
         }
         let fd = self.open(space.exe, numbers, program)?;
         let auxv = program.data(&space.auxv);

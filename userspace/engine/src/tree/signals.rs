@@ -36,7 +36,16 @@ pub(crate) fn actions(pid: i32, status: &Status, remote: &mut Remote) -> Result<
         .collect())
 }
 
-/// Sets the actions; the others are the default already (CLONE_CLEAR_SIGHAND).
+/// Gives the signals of a set their default action.
+pub(crate) fn restore_default(set: u64, program: &mut Program) {
+    for signal in (1..=64).filter(|s| set & (1 << (s - 1)) != 0) {
+        let block = program.words(&[0; 4]);
+        let args = [signal.into(), block, 0.into(), SIGSET.into()];
+        program.call(format!("reset the action of signal {signal}"), libc::SYS_rt_sigaction, &args);
+    }
+}
+
+/// Sets the actions; the others are the default already.
 pub(crate) fn restore_actions(actions: &[SigAction], program: &mut Program) {
     for action in actions {
         let block = program.words(&[action.handler, action.flags, action.restorer, action.mask]);
