@@ -6,7 +6,6 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
 use standstill_tests::harness::{Outcome, Setting, Target, Tool};
 use standstill_tests::verdict::Verdict;
 
@@ -32,13 +31,13 @@ pub(crate) fn run(case: &Case, tool: &Tool, dir: &Path) -> Result<Figures, Strin
     let mut target = Target::launch(&setting, "clock", &args);
     settle(dir);
 
-    reset_meter(&target);
+    target.reset_meter();
     let outcome = succeed(tool.dump(target.pid(), &target.images("running")).arg("--leave-running").run())?;
     let freeze_us = well(&target)?.longest_pause_us;
     target.images("running");
     settle(dir);
 
-    reset_meter(&target);
+    target.reset_meter();
     thread::sleep(outcome.wall);
     let idle_us = well(&target)?.longest_pause_us;
 
@@ -60,12 +59,6 @@ fn settle(dir: &Path) {
         unsafe { libc::syncfs(file.as_raw_fd()) };
     }
     thread::sleep(Duration::from_millis(200));
-}
-
-fn reset_meter(target: &Target) {
-    target.signal(Signal::SIGUSR2);
-    // The signal is taken in the workload's loop.
-    thread::sleep(Duration::from_millis(20));
 }
 
 /// A figure counts only when the target is well afterwards.

@@ -38,17 +38,17 @@ fn a_changed_byte_is_noticed_from_inside_and_from_outside() {
     let (facts, memory) = (Snapshot::take(&processes), Memory::take(&processes));
     assert!(memory.changes(&Memory::take(&processes)).is_empty(), "a stopped target changes by itself");
     assert!(facts.changes(&Snapshot::take(&processes), true).is_empty(), "a stopped target changes by itself");
-    let heap = heap_of(target.pid());
     let file =
         OpenOptions::new().read(true).write(true).open(proc::path(target.pid(), "mem")).expect("open the memory");
+    let heap = heap_of(target.pid(), &file);
     let mut byte = [0];
-    for page in 0..4 {
+    for page in 0..9 {
         let address = heap + 4096 * page + 123;
         file.read_exact_at(&mut byte, address).expect("read a byte");
         file.write_all_at(&[!byte[0]], address).expect("write a byte");
     }
     let changes = memory.changes(&Memory::take(&processes));
-    assert_eq!(changes.len(), 4, "{changes:#?}");
+    assert_eq!(changes.len(), 9, "{changes:#?}");
     target.go_on();
     let verdict = target.verdict();
     assert!(!verdict.ok, "nobody noticed a changed byte");

@@ -161,6 +161,8 @@ def main():
             continue
         if info.si_signo == signal.SIGUSR2:
             meter.longest = 0.0
+            seq += 1
+            write(directory, seq, checker, meter)
             continue
         checker.equal("digest of the array", hashlib.sha256(numbers).hexdigest(), digest)
         for chain in chains:

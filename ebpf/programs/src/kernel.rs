@@ -11,7 +11,7 @@ use standstill_ebpf_abi::{CommonLayout, PATH_MAX, Plain};
 
 /// Processes that are of interest, by their numbers in the reader's pid namespace.
 #[map]
-static TREE: HashMap<u32, u8> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+static TREE: HashMap<u32, u8> = HashMap::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
 
 /// Whether `iter/task_file` writes paths.
 #[map]
@@ -65,11 +65,7 @@ pub fn probe<T: Plain>(to: &mut T, from: Address, offset: u32) {
 fn probe_bytes(to: *mut u8, len: u32, from: Address, offset: u32) {
     // SAFETY: `to` is a mutable reference to `len` bytes in both callers; the helper checks the other address.
     unsafe {
-        aya_ebpf::helpers::generated::bpf_probe_read_kernel(
-            to.cast(),
-            len,
-            from.wrapping_add(offset as usize).cast(),
-        );
+        aya_ebpf::helpers::generated::bpf_probe_read_kernel(to.cast(), len, from.wrapping_add(offset as usize).cast());
     }
 }
 
@@ -79,6 +75,12 @@ pub fn probe_word<T: Plain>(from: Address, offset: u32) -> T {
     let mut word = zero::<T>();
     probe_bytes(ptr::from_mut(&mut word).cast(), mem::size_of::<T>() as u32, from, offset);
     word
+}
+
+/// A pointer at any kernel address; null if the address is not readable.
+#[inline(always)]
+pub fn pointer(from: Address, offset: u32) -> Address {
+    probe_word::<u64>(from, offset) as Address
 }
 
 /// Address as a number, for the verifier too, to whom pointers of a known type are no numbers.
@@ -94,6 +96,15 @@ pub fn number(room: &mut u64, address: Address) -> u64 {
     }
 }
 
+/// `struct bpf_iter_meta`.
+#[repr(C)]
+pub struct Meta {
+    /// Where the output goes.
+    pub seq: *mut seq_file,
+    /// Number of the reading, different for each.
+    pub session_id: u64,
+}
+
 /// Process and thread number in the reader's pid namespace.
 #[inline(always)]
 pub fn numbers(task: Address) -> (i32, i32) {
@@ -105,10 +116,8 @@ pub fn numbers(task: Address) -> (i32, i32) {
             return (load(task, known(&COMMON.task_tgid)), load(task, known(&COMMON.task_pid)));
         }
         let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
-        let leader: Address = load(task, known(&COMMON.task_group_leader));
-        let pid: Address = load(task, known(&COMMON.task_thread_pid));
-        let tgid: Address = load(leader, known(&COMMON.task_thread_pid));
-        (probe_word(tgid, offset), probe_word(pid, offset))
+        let number = |task| probe_word(pointer(task, known(&COMMON.task_thread_pid)), offset);
+        (number(pointer(task, known(&COMMON.task_group_leader))), number(task))
     }
 }
 
@@ -155,11 +164,11 @@ impl<T: Plain> Output<T> {
 
     /// Appends the record and `tail` bytes of what follows it to the output.
     #[inline(always)]
-    pub fn write(&mut self, seq: Address, tail: u32) {
+    pub fn write(&mut self, meta: *const Meta, tail: u32) {
         // The mask changes nothing: it shows the verifier that the buffer is large enough.
         let len = mem::size_of::<T>() as u32 + (tail & (2 * PATH_MAX as u32 - 1));
         // A full output is the caller's affair: the kernel sees it and calls again with an empty one.
-        // SAFETY: `seq` is the iterator's seq_file, the buffer holds `len` bytes.
-        unsafe { bpf_seq_write(seq.cast_mut().cast::<seq_file>(), self.buffer.cast(), len) };
+        // SAFETY: `meta` comes from the iterator's context, and the buffer holds `len` bytes.
+        unsafe { bpf_seq_write((*meta).seq, self.buffer.cast(), len) };
     }
 }

@@ -1,7 +1,7 @@
 //! `iter/task_file`: the descriptors of a process.
 
 use crate::{
-    kernel::{Address, Output, COMMON, load, number, numbers, known, paths_wanted, probe_word, wanted, zero},
+    kernel::{Address, COMMON, Meta, Output, known, load, number, numbers, paths_wanted, probe_word, wanted, zero},
     name,
 };
 use aya_ebpf::{bindings::path, helpers::generated::bpf_d_path};
@@ -17,15 +17,6 @@ pub struct TaskFile {
     task: Address,
     fd: u32,
     file: Address,
-}
-
-/// `struct bpf_iter_meta`.
-#[repr(C)]
-pub struct Meta {
-    /// Where the output goes.
-    pub seq: Address,
-    /// Number of the reading, different for each.
-    pub session_id: u64,
 }
 
 /// Writes a [`FileRecord`].
@@ -45,8 +36,6 @@ extern "C" fn task_file(ctx: &TaskFile) -> i32 {
     let f_path = known(&COMMON.file_path);
     // SAFETY: `ctx` is the iterator's context, and the fields are of the types loaded.
     unsafe {
-        let meta = ctx.meta;
-        let (seq, session) = ((*meta).seq, (*meta).session_id);
         let inode: Address = load(file, known(&COMMON.file_inode));
         let sb: Address = load(inode, known(&COMMON.inode_sb));
         let r = output.record();
@@ -67,7 +56,7 @@ extern "C" fn task_file(ctx: &TaskFile) -> i32 {
         r.mode = load::<u16>(inode, known(&FILE.inode_mode)).into();
         r.dev = load(sb, known(&COMMON.sb_dev));
         r.magic = load(sb, known(&FILE.sb_magic));
-        r.name = name::digest(file, f_path, session);
+        r.name = name::digest(file, f_path, (*ctx.meta).session_id);
         let mut len = 0;
         if paths_wanted() {
             let f_path = file.add(f_path as usize).cast_mut().cast::<path>();
@@ -76,7 +65,7 @@ extern "C" fn task_file(ctx: &TaskFile) -> i32 {
         // The helper counts the NUL.
         let tail = if len > 0 { len as u32 - 1 } else { 0 };
         output.record().path_len = if len > 0 { tail as i32 } else { len };
-        output.write(seq, tail);
+        output.write(ctx.meta, tail);
     }
     0
 }

@@ -1,9 +1,8 @@
 //! `iter/task_vma`: the mappings of a process.
 
 use crate::{
-    kernel::{Address, Output, COMMON, load, number, numbers, known, wanted, zero},
+    kernel::{Address, COMMON, Meta, Output, known, load, numbers, pointer, wanted, zero},
     task,
-    task_file::Meta,
 };
 use aya_ebpf::{
     bindings::path,
@@ -59,7 +58,7 @@ extern "C" fn task_vma(ctx: &TaskVma) -> i32 {
         // The helpers count the NUL.
         let tail = if len > 0 { len as u32 - 1 } else { 0 };
         r.name_len = if len > 0 { tail as i32 } else { len };
-        output.write((*ctx.meta).seq, tail);
+        output.write(ctx.meta, tail);
     }
     0
 }
@@ -78,7 +77,10 @@ unsafe fn name(output: &mut Output<VmaRecord>, task: Address, vma: Address, file
         };
         if !file.is_null() {
             if !anon_name.is_null() {
-                return (vma_name::ANON_SHARED, string(output, anon_name.wrapping_add(known(&VMA.anon_name_name) as usize)));
+                return (
+                    vma_name::ANON_SHARED,
+                    string(output, anon_name.wrapping_add(known(&VMA.anon_name_name) as usize)),
+                );
             }
             if load::<u32>(file, known(&COMMON.file_mode)) & known(&VMA.backing) != 0 {
                 return (vma_name::BACKING, 0);
@@ -86,16 +88,13 @@ unsafe fn name(output: &mut Output<VmaRecord>, task: Address, vma: Address, file
             let f_path = file.add(known(&COMMON.file_path) as usize).cast_mut().cast::<path>();
             return (vma_name::PATH, bpf_d_path(f_path, output.tail().cast(), PATH_MAX as u32) as i32);
         }
-        let ops: Address = load(vma, known(&VMA.ops));
+        let ops = pointer(vma, known(&VMA.ops));
         if !ops.is_null() {
-            let function: Address = load(ops, known(&VMA.ops_name));
+            let function = pointer(ops, known(&VMA.ops_name));
             if !function.is_null() {
                 task::symbol(&mut output.record().name_fn, function);
-                let mapping: Address = load(vma, known(&VMA.private_data));
-                let mapping = number(&mut output.record().ino, mapping) as Address;
-                output.record().ino = 0;
-                let text: u64 = crate::kernel::probe_word(mapping, known(&VMA.special_name));
-                return (vma_name::SPECIAL, string(output, text as Address));
+                let mapping = pointer(vma, known(&VMA.private_data));
+                return (vma_name::SPECIAL, string(output, pointer(mapping, known(&VMA.special_name))));
             }
         }
         let mm: Address = load(task, known(&COMMON.task_mm));

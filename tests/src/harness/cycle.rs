@@ -14,10 +14,10 @@ pub fn dump_and_restore(tool: &Tool, target: &mut Target, name: &str, options: f
     let images = target.images(name);
     let first = target.snapshot();
     thread::sleep(Duration::from_millis(300));
-    let before = first.stable(&target.snapshot()).restorable().without_memory();
+    let before = first.stable(&target.snapshot()).restorable().of_running();
     let outcome = round_trip(tool, target, &images, options);
     target.assert_free();
-    let changes = lasting_changes(&before, || target.snapshot().restorable());
+    let changes = lasting_changes(&before, || target.snapshot().restorable().of_running());
     assert!(changes.is_empty(), "restored differently: {changes:#?}\n{outcome}");
     images
 }
@@ -114,8 +114,8 @@ fn check_undisturbed_while_running(tool: &Tool, target: &mut Target) {
     let stable = first.stable(&target.snapshot());
     let outcome = tool.dump(target.pid(), &images).arg("--leave-running").run().expect_success();
     target.assert_free();
-    let stable = stable.without_memory();
-    let changes = lasting_changes(&stable, || target.snapshot());
+    let stable = stable.of_running();
+    let changes = lasting_changes(&stable, || target.snapshot().of_running());
     assert!(changes.is_empty(), "the running target was changed: {changes:#?}\n{outcome}");
 }
 

@@ -204,9 +204,20 @@ impl Target {
     /// Asks for a verdict.
     #[track_caller]
     pub fn verdict(&self) -> Verdict {
+        self.answer(Signal::SIGUSR1)
+    }
+
+    /// Makes the target's pause meter forget what it has seen.
+    #[track_caller]
+    pub fn reset_meter(&self) {
+        self.answer(Signal::SIGUSR2);
+    }
+
+    #[track_caller]
+    fn answer(&self, signal: Signal) -> Verdict {
         let read = || Verdict::read(self.dir(), "root").expect("read the verdict");
         let before = read().map_or(0, |verdict| verdict.seq);
-        self.signal(Signal::SIGUSR1);
+        self.signal(signal);
         let newer = || read().is_some_and(|verdict| verdict.seq > before);
         wait_until(LIMIT, || newer() || !self.is_alive());
         assert!(newer(), "{} gives no verdict (state {:?}): {}", self.name, proc::state(self.pid), self.output());

@@ -113,6 +113,7 @@ impl Control {
                     if let Some(meter) = meter {
                         meter.reset();
                     }
+                    self.write(&Pauses::now(meter));
                 }
                 Some(libc::SIGTERM) => {
                     let pauses = Pauses::now(meter);

@@ -2,7 +2,8 @@
 //!
 //! A workload is started with `--dir DIR`, prints `READY` once its state is set up, and then verifies itself until it
 //! is told to end. `SIGUSR1` makes it verify everything once more and write a [`crate::verdict::Verdict`], `SIGUSR2`
-//! resets its pause meter, `SIGTERM` ends it with status 0 (1 when something was wrong).
+//! resets its pause meter (and is answered by a verdict without verification), `SIGTERM` ends it with status 0 (1 when
+//! something was wrong).
 
 mod args;
 mod checker;

@@ -136,7 +136,8 @@ impl Waiters {
                 futex.fetch_add(1, Ordering::SeqCst);
                 // SAFETY: waking touches no memory.
                 let woken = unsafe { libc::syscall(libc::SYS_futex, futex.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
-                checker.equal("threads woken on the futex", &woken, &1);
+                // After a restore the thread may be on its way back into the call.
+                checker.that((0..=1).contains(&woken), || format!("{woken} threads woken on the futex"));
             }
             Kind::EpollWait => {
                 checker.works("write the eventfd", self.shared.events.write(1));
@@ -180,7 +181,8 @@ fn wait_futex(shared: &Shared) {
     let word = shared.futex.as_ptr();
     // SAFETY: the word lives as long as the process, and a null timeout is allowed.
     let result = Errno::result(unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, seen, 0_usize) });
-    shared.checker.equal("futex without a timeout", &result, &Ok(0));
+    let woken = matches!(result, Ok(0) | Err(Errno::EAGAIN));
+    shared.checker.that(woken, || format!("futex without a timeout: {result:?}"));
     shared.checker.that(shared.futex.load(Ordering::SeqCst) != seen, || "futex woken for nothing".to_owned());
 }
 

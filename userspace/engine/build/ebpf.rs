@@ -19,7 +19,7 @@ pub(crate) fn build() {
     for changed in ["src", "Cargo.toml", "Cargo.lock", "../abi/src", "../abi/Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", programs.join(changed).display());
     }
-    for changed in ["STANDSTILL_BPF_RUSTC", "STANDSTILL_BPF_LINKER", "PATH"] {
+    for changed in ["STANDSTILL_BPF_RUSTC", "STANDSTILL_BPF_LINKER"] {
         println!("cargo::rerun-if-env-changed={changed}");
     }
     let compiler = Compiler::find().unwrap_or_else(|| {
@@ -36,15 +36,19 @@ pub(crate) fn build() {
         .status();
     match status {
         Ok(status) if status.success() => {}
-        Ok(_) => give_up("ebpf/programs does not build: the messages above say why"),
+        Ok(_) => {
+            report("ebpf/programs does not build: see the messages of its compiler");
+            // Unlike the errors alone, this makes cargo show those messages.
+            std::process::exit(1);
+        }
         Err(e) => give_up(&format!("cargo does not run: {e}")),
     }
     let object = target_dir.join(TARGET).join("release/observers");
     fs::copy(object, target_dir.with_file_name("observers.o")).expect("cargo has written the object into OUT_DIR");
 }
 
-/// Ends the build with one message that names the ways out.
-fn give_up(reason: &str) -> ! {
+/// Fails the build with one message that names the ways out.
+fn report(reason: &str) {
     for line in [
         reason,
         "run scripts/setup, which installs what eBPF programs need;",
@@ -52,7 +56,12 @@ fn give_up(reason: &str) -> ! {
     ] {
         println!("cargo::error={line}");
     }
-    std::process::exit(1)
+}
+
+/// Fails the build without trying.
+fn give_up(reason: &str) -> ! {
+    report(reason);
+    std::process::exit(0)
 }
 
 /// A Rust compiler that can make BPF objects.
@@ -107,26 +116,37 @@ impl Compiler {
             Core::Source if own.exists() => own.into_os_string(),
             _ => env::var_os("CARGO").unwrap_or_else(|| "cargo".into()),
         };
-        // BTF is made of debug information. The kernel's verifier wants the types of maps from it.
-        let flags =
-            [format!("-Clinker={}", linker.display()), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()].join("\x1f");
         let mut command = Command::new(cargo);
-        // What the outer cargo, clippy or rustup set is meant for the engine.
+        // What is set for the engine's build (or by clippy) is not meant for this one.
+        const OUTER: [&str; 13] = [
+            "CARGO_BUILD_",
+            "CARGO_CFG_",
+            "CARGO_FEATURE_",
+            "CARGO_INCREMENTAL",
+            "CARGO_MAKEFLAGS",
+            "CARGO_PROFILE_",
+            "CARGO_TARGET_",
+            "CARGO_UNSTABLE_",
+            "MAKEFLAGS",
+            "RUSTC",
+            "RUSTDOC",
+            "RUSTFLAGS",
+            "RUSTUP_TOOLCHAIN",
+        ];
         for (name, _) in env::vars_os() {
-            let text = name.to_string_lossy();
-            let inner = ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_TERM_COLOR"].contains(&&*text)
-                || text.starts_with("CARGO_HTTP_");
-            let outer = text.starts_with("CARGO") || text.starts_with("RUST") && !text.starts_with("RUSTUP_HOME");
-            if outer && !inner || text == "MAKEFLAGS" {
+            if OUTER.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
                 command.env_remove(name);
             }
         }
         command
             .args(["build", "--release", "--quiet", "--locked", "--target", TARGET])
             .env("RUSTC", &self.rustc)
+            // Empty: none, whatever a configuration file says.
+            .env("RUSTC_WRAPPER", "")
+            .env("RUSTC_WORKSPACE_WRAPPER", "")
             // aya-ebpf needs unstable features of the compiler, inline assembly for BPF among them.
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("CARGO_ENCODED_RUSTFLAGS", flags)
+            .env("CARGO_ENCODED_RUSTFLAGS", format!("-Clinker={}", linker.display()))
             // The machine the programs will run on: aya-ebpf would take the one it is built on.
             .env("AYA_BPF_TARGET_ARCH", env::var("CARGO_CFG_TARGET_ARCH").unwrap());
         if matches!(self.core, Core::Source) {

@@ -8,8 +8,10 @@ use nix::unistd::Pid;
 
 use super::proc;
 
-/// Bytes that the kernel may change for each thread when it returns to user mode: the rseq area holds the cpu number.
-const RSEQ_AREA: usize = 32;
+/// Unit of comparison. The kernel itself may change two such places for each thread: the rseq area, which holds the cpu
+/// number, and the remainder of an interrupted sleep.
+const UNIT: usize = 32;
+const KERNELS_OWN: usize = 2;
 
 const PAGE: usize = 4096;
 
@@ -49,7 +51,7 @@ impl Memory {
         self.len() == 0
     }
 
-    /// Where the content is no longer the same, but for one rseq area per thread.
+    /// Where the content is no longer the same, but for what the kernel may have changed.
     pub fn changes(&self, after: &Self) -> Vec<String> {
         let mut changes = Vec::new();
         for (place, was) in &self.ranges {
@@ -57,13 +59,13 @@ impl Memory {
                 changes.push(format!("{place:x?} is gone"));
                 continue;
             };
-            let areas = was.chunks(RSEQ_AREA).zip(is.chunks(RSEQ_AREA)).enumerate();
+            let areas = was.chunks(UNIT).zip(is.chunks(UNIT)).enumerate();
             for (number, (was, is)) in areas.filter(|(_, (was, is))| was != is) {
-                let address = place.1 + (number * RSEQ_AREA) as u64;
+                let address = place.1 + (number * UNIT) as u64;
                 changes.push(format!("{} at {address:x}: was {was:x?}, is {is:x?}", place.0));
             }
         }
-        if changes.len() <= self.threads && changes.iter().all(|change| change.contains(" at ")) {
+        if changes.len() <= KERNELS_OWN * self.threads && changes.iter().all(|change| change.contains(" at ")) {
             changes.clear();
         }
         changes

@@ -19,9 +19,12 @@ impl Snapshot {
         self
     }
 
-    /// Leaves out the address space, which a running program may change at any time.
-    pub fn without_memory(mut self) -> Self {
+    /// Leaves out what a program at work may change at any time: its address space, and positions in files.
+    pub fn of_running(mut self) -> Self {
         self.facts.retain(|name, _| !name.contains(" map ") && !name.contains(" Vm"));
+        for (_, info) in self.facts.iter_mut().filter(|(name, _)| name.contains(" fdinfo ")) {
+            *info = info.lines().filter(|line| !line.starts_with("pos:")).collect::<Vec<_>>().join("\n");
+        }
         self
     }
 

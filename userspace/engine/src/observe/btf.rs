@@ -168,10 +168,10 @@ impl Btf {
             if self.string(name_off)? == name {
                 return Some(Field { bit, ty });
             }
-            if name_off == 0 || self.string(name_off)?.is_empty() {
-                if let Some(inner) = self.resolve(ty).and_then(|ty| self.member(ty, name, depth - 1)) {
-                    return Some(Field { bit: bit.checked_add(inner.bit)?, ty: inner.ty });
-                }
+            if self.string(name_off)?.is_empty()
+                && let Some(inner) = self.resolve(ty).and_then(|ty| self.member(ty, name, depth - 1))
+            {
+                return Some(Field { bit: bit.checked_add(inner.bit)?, ty: inner.ty });
             }
         }
         None

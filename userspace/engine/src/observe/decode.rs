@@ -8,7 +8,11 @@ use super::{
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{Action, FileRecord, Plain, ProcessRecord, ThreadRecord, VmaRecord, vma_name};
 use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::{Path, PathBuf}};
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
 
 /// `SIGNAL_GROUP_EXIT` in `signal_struct.flags`.
 const SIGNAL_GROUP_EXIT: u32 = 4;
@@ -18,7 +22,7 @@ const SA_IMMUTABLE: u64 = 0x0080_0000;
 pub(super) const ANON_INODE_FS: u64 = 0x0904_1934;
 
 /// Splits off the text behind a record; `None` if the stream is damaged.
-fn text<'a>(rest: &'a [u8], len: i32) -> Option<(&'a [u8], &'a [u8])> {
+fn text(rest: &[u8], len: i32) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(len.max(0) as usize)
 }
 
@@ -204,7 +208,8 @@ fn altstack_flags(record: &ThreadRecord) -> i32 {
 fn restart_block(record: &ThreadRecord, at: &RestartLayout) -> RestartBlock {
     let half = |n: usize| u32::from_ne_bytes(record.restart[n..n + 4].try_into().expect("four bytes"));
     let word = |n: usize| u64::from_ne_bytes(record.restart[n..n + 8].try_into().expect("eight bytes"));
-    let name = record.restart_fn.split(|&b| b == 0).next().unwrap_or_default();
+    // Compilers add to the names of static functions after a dot.
+    let name = record.restart_fn.split(|&b| b == 0 || b == b'.').next().unwrap_or_default();
     let nanosleep =
         |clock| RestartBlock::Nanosleep { clock, expires_ns: word(at.sleep_expires), rmtp: word(at.sleep_rmtp) };
     match name {
@@ -316,5 +321,95 @@ fn vma(record: &VmaRecord, name: PathBuf) -> VmaEntry {
         name,
         flags: record.flags as u32 & !super::VMA_LEFT_OUT,
         unusual: record.flags & !VM_PKEY & !u64::from(u32::MAX) != 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYOUT: RestartLayout = RestartLayout {
+        sleep_clock: 0,
+        sleep_rmtp: 8,
+        sleep_expires: 16,
+        futex_uaddr: 0,
+        futex_val: 8,
+        futex_flags: 12,
+        futex_bitset: 16,
+        futex_time: 24,
+        poll_ufds: 0,
+        poll_nfds: 8,
+        poll_has_timeout: 12,
+        poll_sec: 16,
+        poll_nsec: 24,
+    };
+
+    /// A thread with this function and these words in its restart_block, seen at 100 ns.
+    fn waiting(function: &str, words: [u64; 5]) -> ThreadRecord {
+        let (mut record, _) = ThreadRecord::split(&[0; size_of::<ThreadRecord>()]).unwrap();
+        record.monotonic_ns = 100;
+        record.boottime_ns = 1000;
+        record.restart_fn[..function.len()].copy_from_slice(function.as_bytes());
+        for (to, word) in record.restart.chunks_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        record
+    }
+
+    fn decoded(function: &str, words: [u64; 5]) -> (RestartBlock, Option<u64>) {
+        let record = waiting(function, words);
+        let restart = restart_block(&record, &LAYOUT);
+        (restart, remaining(&restart, &record))
+    }
+
+    #[test]
+    fn sleeps() {
+        let (sleep, left) = decoded("hrtimer_nanosleep_restart", [1, 0x7000, 350, 0, 0]);
+        assert_eq!(sleep, RestartBlock::Nanosleep { clock: libc::CLOCK_MONOTONIC, expires_ns: 350, rmtp: 0x7000 });
+        assert_eq!(left, Some(250));
+        // Expired, but not yet told.
+        assert_eq!(decoded("hrtimer_nanosleep_restart", [1, 0, 50, 0, 0]).1, Some(0));
+        assert_eq!(decoded("alarm_timer_nsleep_restart", [1, 0, 1007, 0, 0]).1, Some(7));
+        // The rest of a sleep on a CPU clock is not known.
+        let cpu = decoded("posix_cpu_nsleep_restart", [2, 0, 350, 0, 0]);
+        assert!(matches!(cpu, (RestartBlock::Nanosleep { clock: 2, .. }, None)));
+    }
+
+    #[test]
+    fn futexes_of_old_and_new_kernels() {
+        let futex = |flags: u64| decoded("futex_wait_restart", [0x5000, 7 | flags << 32, 0xff, 120, 0]);
+        let real = |flags| matches!(futex(flags).0, RestartBlock::Futex { realtime: true, val: 7, bitset: 0xff, .. });
+        assert!(real(0x72) && real(0x06) && !real(0x52) && !real(0x05));
+        assert_eq!(futex(0x42).1, Some(20));
+    }
+
+    #[test]
+    fn polls_and_others() {
+        let poll = |timeout: u64| decoded("do_restart_poll", [0x5000, 3 | timeout << 32, 1, 5, 0]);
+        assert_eq!(poll(1).1, Some(1_000_000_005 - 100));
+        assert_eq!(poll(0), (RestartBlock::Poll { ufds: 0x5000, nfds: 3, expires_ns: None }, None));
+        assert_eq!(decoded("do_no_restart_syscall", [9; 5]), (RestartBlock::None, None));
+        assert_eq!(decoded("do_no_restart_syscall.llvm.123", [9; 5]), (RestartBlock::None, None));
+        assert_eq!(decoded("futex_wait_restart2", [9; 5]), (RestartBlock::Unknown, None));
+        assert_eq!(decoded("", [9; 5]), (RestartBlock::Unknown, None));
+    }
+
+    #[test]
+    fn damaged_streams_are_errors() {
+        let mut stream = vec![0; size_of::<FileRecord>()];
+        assert_eq!(file_order(&stream).unwrap().len(), 1);
+        stream.push(0);
+        assert!(file_order(&stream).is_err());
+        // A path that is longer than what follows.
+        let at = std::mem::offset_of!(FileRecord, path_len);
+        stream[at..at + 4].copy_from_slice(&2i32.to_ne_bytes());
+        assert!(file_order(&stream).is_err());
+        assert!(vmas(&stream[..10]).is_err());
+    }
+
+    #[test]
+    fn devices_in_both_encodings() {
+        assert_eq!(device(254 << 20 | 3), libc::makedev(254, 3));
+        assert_eq!(device(u32::MAX), libc::makedev(0xfff, 0xf_ffff));
     }
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 /// Up to so many processes, an iterator per process is quicker than one over all tasks of the machine.
-const ONE_BY_ONE: usize = 8;
+const ONE_BY_ONE: usize = 1000;
 /// Up to so many unknown paths, readlink(2) is quicker than letting the iterator write all paths.
 const SINGLE_PATHS: usize = 100;
 

@@ -7,7 +7,7 @@ use aya::{
     programs::{Iter, ProgramError, ProgramFd},
 };
 use standstill_ebpf_abi::Plain;
-use std::fs;
+use std::{fs, panic::resume_unwind, thread};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observers.o"));
 
@@ -26,22 +26,28 @@ pub(super) struct Programs {
 impl Programs {
     pub(super) fn load() -> Result<Self> {
         check_capabilities()?;
-        let layouts = Layouts::read()?;
-        let btf = Btf::from_sys_fs().map_err(|e| failed("", e))?;
-        let mut ebpf = EbpfLoader::new()
-            .btf(Some(&btf))
+        // Reading BTF takes longest. aya does it once for the loader and wants it again for each program to load.
+        let (mut loader, btf, layouts) = thread::scope(|scope| {
+            let btf = scope.spawn(|| (Btf::from_sys_fs(), Layouts::read()));
+            let loader = EbpfLoader::new();
+            let (btf, layouts) = btf.join().unwrap_or_else(|panic| resume_unwind(panic));
+            (loader, btf, layouts)
+        });
+        let layouts = layouts?;
+        let btf = btf.map_err(|e| failed("all", e))?;
+        let mut ebpf = loader
             .override_global("COMMON", layouts.common.bytes(), true)
             .override_global("FILE", layouts.files.bytes(), true)
             .override_global("TASK", layouts.tasks.bytes(), true)
             .override_global("VMA", layouts.vmas.bytes(), true)
             .load(OBJECT)
-            .map_err(|e| failed("", e))?;
+            .map_err(|e| failed("all", e))?;
         Ok(Self {
             task_file: program(&mut ebpf, &btf, "task_file")?,
             task: program(&mut ebpf, &btf, "task")?,
             task_vma: program(&mut ebpf, &btf, "task_vma")?,
-            tree: map(&mut ebpf, "TREE", |m| HashMap::try_from(m))?,
-            paths: map(&mut ebpf, "PATHS", |m| Array::try_from(m))?,
+            tree: map(&mut ebpf, "TREE", HashMap::try_from)?,
+            paths: map(&mut ebpf, "PATHS", Array::try_from)?,
             layouts,
         })
     }

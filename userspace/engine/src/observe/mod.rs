@@ -23,7 +23,7 @@ mod layout;
 mod loader;
 pub mod procfs;
 mod sys;
-#[cfg(test)]
+#[cfg(all(test, feature = "ebpf"))]
 mod tests;
 
 pub use iter::Iterators;

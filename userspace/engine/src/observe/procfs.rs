@@ -50,7 +50,7 @@ pub fn vmas(tgids: &[i32]) -> Result<Vec<VmaEntry>> {
 }
 
 fn vma(tgid: i32, mapped: smaps::Mapped) -> VmaEntry {
-    let bits = mapped.flags.iter().map(|letters| super::vma_bit(letters));
+    let bits = mapped.flags.iter().map(super::vma_bit);
     let unusual = bits.clone().any(|bit| bit.is_none());
     VmaEntry {
         tgid,

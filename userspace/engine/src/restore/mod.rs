@@ -8,6 +8,7 @@ pub(crate) mod handover;
 pub(crate) mod plan;
 pub(crate) mod program;
 pub(crate) mod sessions;
+pub(crate) mod vdso;
 
 use crate::{error::Result, image::Image, objects::regular};
 use standstill_images::types::{FileKind, OpenFile};

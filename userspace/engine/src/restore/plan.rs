@@ -3,10 +3,11 @@
 
 use super::{
     descriptors::{Distribution, HighNumbers},
-    environment::{Environment, is_kernel_mapping},
+    environment::Environment,
     files::Numbers,
     program::{Layout, Program},
     sessions::{self, Births},
+    vdso::Vdso,
 };
 use crate::{
     error::{Error, Result},
@@ -16,7 +17,7 @@ use crate::{
     objects::{self, Referenced, shared_memory},
     tree::{creds, limits, process, signals, thread, timers},
 };
-use standstill_images::types::{AddressSpace, Backing, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
+use standstill_images::types::{AddressSpace, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
@@ -81,9 +82,9 @@ struct Planner<'a> {
     pages_fd: i32,
     /// All numbers above the tree's own.
     high: BTreeSet<i32>,
-    /// Where the parked kernel mappings go; set once the layout is known.
+    vdso: Vdso<'a>,
+    /// Where the restorer goes; set once the layout is known.
     base: u64,
-    programs_size: u64,
     programs: Vec<Program>,
     tasks: Vec<PlannedTask>,
 }
@@ -94,8 +95,7 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
     // The size of the programs does not depend on their addresses: lay everything out at zero, then for good.
     let draft = build(image, env, 0, 0)?;
     let size = Layout::size_for(blob, &draft.programs);
-    let parking = env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
-    let base = find_gap(image, env, size + parking)?;
+    let base = find_gap(image, env, size + Vdso::parking_size(env))?;
     build(image, env, base, size)
 }
 
@@ -118,8 +118,8 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         first_writers,
         pages_fd,
         high,
+        vdso: Vdso::plan(image, env, base + programs_size)?,
         base,
-        programs_size,
         programs: Vec::new(),
         tasks: Vec::new(),
     };
@@ -165,24 +165,6 @@ fn check_machine(image: &Image, env: &Environment) -> Result<()> {
                 what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
                 remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
             });
-        }
-        let space = &image.spaces[&live.address_space];
-        let own: Vec<_> = env.kernel_mappings.iter().map(|m| (m.name.as_bytes(), m.len)).collect();
-        let theirs: Vec<_> = space
-            .vmas
-            .iter()
-            .filter_map(|v| match &v.backing {
-                Backing::Kernel { name } if is_kernel_mapping(&name.lossy()) => {
-                    Some((name.0.as_slice(), v.end - v.start))
-                }
-                _ => None,
-            })
-            .collect();
-        if !theirs.is_empty() && (own != theirs || image.inventory.vdso != env.vdso) {
-            return Err(content(format!(
-                "it was made on kernel {} whose vdso differs from this one's: restore it there",
-                image.inventory.kernel
-            )));
         }
     }
     Ok(())
@@ -255,6 +237,7 @@ impl<'a> Planner<'a> {
                 program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pgid);
             }
         }
+        self.vdso.restore(task.pid, space, &mut program);
         self.finish_memory(space, &prots, &mut numbers, &mut program)?;
         self.descriptors(live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
@@ -263,7 +246,7 @@ impl<'a> Planner<'a> {
         let waits = self.attributes(task, live, &mut program);
         self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits });
         self.tasks[slot].threads.extend(threads);
-        self.tasks[slot].syscall_at = self.syscall_instruction(task.pid, space)?;
+        self.tasks[slot].syscall_at = self.vdso.syscall_instruction(task.pid, space)?;
         self.programs[index] = program;
         Ok(index)
     }
@@ -295,12 +278,8 @@ impl<'a> Planner<'a> {
     fn root_begin(&self, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
         // CLONE_CLEAR_SIGHAND leaves ignored signals ignored.
         signals::restore_default(self.env.ignored, program);
-        let mut parked = self.base + self.programs_size;
-        let end = parked + self.env.kernel_mappings.iter().map(|m| m.len).sum::<u64>();
-        for m in &self.env.kernel_mappings {
-            move_mapping(&m.name, m.start, m.len, parked, program);
-            parked += m.len;
-        }
+        self.vdso.park(program);
+        let end = self.vdso.parking().end;
         program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
         let rest = arch::TASK_SIZE - end;
         program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
@@ -386,15 +365,6 @@ impl<'a> Planner<'a> {
         program: &mut Program,
     ) -> Result<()> {
         map::finish(space, prots, program);
-        let targets: Vec<_> = space.vmas.iter().filter(|v| matches!(v.backing, Backing::Kernel { .. })).collect();
-        let mut parked = self.base + self.programs_size;
-        for (n, m) in self.env.kernel_mappings.iter().enumerate() {
-            match targets.get(n) {
-                Some(vma) => move_mapping(&m.name, parked, m.len, vma.start, program),
-                None => program.call("unmap a kernel mapping", libc::SYS_munmap, &[parked.into(), m.len.into()]),
-            }
-            parked += m.len;
-        }
         let fd = self.open(space.exe, numbers, program)?;
         let auxv = program.data(&space.auxv);
         let l = &space.layout;
@@ -493,20 +463,6 @@ impl<'a> Planner<'a> {
         program.trap(Stage::Done as u64);
         thread::restore_wait(t, program)
     }
-
-    /// A `syscall` instruction that is there when the restorer is not: in the vdso.
-    fn syscall_instruction(&self, pid: i32, space: &AddressSpace) -> Result<u64> {
-        let vdso = space.vmas.iter().find(|v| matches!(&v.backing, Backing::Kernel { name } if name.0 == b"[vdso]"));
-        vdso.zip(arch::find_syscall(&self.env.vdso))
-            .map(|(v, offset)| v.start + offset as u64)
-            .ok_or_else(|| Error::Target(format!("process {pid} has no vdso, so the restorer cannot leave it")))
-    }
-}
-
-fn move_mapping(name: &str, from: u64, len: u64, to: u64, program: &mut Program) {
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    let args = [from.into(), len.into(), len.into(), flags.into(), to.into()];
-    program.call_expecting(format!("move {name}"), libc::SYS_mremap, &args, to);
 }
 
 impl Plan {

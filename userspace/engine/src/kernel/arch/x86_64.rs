@@ -1,5 +1,9 @@
 //! x86-64: registers, interrupted system calls, the self-restoring trampoline.
 
+mod vdso;
+
+pub(crate) use vdso::*;
+
 use standstill_images::types::Context;
 
 /// Regset of the extended state.

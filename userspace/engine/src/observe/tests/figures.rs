@@ -50,8 +50,6 @@ fn figures() {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         println!("{what:70} {n:7} {:9.3} ms, processor {:9.3} ms", ms(wall), ms(cpu));
     };
-    show("TEMP aya btf", best(|| aya::Btf::from_sys_fs().map_or(0, |_| 1)));
-    show("TEMP our btf", best(|| super::super::layout::Layouts::read().map_or(0, |_| 1)));
     show("load the programs", best(|| iterators().map_or(0, |_| 3)));
     for (script, what) in
         [("many 15000 0", "1 process"), ("many 1500 9", "10 processes"), ("many 100 99", "100 processes")]

@@ -2,7 +2,7 @@
 
 use super::{
     super::{FdEntry, procfs},
-    iterators,
+    iterators, skip,
     victim::{KINDS, Victim, say},
 };
 use nix::{
@@ -106,7 +106,9 @@ extern "C" fn move_mount(_: i32) {
 pub(super) fn act_on_mounts() {
     // The namespace is the thread's alone.
     say(nix::unistd::gettid());
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    if let Err(e) = unshare(CloneFlags::CLONE_NEWNS) {
+        return say(format!("no mount namespace: {e}"));
+    }
     let mount = |target: &CStr, kind: &CStr, flags: libc::c_ulong, data: &CStr| {
         // SAFETY: all strings end with a NUL.
         unsafe { libc::mount(c"none".as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) == 0 }
@@ -146,8 +148,9 @@ pub(super) fn act_on_mounts() {
 fn file_systems_that_keep_attributes_to_themselves_and_a_mount_that_moves() {
     let Some(mut iterators) = iterators() else { return };
     let victim = Victim::start("mounts -");
-    if !victim.words.contains(&"overlay".into()) {
-        println!("SKIPPED in part: no overlayfs");
+    match &victim.words[1..] {
+        [overlay] if overlay == "overlay" => {}
+        words => skip(&format!("{words:?}, no overlayfs")),
     }
     let truth = procfs::files(&victim.pids).unwrap();
     iterators.prefetch_paths(&victim.pids).unwrap();
@@ -155,6 +158,9 @@ fn file_systems_that_keep_attributes_to_themselves_and_a_mount_that_moves() {
     super::vmas::assert_same(&iterators.vmas(&victim.pids).unwrap(), &procfs::vmas(&victim.pids).unwrap());
 
     let tid: i32 = victim.words[0].parse().unwrap();
+    if !fs::read_to_string(format!("/proc/{tid}/mountinfo")).unwrap().contains("/mounted ") {
+        return;
+    }
     // SAFETY: no memory is passed.
     unsafe { libc::syscall(libc::SYS_tgkill, victim.pids[0], tid, libc::SIGUSR1) };
     let moved = || fs::read_to_string(format!("/proc/{tid}/mountinfo")).unwrap().contains("/moved ");
