@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, seq_file},
-    helpers::{bpf_get_current_task_btf, generated::bpf_seq_write},
+    helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_seq_write},
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
@@ -64,9 +64,7 @@ pub fn probe<T: Plain>(to: &mut T, from: Address, offset: u32) {
 #[inline(always)]
 fn probe_bytes(to: *mut u8, len: u32, from: Address, offset: u32) {
     // SAFETY: `to` is a mutable reference to `len` bytes in both callers; the helper checks the other address.
-    unsafe {
-        aya_ebpf::helpers::generated::bpf_probe_read_kernel(to.cast(), len, from.wrapping_add(offset as usize).cast());
-    }
+    unsafe { bpf_probe_read_kernel(to.cast(), len, from.wrapping_add(offset as usize).cast()) };
 }
 
 /// A number at any kernel address; 0 if the address is not readable.

@@ -5,8 +5,6 @@
 //! lost, with bpf_probe_read_kernel, which fails instead of faulting.
 #![no_std]
 #![no_main]
-// The iterators exist for BPF only; rust-analyzer and others look at this crate with the host's target, too.
-#![cfg_attr(not(target_arch = "bpf"), allow(dead_code))]
 
 mod kernel;
 mod name;

@@ -73,14 +73,12 @@ unsafe fn name(output: &mut Output<VmaRecord>, task: Address, vma: Address, file
     unsafe {
         let anon_name: Address = match known(&VMA.anon_name) {
             ABSENT => core::ptr::null(),
-            anon_name => load(vma, anon_name),
+            anon_name => pointer(vma, anon_name),
         };
+        let anon_text = anon_name.wrapping_add(known(&VMA.anon_name_name) as usize);
         if !file.is_null() {
             if !anon_name.is_null() {
-                return (
-                    vma_name::ANON_SHARED,
-                    string(output, anon_name.wrapping_add(known(&VMA.anon_name_name) as usize)),
-                );
+                return (vma_name::ANON_SHARED, string(output, anon_text));
             }
             if load::<u32>(file, known(&COMMON.file_mode)) & known(&VMA.backing) != 0 {
                 return (vma_name::BACKING, 0);
@@ -107,7 +105,7 @@ unsafe fn name(output: &mut Output<VmaRecord>, task: Address, vma: Address, file
             return (vma_name::STACK, 0);
         }
         if !anon_name.is_null() {
-            return (vma_name::ANON, string(output, anon_name.wrapping_add(known(&VMA.anon_name_name) as usize)));
+            return (vma_name::ANON, string(output, anon_text));
         }
         (vma_name::NONE, 0)
     }

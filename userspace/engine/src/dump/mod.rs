@@ -108,8 +108,8 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     let tree = FrozenTree::freeze(options.pid, options.timeout)?;
     let frozen = Instant::now();
     let mut phases = Phases { last: frozen, phases: Vec::new() };
-    let mut state = collect(&tree, options, &mut observer, &mut phases)?;
-    let counts = copy_pages(&tree, &mut state, &mut pages)?;
+    let mut state = collect(&tree, options, &mut observer, &mut phases).map_err(|e| unless_dead(&tree, e))?;
+    let counts = copy_pages(&tree, &mut state, &mut pages).map_err(|e| unless_dead(&tree, e))?;
     phases.end("pages");
     let mut stats = DumpStats {
         reader: if observer.is_some() { "ebpf" } else { "procfs" }.into(),
@@ -152,6 +152,15 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     }
     info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
     Ok(stats)
+}
+
+/// A frozen process can still be killed, and whatever is asked of it then fails in its own way.
+fn unless_dead(tree: &FrozenTree, error: Error) -> Error {
+    let dead = |pid: &i32| proc::stat(*pid).map_or(true, |s| matches!(s.state, b'Z' | b'X'));
+    match error {
+        Error::System { .. } => tree.pids().into_iter().find(dead).map_or(error, Error::Died),
+        other => other,
+    }
 }
 
 /// Everything collected under the freeze.

@@ -87,6 +87,8 @@ pub(crate) fn add(
         }
         dup(program, from, target.fd, false);
     }
+    // The set itself may be what has the number now.
+    let epoll = if elsewhere && epoll == target.fd { scratch } else { epoll };
     let args = [epoll.into(), libc::EPOLL_CTL_ADD.into(), target.fd.into(), block];
     program.call(format!("watch descriptor {} by epoll", target.fd), libc::SYS_epoll_ctl, &args);
     match taken {

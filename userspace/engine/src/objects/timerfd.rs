@@ -40,7 +40,10 @@ pub(super) fn create(kind: &FileKind, flags: u32, numbers: &mut Numbers, program
     let fd = numbers.lowest();
     let nonblock = flags as i32 & libc::O_NONBLOCK;
     program.call_expecting("timerfd", libc::SYS_timerfd_create, &[clock.into(), nonblock.into()], fd);
-    if value_ns != 0 || interval_ns != 0 {
+    // A periodic timer that has expired shows no time left until its ticks are read, and goes on then; the same without
+    // ticks is a timer that is not armed.
+    let value_ns = if value_ns == 0 && interval_ns != 0 && ticks != 0 { 1 } else { value_ns };
+    if value_ns != 0 {
         // The kernel shows the time that is left, also of timers set to an absolute time.
         let flags = settime_flags as i32 & !libc::TFD_TIMER_ABSTIME;
         let spec = program.words(&timespecs(interval_ns, value_ns));

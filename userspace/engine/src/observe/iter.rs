@@ -16,8 +16,9 @@ use std::{
     path::PathBuf,
 };
 
-/// Up to so many processes, an iterator per process is quicker than one over all tasks of the machine.
-const ONE_BY_ONE: usize = 1000;
+/// Up to so many processes each gets an iterator of its own, for about 12 µs; beyond, one iterator visits all tasks of the
+/// machine, and costs what is running there.
+pub(super) const ONE_BY_ONE: usize = 32;
 /// Up to so many unknown paths, readlink(2) is quicker than letting the iterator write all paths.
 const SINGLE_PATHS: usize = 100;
 

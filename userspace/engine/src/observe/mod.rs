@@ -277,10 +277,10 @@ pub enum ObserveError {
         "the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown"
     )]
     NotPermitted,
-    /// A program does not load.
-    #[error("eBPF program {program} does not load: {reason}")]
+    /// The programs, or one of them, do not load.
+    #[error("the eBPF programs do not load ({program}): {reason}")]
     Load {
-        /// Program.
+        /// Program or map; `all` if it is not about one.
         program: &'static str,
         /// What the kernel or the loader says, with the end of the verifier's log.
         reason: String,

@@ -109,7 +109,8 @@ impl<'a> Distribution<'a> {
             }
         }
         let widest = groups.values().map(Vec::len).max().unwrap_or(0);
-        let scratch = (0..if widest > 1 { widest } else { 0 }).map(|_| high.take()).collect::<Result<_>>()?;
+        // Twice as many as there are ends: the ends themselves may have been made at some of these numbers.
+        let scratch = (0..if widest > 1 { 2 * widest } else { 0 }).map(|_| high.take()).collect::<Result<_>>()?;
         Ok(Self { files, groups, inherited, scratch, lent: high.take()?, epoll_owner })
     }
 
@@ -121,12 +122,25 @@ impl<'a> Distribution<'a> {
         program: &mut Program,
     ) -> Result<()> {
         for group in self.groups.values().filter(|g| self.inherited.contains_key(&g[0].id)) {
-            let made = objects::create(group, refs, numbers, program)?;
-            for (file, fd) in group.iter().zip(made) {
-                move_to(fd, self.inherited[&file.id], numbers, program);
+            let mut made = objects::create(group, refs, numbers, program)?;
+            let places: Vec<i32> = group.iter().map(|file| self.inherited[&file.id]).collect();
+            if group.len() > 1 && places.iter().any(|place| made.contains(place)) {
+                self.step_aside(&mut made, numbers, program);
+            }
+            for (fd, place) in made.into_iter().zip(places).filter(|(fd, place)| fd != place) {
+                move_to(fd, place, numbers, program);
             }
         }
         Ok(())
+    }
+
+    /// Moves the ends of a pipe or socket pair away from each other's places.
+    fn step_aside(&self, made: &mut [i32], numbers: &mut Numbers, program: &mut Program) {
+        let free: Vec<i32> = self.scratch.iter().copied().filter(|fd| !made.contains(fd)).collect();
+        for (fd, scratch) in made.iter_mut().zip(free) {
+            move_to(*fd, scratch, numbers, program);
+            *fd = scratch;
+        }
     }
 
     /// One task's part: its whole descriptor table.
@@ -157,10 +171,7 @@ impl<'a> Distribution<'a> {
                         .zip(&made)
                         .any(|(f, own)| targets(f).iter().any(|(fd, _)| fd != own && made.contains(fd)));
                 if in_the_way {
-                    for (fd, &scratch) in made.iter_mut().zip(&self.scratch) {
-                        move_to(*fd, scratch, numbers, program);
-                        *fd = scratch;
-                    }
+                    self.step_aside(&mut made, numbers, program);
                 }
                 for (file, &fd) in group.iter().zip(&made) {
                     place(fd, targets(file), numbers, program);

@@ -176,6 +176,12 @@ impl Execution<'_> {
         match pid {
             -1 => match io::Error::last_os_error() {
                 e if e.raw_os_error() == Some(libc::EEXIST) => return Err(Error::PidInUse(root)),
+                e if e.raw_os_error() == Some(libc::EPERM) => {
+                    return Err(Error::Missing {
+                        what: "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, to choose process ids,".into(),
+                        remedy: "run as root".into(),
+                    });
+                }
                 e => return Err(e).context(context),
             },
             pid => debug!(pid, "cloned"),

@@ -214,6 +214,9 @@ impl<'a> Planner<'a> {
         match parent {
             None => self.root_begin(&mut numbers, &mut program)?,
             Some((parent, _)) => {
+                for &fd in self.files.inherited.values() {
+                    numbers.occupy(fd);
+                }
                 for (start, end) in map::to_unmap(space, parent) {
                     program.call(
                         "unmap what only the parent has",
@@ -401,10 +404,6 @@ impl<'a> Planner<'a> {
         let fd = numbers.lowest();
         process::restore_loginuid(live, self.env.loginuid, fd, program);
         numbers.release(fd);
-        // At the start only the numbers handed over by the restoring process and those of inherited files are in use.
-        for &fd in self.files.inherited.values() {
-            numbers.occupy(fd);
-        }
         self.files.make_table(&self.image.tables[&live.fd_table], &self.references(), numbers, program)?;
         let mut close: Vec<i32> = self.high.iter().chain(self.files.inherited.values()).copied().collect();
         close.sort_unstable();
@@ -476,3 +475,7 @@ impl Plan {
         self.tasks.iter().flat_map(|t| t.threads.iter().map(|t| (t.tid, t.program))).collect()
     }
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

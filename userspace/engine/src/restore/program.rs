@@ -161,6 +161,24 @@ impl Program {
         self.steps.iter().map(|s| s.label.as_str())
     }
 
+    /// A step as the restorer sees it: kind, flags, number, arguments, expected result.
+    #[cfg(test)]
+    pub(crate) fn step(&self, index: usize) -> Option<(Kind, u32, u64, [Arg; 6], u64)> {
+        self.steps.get(index).map(|s| (s.kind, s.flags, s.nr, s.args, s.expected))
+    }
+
+    /// The data that arguments point to.
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// What a word of the data points to.
+    #[cfg(test)]
+    pub(crate) fn target(&self, word: u64) -> Option<u64> {
+        self.pointers.iter().find(|p| p.0 == word).map(|p| p.1)
+    }
+
     /// Bytes that [`Layout`] needs for it.
     fn size(&self) -> u64 {
         let task = size_of::<Task>().next_multiple_of(64) as u64;

@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use standstill_images::types::Task;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// The children of one process, by when it forks them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +26,13 @@ pub(crate) fn order(tasks: &BTreeMap<i32, Task>, root: i32) -> Result<HashMap<i3
             return Err(Error::Target(format!("process {} has a parent outside the tree", task.pid)));
         }
         children.entry(task.ppid).or_default().push(task.pid);
+    }
+    let groups: HashSet<i32> = tasks.values().map(|t| t.pgid).collect();
+    if let Some(task) = tasks.values().find(|t| t.pgid != t.pid && groups.contains(&t.pid)) {
+        return Err(Error::Target(format!(
+            "process {} has left the process group {0} that it led, but others have not: end them, or move them too",
+            task.pid
+        )));
     }
     let mut births = HashMap::new();
     let wanted = need(root, tasks, &children, &mut births, 0)?;

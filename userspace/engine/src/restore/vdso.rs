@@ -219,7 +219,8 @@ impl Proxy {
             if code.len() > function.size {
                 return Err(format!("its function {name} is too short to be replaced"));
             }
-            let place = function.offset.checked_add(code.len()).and_then(|end| proxy.bytes.get_mut(function.offset..end));
+            let place =
+                function.offset.checked_add(code.len()).and_then(|end| proxy.bytes.get_mut(function.offset..end));
             place.ok_or_else(|| format!("its function {name} lies outside"))?.copy_from_slice(&code);
             if proxy.patches.insert(function.offset, code.clone()).is_some_and(|other| other != code) {
                 return Err(format!("its function {name} is also another one"));
@@ -276,7 +277,8 @@ fn exports(file: &[u8], whose: &str) -> Result<Vec<Function>, String> {
     let code = segments.iter().find(|s| s.p_type(endian) == elf::PT_LOAD).ok_or_else(|| missing("segment"))?;
     let dynamic = segments.iter().find_map(|s| s.dynamic(endian, file).transpose());
     let dynamic = dynamic.ok_or_else(|| missing("dynamic section"))?.map_err(unreadable)?;
-    let value = |tag: i64| dynamic.iter().find(|d| d.tag32(endian).map(i64::from) == Some(tag)).map(|d| d.d_val(endian));
+    let value =
+        |tag: i64| dynamic.iter().find(|d| d.tag32(endian).map(i64::from) == Some(tag)).map(|d| d.d_val(endian));
     // Some vdsos are linked to an address other than zero.
     let offset = |address: u64| address.wrapping_sub(code.p_vaddr(endian)).wrapping_add(code.p_offset(endian));
     let table = |tag: i64| file.get(offset(value(tag)?) as usize..);

@@ -2,7 +2,7 @@
 
 use super::{
     super::{FdEntry, procfs},
-    iterators, skip,
+    among_many, iterators, skip,
     victim::{KINDS, Victim, say},
 };
 use nix::{
@@ -40,13 +40,14 @@ proptest! {
         assert_same(&iterators.files(&victim.pids).unwrap(), &truth);
         iterators.prefetch_paths(&victim.pids).unwrap();
         assert_same(&iterators.files(&victim.pids).unwrap(), &truth);
+        assert_same(&iterators.files(&among_many(&victim.pids)).unwrap(), &truth);
     }
 }
 
 #[test]
 fn every_kind_of_descriptor_in_one_process_and_in_many() {
     let Some(mut iterators) = iterators() else { return };
-    // More processes than are read one by one, and a description shared by all.
+    // The second one with descriptions that all share.
     for script in [format!("fds {KINDS}"), format!("fds {KINDS}ffffffffffffd{}ff", KINDS.to_ascii_uppercase())] {
         let victim = Victim::start(&script);
         let truth = procfs::files(&victim.pids).unwrap();
@@ -122,8 +123,7 @@ pub(super) fn act_on_mounts() {
     fs::create_dir("mounted/inner").unwrap();
     assert!(mount(c"mounted/inner", c"tmpfs", 0, c""));
     fs::write("mounted/inner/file", "x").unwrap();
-    let mut paths =
-        vec!["mounted/file", "mounted/inner/file", "/proc/self/maps", "/sys/kernel", "/proc", "/proc/self/ns/mnt"];
+    let mut paths = vec!["mounted/file", "mounted/inner/file", "/proc/self/maps", "/sys/kernel", "/proc/self/ns/mnt"];
     fs::write("lower/below", vec![1; 5000]).unwrap();
     // Not in every kernel, and not on every file system.
     if mount(c"merged", c"overlay", 0, c"lowerdir=lower,upperdir=upper,workdir=work") {

@@ -6,7 +6,7 @@ mod threads;
 mod victim;
 mod vmas;
 
-use super::Iterators;
+use super::{Iterators, iter::ONE_BY_ONE};
 
 /// The iterators; `None` where they do not work and need not.
 fn iterators() -> Option<Iterators> {
@@ -17,6 +17,11 @@ fn iterators() -> Option<Iterators> {
             None
         }
     }
+}
+
+/// The processes among so many others that all are read at once. The others do not exist: PID_MAX_LIMIT is 4 Mi.
+fn among_many(pids: &[i32]) -> Vec<i32> {
+    (5_000_000..).take(ONE_BY_ONE).chain(pids.iter().copied()).collect()
 }
 
 /// Says that a test, or a part of it, is left out; fails if nothing may be (STANDSTILL_REQUIRE_ALL).

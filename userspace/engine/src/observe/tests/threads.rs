@@ -2,8 +2,12 @@
 
 use super::{
     super::{ProcessState, RestartBlock, ThreadState},
-    iterators,
+    among_many, iterators,
     victim::{Victim, say},
+};
+use nix::{
+    sys::wait::{Id, WaitPidFlag, waitid},
+    unistd::Pid,
 };
 use standstill_images::types::SigAction;
 use std::{collections::HashMap, mem, ptr, time::Duration};
@@ -68,23 +72,21 @@ pub(super) fn act() {
     }
 }
 
-/// One that ended by itself, one that was killed.
+/// One child that ended by itself and one that was killed, neither waited for.
 fn zombies() {
-    // SAFETY: the children end at once.
-    match unsafe { libc::fork() } {
-        // SAFETY: as above.
-        0 => unsafe { libc::_exit(7) },
-        child => say(format!("exited={child}")),
+    for name in ["exited", "killed"] {
+        // SAFETY: the child makes nothing but one system call.
+        let child = match unsafe { libc::fork() } {
+            // SAFETY: it ends here.
+            0 if name == "exited" => unsafe { libc::_exit(7) },
+            // SAFETY: it ends here.
+            0 => unsafe { libc::kill(libc::getpid(), libc::SIGKILL) },
+            child => child,
+        };
+        let left = waitid(Id::Pid(Pid::from_raw(child)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
+        left.unwrap();
+        say(format!("{name}={child}"));
     }
-    // SAFETY: as above.
-    match unsafe { libc::fork() } {
-        // SAFETY: as above.
-        0 => unsafe { libc::syscall(libc::SYS_kill, std::process::id(), libc::SIGKILL) },
-        child => {
-            say(format!("killed={child}"));
-            child.into()
-        }
-    };
 }
 
 /// A thread for each kind of wait that leaves a restart_block when it is interrupted.
@@ -168,8 +170,8 @@ fn processes_and_threads() {
     assert!(ours.files == theirs.files && ours.fs == theirs.fs && ours.files.is_some());
     assert!(ours.mm != theirs.mm && ours.sighand != theirs.sighand);
     // The same through the iterator over everything.
-    let many: Vec<i32> = all.iter().map(|p| p.tgid).chain(1_000_000..1_000_020).collect();
-    let again = iterators.processes(&many).unwrap();
+    let pids: Vec<i32> = all.iter().map(|p| p.tgid).collect();
+    let again = iterators.processes(&among_many(&pids)).unwrap();
     let steady = |p: &ProcessState| (p.tgid, p.sigactions.clone(), p.layout, p.threads.len(), p.rlimits.clone());
     assert_eq!(again.iter().map(steady).collect::<Vec<_>>(), all.iter().map(steady).collect::<Vec<_>>());
 }

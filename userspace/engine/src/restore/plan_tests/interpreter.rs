@@ -1,0 +1,289 @@
+//! Runs the programs of a plan on the model, in any order that the stages allow.
+
+use super::model::{File, OUTSIDE, Origin, PAGE, Page, What, World};
+use crate::restore::{
+    plan::{Plan, Stage},
+    program::{Arg, Program},
+};
+use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Calls about what the model does not have.
+const OTHERS: [i64; 19] = [
+    libc::SYS_capset,
+    libc::SYS_chdir,
+    libc::SYS_ioprio_set,
+    libc::SYS_personality,
+    libc::SYS_prlimit64,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_sched_setattr,
+    libc::SYS_set_tid_address,
+    libc::SYS_setfsgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setgroups,
+    libc::SYS_setitimer,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_sigaltstack,
+    libc::SYS_timer_settime,
+    libc::SYS_umask,
+];
+
+/// A running program.
+struct Running {
+    pid: i32,
+    program: usize,
+    at: usize,
+}
+
+pub(super) struct Interpreter<'a> {
+    plan: &'a Plan,
+    pub world: World,
+    running: BTreeMap<i32, Running>,
+    seed: u64,
+}
+
+impl<'a> Interpreter<'a> {
+    /// The root as the restoring process forks it: with a copy of that one's memory, and descriptors of the page store
+    /// and all shared memory.
+    pub(super) fn new(plan: &'a Plan, root: i32, memory: BTreeMap<u64, Page>, restorer: u64, seed: u64) -> Self {
+        let mut world = World::new();
+        world.fork(OUTSIDE, root).expect("the number is free");
+        let process = world.process(root);
+        process.memory = memory;
+        for at in (plan.base..plan.base + restorer).step_by(PAGE as usize) {
+            process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
+        }
+        let mut handed = vec![(plan.pages_fd, What::PageStore)];
+        handed.extend(plan.shared_fds.iter().map(|(object, fd)| (*fd, What::Memory(*object))));
+        for (fd, what) in handed {
+            world.files.push(File { what, flags: libc::O_RDWR, pos: 0 });
+            let file = world.files.len() - 1;
+            world.process(root).fds.insert(fd, (file, false));
+        }
+        Self { plan, world, running: [(root, Running { pid: root, program: 0, at: 0 })].into(), seed }
+    }
+
+    /// Runs everything to the end.
+    pub(super) fn run(&mut self) -> Result<(), String> {
+        for stage in [Stage::Forked, Stage::Groups, Stage::Joined, Stage::Done] {
+            let (dying, living): (Vec<_>, Vec<_>) =
+                self.plan.tasks.iter().partition(|t| t.ends && stage == Stage::Done);
+            let ends = dying.iter().map(|t| t.pid).collect();
+            self.reach(stage, ends)?;
+            let tids = living.iter().flat_map(|t| {
+                let n = if stage == Stage::Done { t.threads.len() } else { 1 };
+                t.threads[..n].iter().map(|t| t.tid)
+            });
+            self.reach(stage, tids.collect())?;
+        }
+        Ok(())
+    }
+
+    /// Lets tasks run until each has come to a stage, or to its end. Those that are not born yet come later.
+    fn reach(&mut self, stage: Stage, mut tids: BTreeSet<i32>) -> Result<(), String> {
+        while !tids.is_empty() {
+            let ready: Vec<i32> = tids.iter().copied().filter(|t| self.running.contains_key(t)).collect();
+            if ready.is_empty() {
+                return Err(format!("tasks {tids:?} do not exist in stage {stage:?}"));
+            }
+            self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let tid = ready[(self.seed >> 33) as usize % ready.len()];
+            if let Some(reached) = self.step(tid)? {
+                if reached != stage as u64 && reached != ENDED {
+                    return Err(format!("task {tid} stops for stage {reached} instead of {stage:?}"));
+                }
+                tids.remove(&tid);
+            }
+        }
+        Ok(())
+    }
+
+    /// One step of a task; the stage it stops for.
+    fn step(&mut self, tid: i32) -> Result<Option<u64>, String> {
+        let task = self.running.get_mut(&tid).expect("only the living run");
+        let (pid, program) = (task.pid, &self.plan.programs[task.program]);
+        let label = program.label(task.at as u64);
+        let (kind, flags, nr, args, expected) =
+            program.step(task.at).ok_or_else(|| format!("task {tid} runs off the end of its program"))?;
+        task.at += 1;
+        let value = |n: usize| if let Arg::Value(v) = args[n] { v } else { 0 };
+        let outcome = match kind {
+            Kind::Trap => return Ok(Some(value(0))),
+            Kind::Exit => {
+                self.die(pid, (value(0) as i32) << 8);
+                return Ok(Some(ENDED));
+            }
+            Kind::Syscall if nr == libc::SYS_kill as u64 => {
+                self.die(pid, value(1) as i32);
+                return Ok(Some(ENDED));
+            }
+            Kind::Clone => self.clone_task(pid, program, args),
+            Kind::ReadFull => match self.world.file(pid, value(0) as i32).map(|f| f.what == What::PageStore) {
+                Ok(true) => self.world.fill(pid, value(1), value(2), value(3) / PAGE),
+                _ => Err(libc::EBADF),
+            },
+            Kind::WriteFull => {
+                let Arg::Data(at) = args[1] else { return Err(format!("{label}: no data")) };
+                self.write(pid, value(0) as i32, &program.bytes()[at as usize..][..value(2) as usize])
+            }
+            Kind::Syscall => self.syscall(pid, nr as i64, program, args, value)?,
+        };
+        match outcome {
+            Err(errno) if flags & MAY_FAIL == 0 => {
+                Err(format!("task {tid}: {label}: {}", std::io::Error::from_raw_os_error(errno)))
+            }
+            Ok(result) if flags & EXPECT != 0 && result as u64 != expected => {
+                Err(format!("task {tid}: {label}: {result} instead of {expected}"))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn die(&mut self, pid: i32, status: i32) {
+        self.world.exit(pid, status);
+        self.running.retain(|_, r| r.pid != pid);
+    }
+
+    fn clone_task(&mut self, pid: i32, program: &Program, args: [Arg; 6]) -> Result<i64, i32> {
+        let (Arg::Data(block), Arg::Program(child)) = (args[0], args[2]) else { return Err(libc::EINVAL) };
+        let flags = word(program, block);
+        // The id lies where the clone arguments point to.
+        let set_tid = program.target(block + 64).ok_or(libc::EINVAL)?;
+        let tid = word(program, set_tid) as i32;
+        let thread = flags & libc::CLONE_THREAD as u64 != 0;
+        let owner = if thread {
+            self.world.thread(pid, tid)?;
+            pid
+        } else {
+            self.world.fork(pid, tid)?;
+            tid
+        };
+        self.running.insert(tid, Running { pid: owner, program: child, at: 0 });
+        Ok(tid.into())
+    }
+
+    fn write(&mut self, pid: i32, fd: i32, bytes: &[u8]) -> Result<i64, i32> {
+        let file = self.world.file(pid, fd)?;
+        if file.flags & libc::O_ACCMODE == libc::O_RDONLY {
+            return Err(libc::EBADF);
+        }
+        match &mut file.what {
+            What::EventFd(count) => *count += u64::from_le_bytes(bytes.try_into().map_err(|_| libc::EINVAL)?),
+            &mut What::Pipe(pipe) => self.world.pipes[pipe].extend_from_slice(bytes),
+            _ => return Err(libc::EINVAL),
+        }
+        Ok(bytes.len() as i64)
+    }
+
+    fn syscall(
+        &mut self,
+        pid: i32,
+        nr: i64,
+        program: &Program,
+        args: [Arg; 6],
+        value: impl Fn(usize) -> u64,
+    ) -> Result<Result<i64, i32>, String> {
+        let world = &mut self.world;
+        let int = |n: usize| value(n) as i32;
+        Ok(match nr {
+            libc::SYS_setsid => world.setsid(pid),
+            libc::SYS_setpgid => world.setpgid(pid, int(1)),
+            libc::SYS_wait4 => world.wait(pid, int(0)),
+            libc::SYS_openat => {
+                let Arg::Data(path) = args[1] else { return Err("openat without a path".into()) };
+                open(world, pid, &string(program, path), int(2))
+            }
+            libc::SYS_eventfd2 => Ok(world.open(pid, What::EventFd(value(0)), int(1) | libc::O_RDWR).into()),
+            libc::SYS_epoll_create1 => Ok(world.open(pid, What::Epoll(BTreeSet::new()), libc::O_RDWR).into()),
+            libc::SYS_pipe2 => {
+                world.pipe(pid);
+                Ok(0)
+            }
+            libc::SYS_dup => world.dup(pid, int(0)),
+            libc::SYS_dup3 => world.dup3(pid, int(0), int(1), int(2) & libc::O_CLOEXEC != 0),
+            libc::SYS_close => world.close(pid, int(0)),
+            libc::SYS_close_range => {
+                let gone: Vec<i32> = world.process(pid).fds.range(int(0)..=int(1)).map(|f| *f.0).collect();
+                gone.into_iter().try_for_each(|fd| world.close(pid, fd).map(drop)).map(|()| 0)
+            }
+            libc::SYS_fcntl => fcntl(world, pid, int(0), int(1), int(2)),
+            libc::SYS_lseek => world.file(pid, int(0)).map(|f| {
+                f.pos = value(1) as i64;
+                f.pos
+            }),
+            libc::SYS_epoll_ctl => world.epoll_add(pid, int(0), int(2)),
+            libc::SYS_mmap => world.mmap(pid, std::array::from_fn(&value)),
+            libc::SYS_munmap => world.munmap(pid, value(0), value(1)),
+            libc::SYS_mprotect => world.mprotect(pid, value(0), value(1), value(2) as u8),
+            libc::SYS_mremap => world.mremap(pid, value(0), value(1), value(4)),
+            libc::SYS_madvise => madvise(world, pid, value(0), value(1), int(2)),
+            libc::SYS_mlock2 => world.change(pid, value(0), value(1), |_, p| p.flags.locked = true),
+            libc::SYS_prctl if int(0) == 35 => {
+                let Arg::Data(block) = args[2] else { return Err("PR_SET_MM without data".into()) };
+                let fd = (word(program, block + 96) >> 32) as i32;
+                match world.file(pid, fd).map(|f| f.what.clone()) {
+                    Ok(What::Path(path)) => {
+                        world.process(pid).exe = path;
+                        Ok(0)
+                    }
+                    _ => Err(libc::EBADF),
+                }
+            }
+            libc::SYS_prctl => Ok(0),
+            nr if OTHERS.contains(&nr) => Ok(0),
+            nr => return Err(format!("system call {nr} is not in the model")),
+        })
+    }
+}
+
+const ENDED: u64 = u64::MAX;
+
+fn word(program: &Program, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    let data = &program.bytes()[at as usize..];
+    let len = data.len().min(8);
+    bytes[..len].copy_from_slice(&data[..len]);
+    u64::from_le_bytes(bytes)
+}
+
+fn string(program: &Program, at: u64) -> String {
+    let bytes = program.bytes()[at as usize..].split(|&b| b == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn open(world: &mut World, pid: i32, path: &str, flags: i32) -> Result<i64, i32> {
+    match path.strip_prefix("/proc/self/fd/").map(str::parse) {
+        Some(Ok(fd)) => world.reopen(pid, fd, flags),
+        _ => Ok(world.open(pid, What::Path(path.into()), flags).into()),
+    }
+}
+
+fn fcntl(world: &mut World, pid: i32, fd: i32, command: i32, value: i32) -> Result<i64, i32> {
+    let file = world.file(pid, fd)?;
+    match command {
+        libc::F_SETFL => {
+            file.flags = file.flags & libc::O_ACCMODE | value & super::model::KEPT & !libc::O_ACCMODE;
+        }
+        libc::F_SETFD => world.process(pid).fds.get_mut(&fd).expect("it is open").1 = value != 0,
+        libc::F_SETPIPE_SZ => {}
+        _ => return Err(libc::EINVAL),
+    }
+    Ok(0)
+}
+
+fn madvise(world: &mut World, pid: i32, start: u64, len: u64, advice: i32) -> Result<i64, i32> {
+    const MADV_GUARD_INSTALL: i32 = 102;
+    world.change(pid, start, len, |_, page| match advice {
+        libc::MADV_DONTNEED => page.content = None,
+        MADV_GUARD_INSTALL => (page.guard, page.content) = (true, None),
+        libc::MADV_DONTFORK => page.flags.dontfork = true,
+        libc::MADV_WIPEONFORK => page.flags.wipeonfork = true,
+        libc::MADV_DONTDUMP => page.flags.dontdump = true,
+        libc::MADV_MERGEABLE => page.flags.mergeable = true,
+        libc::MADV_HUGEPAGE => page.flags.hugepage = true,
+        _ => {}
+    })
+}
