@@ -30,11 +30,6 @@ fn copy_on_write_stays_shared() {
 }
 
 #[test]
-fn copy_on_write_stays_shared_where_mappings_have_other_ends() {
-    twice("cow_tree", &["--merged"], |run| run);
-}
-
-#[test]
 fn shared_memory_stays_shared() {
     thoroughly("shared_mem", &[]);
 }

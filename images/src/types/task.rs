@@ -133,10 +133,17 @@ impl std::fmt::Debug for Context {
 pub enum Restart {
     /// The registers say it all.
     Registers,
-    /// A sleep, poll or futex wait with a timeout: this much of it was left at the freeze, in nanoseconds.
-    Remaining(u64),
-    /// A wait with a timeout whose rest is unknown: begins again with its arguments.
-    FromStart,
+    /// A wait with a timeout: the call that enters it again.
+    Call {
+        /// System call number.
+        nr: i64,
+        /// Its arguments.
+        args: [u64; 6],
+        /// What was left of the timeout at the freeze, in nanoseconds; `None`: not known, it begins again.
+        remaining_ns: Option<u64>,
+    },
+    /// A wait that had been interrupted before, and nobody knows which: it ends with EINTR.
+    Unknown,
 }
 
 /// One signal action, as rt_sigaction(2) takes it.

@@ -13,7 +13,7 @@ use nix::{
 use object::{LittleEndian, Object, ObjectSymbol, elf::FileHeader64, read::elf::ElfFile};
 use standstill_engine::{Afterwards, DumpOptions, Image, Reader, RestoreOptions, dump, restore};
 use standstill_images::{
-    frame::{RecordReader, RecordWriter, Record},
+    frame::{Record, RecordReader, RecordWriter},
     publish::{ImageDir, MANIFEST},
     store::{Compression, PageStoreIndex},
     types::{AddressSpace, Backing, DumpStats, FdTable, Inventory, OpenFile, Pipe, SharedMemory, Task},

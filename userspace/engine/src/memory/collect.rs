@@ -21,6 +21,8 @@ pub(crate) struct PrivatePages {
     pub pid: i32,
     /// Pages by address.
     pub ranges: Vec<Range>,
+    /// Those of `ranges` that hide a file: without them its contents would show.
+    pub over_files: Vec<Range>,
 }
 
 /// Reads the address space of a process, with what the observer saw of its mappings, if anything: all but the contents of its pages.
@@ -38,7 +40,7 @@ pub(crate) fn collect(
         seen.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
-    let mut pages = PrivatePages { pid, ranges: Vec::new() };
+    let mut pages = PrivatePages { pid, ranges: Vec::new(), over_files: Vec::new() };
     let mut guards = Vec::new();
     let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
     for map in &mapped {
@@ -50,7 +52,11 @@ pub(crate) fn collect(
             let scan = || format!("scan the pages of {pid}");
             // The kernel may drop the contents of droppable memory at any time: a dump is such a time.
             if !vma.flags.droppable {
+                let before = pages.ranges.len();
                 pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
+                if matches!(vma.backing, Backing::PrivateFile { .. }) {
+                    pages.over_files.extend_from_slice(&pages.ranges[before..]);
+                }
             }
             pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
         }

@@ -30,13 +30,22 @@ pub(crate) struct Copier<'a> {
     buffer: Option<Buffer>,
     submitted: u64,
     counts: Counts,
+    /// Pages of zeros are stored as well.
+    zeros_count: bool,
     /// Frames of processes whose children are still to come.
     frames: HashMap<i32, Frames>,
 }
 
 impl<'a> Copier<'a> {
     pub(crate) fn new(store: &'a mut PageWriter) -> Self {
-        Self { store, buffer: None, submitted: 0, counts: Counts::default(), frames: HashMap::new() }
+        Self {
+            store,
+            buffer: None,
+            submitted: 0,
+            counts: Counts::default(),
+            zeros_count: false,
+            frames: HashMap::new(),
+        }
     }
 
     /// Hands over the rest; the totals.
@@ -62,6 +71,7 @@ impl<'a> Copier<'a> {
         let mut runs = Vec::new();
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
         for range in &pages.ranges {
+            self.zeros_count = pages.over_files.binary_search_by_key(&range.start, |r| r.start).is_ok();
             if !with_frames {
                 self.range(pid, *range, &memory, &mut runs)?;
                 continue;
@@ -95,6 +105,7 @@ impl<'a> Copier<'a> {
                 remember(&mut own, &runs, *range, &frames);
             }
         }
+        self.zeros_count = false;
         if has_children {
             self.frames.insert(pid, own);
         }
@@ -145,6 +156,7 @@ impl<'a> Copier<'a> {
     /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
     fn keep(&mut self, start: u64, pages: &mut [u8], first: u64, runs: &mut Vec<PageRun>) -> usize {
         let page = PAGE as usize;
+        let is_zero = |page: &[u8]| !self.zeros_count && is_zero(page);
         let (mut from, mut kept) = (0, 0);
         while from < pages.len() {
             let zero = is_zero(&pages[from..from + page]);
@@ -226,4 +238,27 @@ fn is_zero(page: &[u8]) -> bool {
     // The first word decides for most pages; the rest is compared as fast as memcmp goes.
     static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
     page[..8] == ZEROS[..8] && page == ZEROS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::sys::Mapping;
+    use standstill_images::store::Compression;
+
+    #[test]
+    fn zeros_are_stored_where_they_hide_a_file() {
+        let memory = Mapping::anonymous(2 * PAGE).unwrap();
+        memory.bytes_mut().fill(0);
+        let (start, middle) = (memory.start(), memory.start() + PAGE);
+        let ranges = vec![Range { start, end: middle }, Range { start: middle, end: middle + PAGE }];
+        let over_files = vec![ranges[1]];
+        let pages = PrivatePages { pid: std::process::id() as i32, ranges, over_files };
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();
+        let mut copier = Copier::new(&mut store);
+        let runs = copier.private(&pages, None, false).unwrap();
+        assert_eq!(runs, [PageRun { start: middle, pages: 1, store: 0 }]);
+        assert_eq!((copier.finish().unwrap().zero, runs.len()), (1, 1));
+    }
 }

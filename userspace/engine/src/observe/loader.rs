@@ -131,6 +131,8 @@ mod tests {
     fn a_long_verifier_log_is_cut() {
         let log: Vec<String> = (0..100).map(|n| format!("line {n}")).collect();
         let text = failed("task", log.join("\n")).to_string();
-        assert!(text.starts_with("the eBPF programs do not load (task): line 0 […] line 88\n") && text.ends_with("line 99"));
+        assert!(
+            text.starts_with("the eBPF programs do not load (task): line 0 […] line 88\n") && text.ends_with("line 99")
+        );
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     },
     tree::thread,
 };
-use standstill_images::types::{LiveTask, Task, TaskState, Thread};
+use standstill_images::types::{LiveTask, Restart, Task, TaskState, Thread};
 use std::io;
 
 /// Gives every task its own state and lets it go.
@@ -105,7 +105,8 @@ fn set_state(thread: &Thread, wait_result: Option<i64>) -> Result<()> {
     let tid = thread.tid;
     let context = || format!("set the registers of thread {tid}");
     let (mut regs, xstate) = thread::registers(&thread.context);
-    if let Some(result) = wait_result {
+    let interrupted = (thread.restart == Restart::Unknown).then_some(-i64::from(libc::EINTR));
+    if let Some(result) = wait_result.or(interrupted) {
         regs.return_from_syscall(result);
     }
     ptrace::set_regset(tid, arch::NT_X86_XSTATE, xstate).context(context)?;

@@ -7,7 +7,7 @@ use crate::{
         arch::{self, Registers},
         proc, ptrace, sys,
     },
-    observe::ThreadState,
+    observe::{RestartBlock, ThreadState},
     restore::program::{Arg, Program},
     task::Remote,
 };
@@ -42,11 +42,7 @@ pub(crate) fn collect(
             .context(|| format!("read the name of thread {tid}"))?
             .trim_ascii_end()
             .into(),
-        restart: if regs.uses_restart_block() {
-            seen.and_then(|t| t.remaining_ns).map_or(Restart::FromStart, Restart::Remaining)
-        } else {
-            Restart::Registers
-        },
+        restart: restart(&regs, seen),
         context: regs.context(xstate),
         blocked: ptrace::sigmask(tid).context(|| format!("read the signal mask of thread {tid}"))?,
         pending: signals::pending(tid, false)?,
@@ -114,26 +110,47 @@ pub(crate) fn registers(context: &CpuContext) -> (Registers, &[u8]) {
     }
 }
 
-/// A wait with a timeout that has to be entered again before the registers are set: the call to make and where its
-/// timeout goes.
+/// What an interrupted wait needs to be entered again.
+fn restart(regs: &Registers, seen: Option<&ThreadState>) -> Restart {
+    let Some(nr) = regs.interrupted_syscall().filter(|_| regs.uses_restart_block()) else { return Restart::Registers };
+    let args = regs.arguments();
+    let remaining_ns = seen.and_then(|t| t.remaining_ns);
+    if nr != libc::SYS_restart_syscall {
+        return Restart::Call { nr, args, remaining_ns };
+    }
+    // Interrupted once before: the number is gone, but the restart_block tells, and the other registers are as they
+    // were.
+    match seen.map(|t| t.restart) {
+        Some(RestartBlock::Nanosleep { clock, rmtp, .. }) => {
+            Restart::Call { nr: libc::SYS_clock_nanosleep, args: [clock as u64, 0, 0, rmtp, 0, 0], remaining_ns }
+        }
+        Some(RestartBlock::Futex { .. }) => Restart::Call { nr: libc::SYS_futex, args, remaining_ns },
+        Some(RestartBlock::Poll { ufds, nfds, expires_ns }) => {
+            // Without a limit the timeout is negative.
+            let forever = if expires_ns.is_none() { u64::MAX } else { 0 };
+            Restart::Call { nr: libc::SYS_poll, args: [ufds, nfds.into(), forever, 0, 0, 0], remaining_ns }
+        }
+        _ => Restart::Unknown,
+    }
+}
+
+/// Enters a wait with a timeout again before the registers are set; whether there is one.
 ///
 /// The kernel keeps the end of such a wait in the thread's restart_block, which nobody can write. So the restorer makes
 /// the same call with the time that was left, the tracer interrupts it at once, and the kernel fills the block itself.
 pub(crate) fn restore_wait(thread: &Thread, program: &mut Program) -> bool {
-    let (regs, _) = registers(&thread.context);
-    let (Some(nr), true) = (regs.interrupted_syscall(), regs.uses_restart_block()) else { return false };
-    let remaining = match thread.restart {
-        Restart::Remaining(ns) => Some(ns),
-        _ => None,
-    };
-    let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
+    const FUTEX_CMD_MASK: u64 = !(libc::FUTEX_PRIVATE_FLAG as u64 | libc::FUTEX_CLOCK_REALTIME as u64);
+    let Restart::Call { nr, args, remaining_ns } = thread.restart else { return false };
     let mut values: [Arg; 6] = args.map(Arg::Value);
     let timespec = |program: &mut Program, ns: u64| program.words(&[ns / 1_000_000_000, ns % 1_000_000_000]);
-    match (nr, remaining) {
+    match (nr, remaining_ns) {
         (libc::SYS_nanosleep, Some(ns)) => values[0] = timespec(program, ns),
         (libc::SYS_clock_nanosleep, Some(ns)) => values[2] = timespec(program, ns),
         (libc::SYS_poll, Some(ns)) => values[2] = ns.div_ceil(1_000_000).into(),
-        (libc::SYS_futex, Some(ns)) => values[3] = timespec(program, ns),
+        // Only plain FUTEX_WAIT counts from now; the others name the end.
+        (libc::SYS_futex, Some(ns)) if args[1] & FUTEX_CMD_MASK == libc::FUTEX_WAIT as u64 => {
+            values[3] = timespec(program, ns);
+        }
         // The rest of the wait is not known: it begins again.
         _ => {}
     }

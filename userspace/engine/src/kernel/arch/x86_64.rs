@@ -119,6 +119,11 @@ impl Registers {
         (nr >= 0 && restarts).then_some(nr)
     }
 
+    /// Arguments of the system call under way.
+    pub(crate) fn arguments(&self) -> [u64; 6] {
+        [self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9]
+    }
+
     /// Whether the interrupted system call goes on by way of the kernel's restart_block.
     pub(crate) fn uses_restart_block(&self) -> bool {
         self.interrupted_syscall().is_some() && self.rax as i64 == ERESTART_RESTARTBLOCK

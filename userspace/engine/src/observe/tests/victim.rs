@@ -89,6 +89,7 @@ impl Drop for Victim {
 #[test]
 fn victim() {
     let Ok(script) = std::env::var(SCRIPT) else { return };
+    end_with_parent();
     // From here on nothing is closed: the descriptors are what the victim is for.
     println!("\npid: {}", std::process::id());
     match script.split_once(' ') {
@@ -110,6 +111,11 @@ pub(super) fn stand_still() -> ! {
     }
 }
 
+/// A test that is killed drops nothing.
+fn end_with_parent() {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
+}
+
 /// Says something to the test.
 pub(super) fn say(word: impl std::fmt::Display) {
     println!("word: {word}");
@@ -120,7 +126,10 @@ pub(super) fn branch() {
     std::io::stdout().flush().unwrap();
     // SAFETY: the child only waits for its end.
     match unsafe { fork() }.unwrap() {
-        ForkResult::Child => stand_still(),
+        ForkResult::Child => {
+            end_with_parent();
+            stand_still()
+        }
         ForkResult::Parent { child } => println!("pid: {child}"),
     }
 }
