@@ -216,7 +216,7 @@ fn a_port_that_is_in_use() {
     let log = fs::read_to_string(dumped.target.dir().join("port")).expect("the port the workload listens on");
     let port: u16 = log.trim().parse().expect("a port");
     let listener = std::net::TcpListener::bind(("127.0.0.1", port)).expect("take the port");
-    dumped.expect_refused(1, &[&port.to_string()], &[]);
+    dumped.expect_refused(7, &[&port.to_string()], &[]);
     drop(listener);
     dumped.expect_restored();
 }

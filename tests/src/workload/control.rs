@@ -41,7 +41,9 @@ struct Pauses {
 
 impl Pauses {
     fn now(meter: Option<&Meter>) -> Self {
-        meter.map_or_else(Self::default, |meter| Self { longest_us: meter.longest_us(), paused_us: meter.paused_us() })
+        let Some(meter) = meter else { return Self::default() };
+        meter.catch_up();
+        Self { longest_us: meter.longest_us(), paused_us: meter.paused_us() }
     }
 }
 
@@ -110,10 +112,11 @@ impl Control {
             match self.next_signal(every) {
                 None => round(Request::Idle),
                 Some(libc::SIGUSR2) => {
+                    let pauses = Pauses::now(meter);
                     if let Some(meter) = meter {
                         meter.reset();
                     }
-                    self.write(&Pauses::now(meter));
+                    self.write(&pauses);
                 }
                 Some(libc::SIGTERM) => {
                     let pauses = Pauses::now(meter);

@@ -18,6 +18,7 @@ pub struct Meter {
 struct State {
     longest_us: AtomicU64,
     paused_us: AtomicU64,
+    looks: AtomicU64,
 }
 
 impl Meter {
@@ -36,10 +37,20 @@ impl Meter {
                     state.paused_us.fetch_add(gap, Ordering::Relaxed);
                 }
                 last = now;
+                state.looks.fetch_add(1, Ordering::Relaxed);
             }
         };
         thread::Builder::new().name("meter".to_owned()).spawn(body).expect("start the meter");
         meter
+    }
+
+    /// Waits until the clock loop has come round again, so that a gap which is just over is known.
+    pub fn catch_up(&self) {
+        let goal = self.state.looks.load(Ordering::Relaxed) + 2;
+        let limit = now_us() + 10_000_000;
+        while self.state.looks.load(Ordering::Relaxed) < goal && now_us() < limit {
+            thread::sleep(Duration::from_micros(100));
+        }
     }
 
     /// Longest gap since the last reset.

@@ -50,8 +50,7 @@ impl Sleepers {
                         continue;
                     }
                     checker.equal(name, &result, &expected);
-                    // The meter may notice the pause a little later than this thread.
-                    thread::sleep(Duration::from_millis(20));
+                    meter.catch_up();
                     let stopped = Duration::from_micros(meter.paused_us() - paused);
                     checker.that(took >= length && took <= length + stopped + SLACK, || {
                         format!("{name}: asked for {length:?}, took {took:?} of which {stopped:?} stopped")

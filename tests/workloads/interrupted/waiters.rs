@@ -189,6 +189,9 @@ fn wait_futex(shared: &Shared) {
 /// A child of its own that waits to be killed.
 fn wait_child(shared: &Shared) {
     let child = fork_child(|| {
+        // Not the connection that another thread may have open just now.
+        // SAFETY: the child needs no descriptor; close_range is a plain system call.
+        unsafe { libc::close_range(3, u32::MAX, 0) };
         loop {
             // SAFETY: pause takes nothing; it is async-signal-safe, as the child of a threaded process needs.
             unsafe { libc::pause() };

@@ -24,5 +24,7 @@ pub(super) fn create(pid: i32, flags: u32, numbers: &mut Numbers, program: &mut 
     // PIDFD_NONBLOCK has the value of O_NONBLOCK.
     let flags = flags as i32 & libc::O_NONBLOCK;
     program.call_expecting(format!("pidfd of process {pid}"), libc::SYS_pidfd_open, &[pid.into(), flags.into()], fd);
+    // Unlike all others this call makes the descriptor close-on-exec unasked.
+    program.call("no close-on-exec yet", libc::SYS_fcntl, &[fd.into(), libc::F_SETFD.into(), 0.into()]);
     fd
 }

@@ -9,7 +9,10 @@ use crate::{
     objects::{self, Referenced, epoll},
 };
 use standstill_images::types::{EpollTarget, FdTable, FileKind, OpenFile, OpenFileId};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet, HashMap},
+};
 
 /// Numbers that no table of the tree uses: those just above all others (a descriptor table is as long as its highest
 /// number demands), then gaps.
@@ -19,18 +22,32 @@ pub(crate) struct HighNumbers {
 }
 
 impl HighNumbers {
-    pub(crate) fn new<'a>(tables: impl Iterator<Item = &'a FdTable>, limit: i32) -> Self {
-        Self { used: tables.flat_map(|t| t.fds.iter().map(|d| d.fd)).collect(), limit }
+    pub(crate) fn new<'a>(
+        tables: impl Iterator<Item = &'a FdTable>,
+        files: impl Iterator<Item = &'a OpenFile>,
+        limit: i32,
+    ) -> Self {
+        let mut used: BTreeSet<i32> = tables.flat_map(|t| t.fds.iter().map(|d| d.fd)).collect();
+        for file in files {
+            // An epoll set may know a file by a number that was closed since.
+            if let FileKind::Epoll { targets } = &file.kind {
+                used.extend(targets.iter().map(|t| t.fd));
+            }
+        }
+        Self { used, limit }
     }
 
     pub(crate) fn take(&mut self) -> Result<i32> {
-        let above = self.used.last().map_or(0, |last| last + 1);
-        let free = (above < self.limit).then_some(above);
-        let free = free.or_else(|| (0..self.limit).rev().find(|n| !self.used.contains(n)));
+        let above = self.used.last().map_or(0, |last| last.saturating_add(1));
+        let free = match above.cmp(&self.limit) {
+            Ordering::Less => Some(above),
+            Ordering::Equal => (0..self.limit).rev().find(|n| !self.used.contains(n)),
+            // One of the tree's own numbers is beyond the limit.
+            Ordering::Greater => None,
+        };
         let number = free.ok_or_else(|| Error::Missing {
             what: "room for descriptors".into(),
-            remedy: "raise the hard limit RLIMIT_NOFILE (ulimit -Hn) above the number of files the tree has open"
-                .into(),
+            remedy: "raise the hard limit RLIMIT_NOFILE (ulimit -Hn) above all descriptor numbers of the tree".into(),
         })?;
         self.used.insert(number);
         Ok(number)

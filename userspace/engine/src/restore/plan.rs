@@ -101,7 +101,7 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
 
 fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
     let births = sessions::order(&image.tasks, image.inventory.root)?;
-    let mut high = HighNumbers::new(image.tables.values(), env.fd_limit);
+    let mut high = HighNumbers::new(image.tables.values(), image.files.values(), env.fd_limit);
     let pages_fd = high.take()?;
     let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
     let opened: BTreeSet<OpenFileId> = image.tables.values().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();

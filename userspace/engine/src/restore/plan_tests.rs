@@ -69,8 +69,7 @@ fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Re
         Err(e) if is_expected(&e.to_string()) => return Ok(false),
         Err(e) => return Err(e.to_string()),
     };
-    let size = Layout::size_for(BLOB, &plan.programs);
-    let mut run = Interpreter::new(&plan, ROOT, own_memory(env), size, seed);
+    let mut run = Interpreter::new(&plan, ROOT, own_memory(env), env, seed);
     run.run()?;
     for task in plan.tasks.iter().filter(|t| !t.ends) {
         let page = &run.world.processes[&task.pid].memory.get(&(task.syscall_at & !(PAGE - 1)));
@@ -117,6 +116,12 @@ proptest! {
     #[test]
     fn descriptors_up_to_the_limit(start in starts(), ops in ops(1, 8, 1), seed: u64) {
         check(start, &ops, 64, seed)?;
+    }
+
+    /// A program that lowered its limit keeps the descriptors beyond it.
+    #[test]
+    fn descriptors_beyond_the_limit(start in starts(), ops in ops(1, 8, 1), seed: u64) {
+        check(start, &ops, 32, seed)?;
     }
 
     #[test]

@@ -127,6 +127,15 @@ mod tests {
     }
 
     #[test]
+    fn a_leader_that_left_its_group_is_refused() {
+        let mut tasks = tree(&[(1, 0, 1), (2, 1, 1), (3, 2, 1)]);
+        tasks.get_mut(&3).unwrap().pgid = 2;
+        assert!(order(&tasks, 1).is_ok());
+        tasks.get_mut(&2).unwrap().pgid = 1;
+        assert!(order(&tasks, 1).is_err_and(|e| e.to_string().contains("process 2 has left the process group")));
+    }
+
+    #[test]
     fn a_cycle_is_an_error_not_a_hang() {
         assert!(order(&tree(&[(1, 0, 1), (2, 3, 1), (3, 2, 1)]), 1).is_ok_and(|b| b.len() == 1));
     }

@@ -113,11 +113,8 @@ impl FrozenTree {
                 continue;
             }
             if living[0] != pid {
-                return Err(Error::unsupported(
-                    pid,
-                    "a thread group whose leader has exited",
-                    "let the other threads end first",
-                ));
+                self.await_end(pid, living)?;
+                continue;
             }
             let children = proc::children(pid, &living).context(|| format!("list the children of {pid}"))?;
             queue.extend(children.into_iter().filter(|&c| seen.insert(c)));
@@ -125,6 +122,36 @@ impl FrozenTree {
                 .push(FrozenProcess { pid, threads: living.into_iter().map(|t| (t, Stopped::ByUs)).collect() });
         }
         Ok(new)
+    }
+
+    /// The leader is dead. A process that was killed just now loses its other threads a moment later; one that goes on
+    /// without its leader is refused.
+    fn await_end(&mut self, pid: i32, mut others: Vec<i32>) -> Result<()> {
+        let end = Instant::now() + Duration::from_millis(500);
+        loop {
+            others.retain(|&tid| match ptrace::try_wait(tid) {
+                Ok(Wait::Gone(_)) | Err(_) => {
+                    self.seized.remove(&tid);
+                    false
+                }
+                Ok(Wait::EventStop(_)) => {
+                    self.seized.insert(tid, Some(Stopped::ByUs));
+                    true
+                }
+                Ok(_) => true,
+            });
+            if others.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(Error::unsupported(
+                    pid,
+                    "a thread group whose leader has exited",
+                    "let the other threads end first",
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Seizes and interrupts one thread; false if it is dead.

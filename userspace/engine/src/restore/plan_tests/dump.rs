@@ -176,6 +176,7 @@ fn open_file(id: u32, file: &File) -> OpenFile {
         What::Path(path) => regular(path),
         What::Memory(object) => FileKind::SharedMemory { object: *object },
         What::Pipe(pipe) => FileKind::Pipe { pipe: *pipe as u32 },
+        What::PidFd(pid) => FileKind::PidFd { pid: *pid },
         What::EventFd(count) => FileKind::EventFd { count: *count, semaphore: false },
         What::Epoll(targets) => {
             let target = |&(fd, file): &(i32, usize)| EpollTarget { fd, file: file as u32, events: 1, data: 0 };

@@ -139,7 +139,7 @@ impl History {
                 });
             }
             Op::Exec(args) => self.with(args, |h, pid, a| h.exec(pid, a[0])),
-            Op::Open(args) => self.with(args, |h, pid, a| Some(h.open(pid, a))),
+            Op::Open(args) => self.with(args, Self::open),
             Op::Pipe(args) => self.with(args, |h, pid, _| Some(h.world.pipe(pid))),
             Op::Reopen(args) => {
                 self.with(args, |h, pid, a| {
@@ -296,10 +296,10 @@ impl History {
         Some(())
     }
 
-    fn open(&mut self, pid: i32, a: [u8; 3]) -> i32 {
+    fn open(&mut self, pid: i32, a: [u8; 3]) -> Option<i32> {
         let flag = |choice: u8, flag: i32| if choice < 64 { flag } else { 0 };
         let extra = flag(a[1], libc::O_NONBLOCK) | flag(a[2], libc::O_CLOEXEC);
-        let (what, flags) = match a[0] % 6 {
+        let (what, flags) = match a[0] % 7 {
             0 => (What::Epoll(Default::default()), libc::O_RDWR),
             1 | 2 => (What::EventFd(u64::from(a[1] % 2)), libc::O_RDWR | extra),
             3 => {
@@ -307,9 +307,14 @@ impl History {
                 (What::Memory(self.objects.len() as u32 - 1), libc::O_RDWR)
             }
             4 => (What::Path(format!("/file/{}", a[1] % 3)), libc::O_RDONLY | extra),
+            5 => {
+                let other = *self.world.processes.keys().nth(a[1] as usize % self.world.processes.len())?;
+                let what = (other != OUTSIDE).then_some(What::PidFd(other));
+                (what?, libc::O_RDWR | libc::O_CLOEXEC)
+            }
             _ => (What::Path(format!("/file/{}", a[1] % 3)), libc::O_RDWR | libc::O_APPEND | extra),
         };
-        self.world.open(pid, what, flags)
+        Some(self.world.open(pid, what, flags))
     }
 
     fn map(&mut self, pid: i32, a: [u8; 3]) -> Option<i64> {

@@ -1,9 +1,13 @@
 //! Runs the programs of a plan on the model, in any order that the stages allow.
 
-use super::model::{File, OUTSIDE, Origin, PAGE, Page, What, World};
+use super::{
+    BLOB,
+    model::{File, OUTSIDE, Origin, PAGE, Page, What, World},
+};
 use crate::restore::{
+    environment::Environment,
     plan::{Plan, Stage},
-    program::{Arg, Program},
+    program::{Arg, Layout, Program},
 };
 use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL};
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,18 +46,20 @@ pub(super) struct Interpreter<'a> {
     plan: &'a Plan,
     pub world: World,
     running: BTreeMap<i32, Running>,
+    fd_limit: i32,
     seed: u64,
 }
 
 impl<'a> Interpreter<'a> {
     /// The root as the restoring process forks it: with a copy of that one's memory, and descriptors of the page store
     /// and all shared memory.
-    pub(super) fn new(plan: &'a Plan, root: i32, memory: BTreeMap<u64, Page>, restorer: u64, seed: u64) -> Self {
+    pub(super) fn new(plan: &'a Plan, root: i32, memory: BTreeMap<u64, Page>, env: &Environment, seed: u64) -> Self {
         let mut world = World::new();
         world.fork(OUTSIDE, root).expect("the number is free");
         let process = world.process(root);
         process.memory = memory;
-        for at in (plan.base..plan.base + restorer).step_by(PAGE as usize) {
+        let size = Layout::size_for(BLOB, &plan.programs);
+        for at in (plan.base..plan.base + size).step_by(PAGE as usize) {
             process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
         }
         let mut handed = vec![(plan.pages_fd, What::PageStore)];
@@ -63,7 +69,8 @@ impl<'a> Interpreter<'a> {
             let file = world.files.len() - 1;
             world.process(root).fds.insert(fd, (file, false));
         }
-        Self { plan, world, running: [(root, Running { pid: root, program: 0, at: 0 })].into(), seed }
+        let running = [(root, Running { pid: root, program: 0, at: 0 })].into();
+        Self { plan, world, running, fd_limit: env.fd_limit, seed }
     }
 
     /// Runs everything to the end.
@@ -131,6 +138,9 @@ impl<'a> Interpreter<'a> {
             }
             Kind::Syscall => self.syscall(pid, nr as i64, program, args, value)?,
         };
+        if self.world.process(pid).fds.last_key_value().is_some_and(|(fd, _)| *fd >= self.fd_limit) {
+            return Err(format!("task {tid}: {label}: a descriptor beyond the limit"));
+        }
         match outcome {
             Err(errno) if flags & MAY_FAIL == 0 => {
                 Err(format!("task {tid}: {label}: {}", std::io::Error::from_raw_os_error(errno)))
@@ -197,6 +207,9 @@ impl<'a> Interpreter<'a> {
                 open(world, pid, &string(program, path), int(2))
             }
             libc::SYS_eventfd2 => Ok(world.open(pid, What::EventFd(value(0)), int(1) | libc::O_RDWR).into()),
+            libc::SYS_pidfd_open if world.processes.contains_key(&int(0)) => {
+                Ok(world.open(pid, What::PidFd(int(0)), libc::O_RDWR | libc::O_CLOEXEC | int(1)).into())
+            }
             libc::SYS_epoll_create1 => Ok(world.open(pid, What::Epoll(BTreeSet::new()), libc::O_RDWR).into()),
             libc::SYS_pipe2 => {
                 world.pipe(pid);

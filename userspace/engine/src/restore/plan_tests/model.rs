@@ -19,6 +19,7 @@ pub(super) enum What {
     Memory(u32),
     Pipe(usize),
     EventFd(u64),
+    PidFd(i32),
     /// Registrations by number and file.
     Epoll(BTreeSet<(i32, usize)>),
     PageStore,
@@ -178,6 +179,12 @@ impl World {
         match self.processes.get(&pid) {
             Some(p) if p.ppid == parent && p.dead.is_some() => {
                 self.processes.remove(&pid);
+                // Who watched it knows now.
+                let files = &self.files;
+                for process in self.processes.values_mut() {
+                    process.fds.retain(|_, fd| files[fd.0].what != What::PidFd(pid));
+                }
+                self.forget_closed();
                 Ok(pid.into())
             }
             _ => Err(libc::ECHILD),
@@ -250,7 +257,7 @@ impl World {
 
     pub(super) fn epoll_add(&mut self, pid: i32, epoll: i32, fd: i32) -> Outcome {
         let &(target, _) = self.process(pid).fds.get(&fd).ok_or(libc::EBADF)?;
-        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_)) {
+        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_)) {
             return Err(libc::EPERM);
         }
         match &mut self.file(pid, epoll)?.what {
@@ -371,7 +378,12 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
             return Err(format!("process {pid}: descriptors {:?} instead of {:?}", numbers(b), numbers(a)));
         }
         for ((fd, (a, _)), (b, _)) in a.fds.iter().zip(b.fds.values()) {
-            if *files.entry(*a).or_insert(*b) != *b {
+            // Each process gets a pidfd of its own, which nobody notices.
+            if matches!(wanted.files[*a].what, What::PidFd(_)) {
+                if wanted.files[*a].what != found.files[*b].what {
+                    return Err(format!("process {pid}: descriptor {fd} is {:?}", found.files[*b]));
+                }
+            } else if *files.entry(*a).or_insert(*b) != *b {
                 return Err(format!("process {pid}: descriptor {fd} has lost its brothers"));
             }
         }
@@ -393,7 +405,13 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
                 *pipes.entry(*a).or_insert(*b) == *b && wanted.pipes[*a] == found.pipes[*b]
             }
             (What::Epoll(a), What::Epoll(b)) => {
-                a.iter().map(|(fd, file)| (*fd, files[file])).collect::<BTreeSet<_>>() == *b
+                let target = |world: &World, file: usize, same: usize| match world.files[file].what {
+                    What::PidFd(pid) => Err(pid),
+                    _ => Ok(same),
+                };
+                let a = a.iter().map(|&(fd, f)| (fd, target(wanted, f, files.get(&f).copied().unwrap_or(usize::MAX))));
+                let b = b.iter().map(|&(fd, f)| (fd, target(found, f, f)));
+                a.collect::<BTreeSet<_>>() == b.collect::<BTreeSet<_>>()
             }
             (a, b) => a == b,
         };
