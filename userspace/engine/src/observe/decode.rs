@@ -58,7 +58,7 @@ pub(super) fn file_order(stream: &[u8]) -> Result<Vec<((i32, i32), usize)>> {
 }
 
 /// The entry of a record.
-pub(super) fn file(record: &FileRecord, path: PathBuf, ids: &mut Ids<u64>) -> FdEntry {
+pub(super) fn file(record: &FileRecord, path: PathBuf, ids: &mut Ids) -> FdEntry {
     // Files without type: the inode says "regular", stat(2) does not.
     let hidden = if record.magic == ANON_INODE_FS { libc::S_IFMT } else { 0 };
     FdEntry {
@@ -82,10 +82,10 @@ pub(super) fn file(record: &FileRecord, path: PathBuf, ids: &mut Ids<u64>) -> Fd
 /// Numbers of what tasks share.
 #[derive(Default)]
 struct SharedIds {
-    mm: Ids<u64>,
-    files: Ids<u64>,
-    fs: Ids<u64>,
-    sighand: Ids<u64>,
+    mm: Ids,
+    files: Ids,
+    fs: Ids,
+    sighand: Ids,
 }
 
 /// The processes of a stream of `iter/task`, by number.
@@ -179,7 +179,7 @@ fn itimer_real(process: &ProcessRecord, now: u64) -> Option<ITimer> {
 }
 
 fn thread(record: &ThreadRecord, ids: &mut SharedIds, layout: &RestartLayout) -> ThreadState {
-    let shared = |ids: &mut Ids<u64>, address: u64| (address != 0).then(|| SharedId(ids.of(address)));
+    let shared = |ids: &mut Ids, address: u64| (address != 0).then(|| SharedId(ids.of(address)));
     let restart = restart_block(record, layout);
     ThreadState {
         tgid: record.tgid,

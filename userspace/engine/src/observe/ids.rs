@@ -2,10 +2,10 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasherDefault, Hash, Hasher},
+    hash::{BuildHasherDefault, Hasher},
 };
 
-/// A hash for keys that are kernel addresses or digests: nobody outside the kernel chooses them.
+/// A hash for kernel addresses: nobody outside the kernel chooses them.
 #[derive(Default)]
 pub(super) struct AddressHasher(u64);
 
@@ -29,21 +29,18 @@ impl Hasher for AddressHasher {
     }
 }
 
-/// A map whose keys are kernel addresses or digests.
-pub(super) type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
-
-/// Numbers objects from 0 in the order in which they are first asked for.
+/// Numbers objects, by their address, from 0 in the order in which they are first asked for.
 #[derive(Default)]
-pub(super) struct Ids<K>(AddressMap<K, u32>);
+pub(super) struct Ids(HashMap<u64, u32, BuildHasherDefault<AddressHasher>>);
 
-impl<K: Eq + Hash> Ids<K> {
+impl Ids {
     /// Numbers for about so many objects.
     pub(super) fn with_capacity(capacity: usize) -> Self {
-        Self(AddressMap::with_capacity_and_hasher(capacity, Default::default()))
+        Self(HashMap::with_capacity_and_hasher(capacity, Default::default()))
     }
 
     /// The number of an object.
-    pub(super) fn of(&mut self, object: K) -> u32 {
+    pub(super) fn of(&mut self, object: u64) -> u32 {
         let next = self.0.len() as u32;
         *self.0.entry(object).or_insert(next)
     }
@@ -56,7 +53,7 @@ mod tests {
     #[test]
     fn numbers_by_first_appearance() {
         let mut ids = Ids::default();
-        let numbers: Vec<u32> = [70u64, 30, 70, 10, 30].into_iter().map(|n| ids.of(n)).collect();
+        let numbers: Vec<u32> = [70, 30, 70, 10, 30].into_iter().map(|n| ids.of(n)).collect();
         assert_eq!(numbers, [0, 1, 0, 2, 1]);
     }
 }

@@ -2,18 +2,20 @@
 
 use super::{
     FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry, decode,
-    ids::{AddressMap, Ids},
+    ids::Ids,
     loader::Programs,
     procfs::{self, Descriptors},
     sorted, sys,
 };
 use standstill_ebpf_abi::FileRecord;
 use std::{
+    cmp::Ordering,
     collections::HashSet,
     fmt, io,
     io::Read,
+    mem,
     os::fd::{AsFd, BorrowedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 /// Up to so many processes each gets an iterator of its own, for about 12 µs; beyond, one iterator visits all tasks of the
@@ -37,9 +39,6 @@ const PLAIN_FILE_SYSTEMS: [u64; 7] = [
 /// Whoever maps a DMA buffer may rename it at any time.
 const DMA_BUF: u64 = 0x444d_4142;
 
-/// What a path is known by: addresses of dentry and inode, inode number, and the programs' digest of all names in it.
-type PathKey = [u64; 4];
-
 /// Reader of a tree's state through BPF iterators.
 ///
 /// Needs Linux 5.13 with BTF, and the capabilities CAP_BPF and CAP_PERFMON. Tracks nothing: each reading asks anew, and
@@ -58,8 +57,8 @@ type PathKey = [u64; 4];
 #[doc(alias = "bpf_iter")]
 pub struct Iterators {
     programs: Programs,
-    /// Paths read ahead.
-    pub(super) known: AddressMap<PathKey, PathBuf>,
+    /// What was read ahead.
+    pub(super) ahead: Ahead,
     /// What `programs.tree` holds.
     tree: HashSet<i32>,
     /// Whether iterators can be restricted to a process (Linux 6.1).
@@ -69,8 +68,8 @@ pub struct Iterators {
 
 impl fmt::Debug for Iterators {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The keys are kernel addresses.
-        write!(f, "Iterators {{ {} paths known }}", self.known.len())
+        // The streams are full of kernel addresses.
+        write!(f, "Iterators {{ {} descriptors read ahead }}", self.ahead.order.len())
     }
 }
 
@@ -91,7 +90,7 @@ impl Iterators {
     pub fn load() -> Result<Self> {
         Ok(Self {
             programs: Programs::load()?,
-            known: AddressMap::default(),
+            ahead: Ahead::default(),
             tree: HashSet::new(),
             restrictable: true,
             stream: Vec::new(),
@@ -105,15 +104,9 @@ impl Iterators {
     pub fn prefetch_paths(&mut self, tgids: &[i32]) -> Result<()> {
         self.write_paths(true)?;
         self.run(What::Files, &sorted(tgids))?;
-        let order = decode::file_order(&self.stream)?;
-        let mut known = AddressMap::with_capacity_and_hasher(order.len(), Default::default());
-        for (_, at) in order {
-            let Some((record, Some(path))) = decode::file_record(&self.stream[at..]) else { continue };
-            if let Some(key) = path_key(&record) {
-                known.entry(key).or_insert_with(|| path.into());
-            }
-        }
-        self.known = known;
+        self.ahead.order = decode::file_order(&self.stream)?;
+        // The next reading gets the old stream's room, which is as large as it needs.
+        mem::swap(&mut self.ahead.stream, &mut self.stream);
         Ok(())
     }
 
@@ -123,7 +116,7 @@ impl Iterators {
     /// When the iterator, or procfs for a path or a file system that keeps attributes to itself, cannot be read.
     pub fn files(&mut self, tgids: &[i32]) -> Result<Vec<FdEntry>> {
         let tgids = sorted(tgids);
-        let paths = self.known.is_empty();
+        let paths = self.ahead.order.is_empty();
         let mut reading = self.read_files(&tgids, paths)?;
         if !paths && reading.pathless.len() > SINGLE_PATHS {
             reading = self.read_files(&tgids, true)?;
@@ -136,11 +129,11 @@ impl Iterators {
         self.run(What::Files, tgids)?;
         let order = decode::file_order(&self.stream)?;
         let mut ids = Ids::with_capacity(order.len());
+        let mut ahead = self.ahead.cursor();
         let mut reading = FileReading { entries: Vec::with_capacity(order.len()), ..Default::default() };
         for (_, at) in order {
             let Some((record, path)) = decode::file_record(&self.stream[at..]) else { continue };
-            let known = || self.known.get(&path_key(&record)?).cloned();
-            let path = path.map(PathBuf::from).or_else(known);
+            let path = path.or_else(|| ahead.path(&record)).map(PathBuf::from);
             if path.is_none() {
                 reading.pathless.push(reading.entries.len());
             }
@@ -250,7 +243,44 @@ fn read(program: BorrowedFd<'_>, tgid: Option<i32>, to: &mut Vec<u8>) -> io::Res
     }
 }
 
-fn path_key(record: &FileRecord) -> Option<PathKey> {
+/// A stream with paths that was read before the freeze.
+#[derive(Default)]
+pub(super) struct Ahead {
+    stream: Vec<u8>,
+    pub(super) order: Vec<((i32, i32), usize)>,
+}
+
+/// A walk through it in ascending order, beside the walk through the stream that is read under the freeze.
+struct Cursor<'a> {
+    ahead: &'a Ahead,
+    next: usize,
+}
+
+impl Ahead {
+    fn cursor(&self) -> Cursor<'_> {
+        Cursor { ahead: self, next: 0 }
+    }
+}
+
+impl<'a> Cursor<'a> {
+    /// The path of a descriptor, if it is still the same file with the same names above it.
+    fn path(&mut self, record: &FileRecord) -> Option<&'a Path> {
+        let wanted = (record.tgid, record.fd);
+        let at = loop {
+            let &(key, at) = self.ahead.order.get(self.next)?;
+            match key.cmp(&wanted) {
+                Ordering::Less => self.next += 1,
+                Ordering::Equal => break at,
+                Ordering::Greater => return None,
+            }
+        };
+        let (known, path) = decode::file_record(&self.ahead.stream[at..])?;
+        (path_key(&known)? == path_key(record)?).then_some(path?)
+    }
+}
+
+/// What a path is known by: addresses of dentry and inode, inode number, and the programs' digest of all names in it.
+fn path_key(record: &FileRecord) -> Option<[u64; 4]> {
     let stable = record.name != 0 && record.magic != DMA_BUF;
     stable.then_some([record.dentry, record.inode, record.ino, record.name])
 }

@@ -59,7 +59,7 @@ fn figures() {
         show(
             &format!("{what}: descriptors, all with paths, nothing read ahead"),
             best(|| {
-                all.known.clear();
+                all.ahead.order.clear();
                 all.files(pids).unwrap().len()
             }),
         );
@@ -67,7 +67,7 @@ fn figures() {
             &format!("{what}: reading ahead"),
             best(|| {
                 all.prefetch_paths(pids).unwrap();
-                all.known.len()
+                all.ahead.order.len()
             }),
         );
         show(&format!("{what}: descriptors, paths read ahead"), best(|| all.files(pids).unwrap().len()));
