@@ -164,7 +164,7 @@ fn a_target_that_dies_during_the_dump() {
     let Some(tool) = standstill() else { return };
     let start = || Target::workload("clock", &["--heap-mib", "512"]);
     let target = start();
-    let whole = tool.dump(target.pid(), &target.images("whole")).arg("-R").run().expect_success().wall;
+    let whole = tool.dump(target.pid(), &target.images("whole")).run().expect_success().wall;
     drop(target);
     let mut died = 0;
     for part in 1..=12 {
@@ -194,7 +194,7 @@ fn a_child_that_dies_during_the_dump() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };
     let mut target = Target::workload("tree", &["--depth", "2", "--processes", "60"]);
-    let whole = tool.dump(target.pid(), &target.images("whole")).arg("-R").run().expect_success().wall;
+    let whole = tool.dump(target.pid(), &target.images("whole")).run().expect_success().wall;
     let leaves: Vec<Pid> = target.processes().into_iter().rev().take(20).collect();
     for (number, leaf) in leaves.into_iter().enumerate().take(8) {
         let images = target.images("dying");

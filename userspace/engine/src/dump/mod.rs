@@ -156,10 +156,10 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
 
 /// A frozen process can still be killed, and whatever is asked of it then fails in its own way.
 fn unless_dead(tree: &FrozenTree, error: Error) -> Error {
-    let dead = |pid: &i32| proc::stat(*pid).map_or(true, |s| matches!(s.state, b'Z' | b'X'));
-    match error {
-        Error::System { .. } => tree.pids().into_iter().find(dead).map_or(error, Error::Died),
-        other => other,
+    let ending = |pid: &i32| proc::stat(*pid).map_or(true, |s| s.is_ending());
+    match tree.pids().into_iter().find(ending) {
+        Some(pid) => Error::Died(pid),
+        None => error,
     }
 }
 

@@ -67,6 +67,14 @@ pub(crate) struct Stat {
     pub exit_code: i32,
 }
 
+impl Stat {
+    /// Whether it is dead or on its way out.
+    pub(crate) fn is_ending(&self) -> bool {
+        const PF_EXITING: u64 = 4; // include/linux/sched.h
+        matches!(self.state, b'Z' | b'X') || self.flags & PF_EXITING != 0
+    }
+}
+
 /// `/proc/<pid>/stat`.
 pub(crate) fn stat(pid: i32) -> io::Result<Stat> {
     parse_stat(&fs::read(path(pid, "stat"))?).ok_or_else(|| invalid("/proc/pid/stat"))
