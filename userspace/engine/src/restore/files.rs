@@ -7,35 +7,41 @@ use std::collections::BTreeSet;
 
 /// The numbers in use in a table at a point of a program.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Numbers(BTreeSet<i32>);
+pub(crate) struct Numbers {
+    used: BTreeSet<i32>,
+    /// All numbers below are in use.
+    full_below: i32,
+}
 
 impl Numbers {
     /// A table with these numbers in use.
     pub(crate) fn new(used: impl IntoIterator<Item = i32>) -> Self {
-        Self(used.into_iter().collect())
+        Self { used: used.into_iter().collect(), full_below: 0 }
     }
 
     /// The number the next new descriptor gets; it is in use from now on.
     pub(crate) fn lowest(&mut self) -> i32 {
-        let mut lowest = 0;
-        for &used in &self.0 {
+        let mut lowest = self.full_below;
+        for &used in self.used.range(lowest..) {
             if used != lowest {
                 break;
             }
             lowest += 1;
         }
-        self.0.insert(lowest);
+        self.used.insert(lowest);
+        self.full_below = lowest + 1;
         lowest
     }
 
     /// The number is free again.
     pub(crate) fn release(&mut self, fd: i32) {
-        self.0.remove(&fd);
+        self.used.remove(&fd);
+        self.full_below = self.full_below.min(fd);
     }
 
     /// The number is in use from now on, whatever it was before.
     pub(crate) fn occupy(&mut self, fd: i32) {
-        self.0.insert(fd);
+        self.used.insert(fd);
     }
 }
 
