@@ -1,6 +1,7 @@
 //! One run of one case with one tool.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::thread;
@@ -15,12 +16,14 @@ use crate::cases::Case;
 const CLOCK_US: &str = "50";
 
 /// Figures of one run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Figures {
     pub(crate) idle_us: u64,
     pub(crate) freeze_us: u64,
     pub(crate) dump_us: u64,
-    pub(crate) restore_us: u64,
+    pub(crate) durable_us: u64,
+    pub(crate) restore_cold_us: u64,
+    pub(crate) restore_warm_us: u64,
     pub(crate) image_bytes: u64,
 }
 
@@ -41,24 +44,70 @@ pub(crate) fn run(case: &Case, tool: &Tool, dir: &Path) -> Result<Figures, Strin
     thread::sleep(outcome.wall);
     let idle_us = well(&target)?.longest_pause_us;
 
-    let images = target.images("killed");
-    target.processes();
-    let dump_us = wall_us(&succeed(tool.dump(target.pid(), &images).run())?);
-    target.await_gone();
-    let image_bytes = size_of(&images);
-    settle(dir);
-    let restore_us = wall_us(&succeed(tool.restore(&images).arg("-d").run())?);
-    well(&target)?;
-    Ok(Figures { idle_us, freeze_us, dump_us, restore_us, image_bytes })
+    let mut figures = Figures { idle_us, freeze_us, ..Figures::default() };
+    for cache in [Cache::Cold, Cache::Warm] {
+        let images = target.images("killed");
+        target.processes();
+        let dump_us = wall_us(&succeed(tool.dump(target.pid(), &images).run())?);
+        let begin = Instant::now();
+        sync(dir);
+        let durable_us = dump_us + u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+        target.await_gone();
+        settle(dir);
+        cache.prepare(&images).map_err(|error| format!("{}: {error}", images.display()))?;
+        let restore_us = wall_us(&succeed(tool.restore(&images).arg("-d").run())?);
+        well(&target)?;
+        match cache {
+            Cache::Cold => {
+                (figures.dump_us, figures.durable_us) = (dump_us, durable_us);
+                figures.image_bytes = size_of(&images);
+                figures.restore_cold_us = restore_us;
+            }
+            Cache::Warm => figures.restore_warm_us = restore_us,
+        }
+    }
+    Ok(figures)
+}
+
+/// Whether the kernel has an image in its page cache before a restore. After a reboot or on another machine it has
+/// not; what a dump leaves there depends on how it writes.
+#[derive(Clone, Copy)]
+enum Cache {
+    Cold,
+    Warm,
+}
+
+impl Cache {
+    fn prepare(self, images: &Path) -> io::Result<()> {
+        for entry in fs::read_dir(images)? {
+            let entry = entry?;
+            if !entry.file_type()?.is_file() {
+                continue;
+            }
+            let mut file = File::open(entry.path())?;
+            match self {
+                Self::Cold => {
+                    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+                }
+                Self::Warm => _ = io::copy(&mut file, &mut io::sink())?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Lets nothing that was written before be written during the measurement.
 fn settle(dir: &Path) {
+    sync(dir);
+    thread::sleep(Duration::from_millis(200));
+}
+
+/// Waits until what was written is on the disk.
+fn sync(dir: &Path) {
     if let Ok(file) = File::open(dir) {
         // SAFETY: the descriptor is live for the call.
         unsafe { libc::syncfs(file.as_raw_fd()) };
     }
-    thread::sleep(Duration::from_millis(200));
 }
 
 /// A figure counts only when the target is well afterwards.

@@ -19,7 +19,8 @@ Usage: scripts/bench [options]
 The binary measured is the release build, or the one named by STANDSTILL.
 freeze   longest pause of the target's own clock loop during `dump --leave-running`
 dump     wall time of a dump that kills the target
-restore  wall time of `restore -d`
+durable  until the image of such a dump is on the disk (Standstill's dump waits for that, CRIU's does not)
+restore  wall time of `restore -d`: cold = nothing of the image in the page cache, warm = all of it
 idle     longest pause of the clock loop without a dump, for as long as a dump takes
 ";
 

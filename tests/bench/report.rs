@@ -15,7 +15,9 @@ struct Series {
     idle_us: Vec<u64>,
     freeze_us: Vec<u64>,
     dump_us: Vec<u64>,
-    restore_us: Vec<u64>,
+    durable_us: Vec<u64>,
+    restore_cold_us: Vec<u64>,
+    restore_warm_us: Vec<u64>,
     image_bytes: Vec<u64>,
     failures: Vec<String>,
 }
@@ -33,11 +35,13 @@ pub(crate) struct Report {
 type Figure = fn(&Series) -> &[u64];
 
 /// The figures that are compared.
-const COLUMNS: [(&str, Figure); 4] = [
+const COLUMNS: [(&str, Figure); 6] = [
     ("idle ms", |series| &series.idle_us),
     ("freeze ms", |series| &series.freeze_us),
     ("dump ms", |series| &series.dump_us),
-    ("restore ms", |series| &series.restore_us),
+    ("durable ms", |series| &series.durable_us),
+    ("restore cold ms", |series| &series.restore_cold_us),
+    ("restore warm ms", |series| &series.restore_warm_us),
 ];
 
 impl Report {
@@ -59,7 +63,9 @@ impl Report {
                 series.idle_us.push(figures.idle_us);
                 series.freeze_us.push(figures.freeze_us);
                 series.dump_us.push(figures.dump_us);
-                series.restore_us.push(figures.restore_us);
+                series.durable_us.push(figures.durable_us);
+                series.restore_cold_us.push(figures.restore_cold_us);
+                series.restore_warm_us.push(figures.restore_warm_us);
                 series.image_bytes.push(figures.image_bytes);
             }
             Err(error) => {
@@ -83,7 +89,7 @@ impl Report {
             format!("Linux {}, {} cpus, {} runs; median (least to most)\n", self.kernel, self.cpus, self.runs);
         _ = write!(text, "{:<14} {:<11}", "case", "tool");
         for (name, _) in COLUMNS {
-            _ = write!(text, " {name:>25}");
+            _ = write!(text, " {name:>22}");
         }
         _ = writeln!(text, " {:>10}", "image MiB");
         let mut by_case: BTreeMap<usize, Vec<&Series>> = BTreeMap::new();
@@ -108,7 +114,7 @@ impl Series {
     fn write_row(&self, text: &mut String) {
         _ = write!(text, "{:<14} {:<11}", self.case, self.tool);
         for (_, values) in COLUMNS {
-            _ = write!(text, " {:>25}", spread(values(self)));
+            _ = write!(text, " {:>22}", spread(values(self)));
         }
         let mib =
             median(&self.image_bytes).map_or("-".to_owned(), |bytes| format!("{:.1}", bytes / f64::from(1 << 20)));
@@ -123,7 +129,7 @@ impl Series {
 fn write_ratios(text: &mut String, ours: &Series, theirs: &Series) {
     _ = write!(text, "{:<14} {:<11}", "", "criu/ours");
     for (_, values) in COLUMNS {
-        _ = write!(text, " {:>25}", ratio(values(ours), values(theirs)));
+        _ = write!(text, " {:>22}", ratio(values(ours), values(theirs)));
     }
     let size = ratio(&ours.image_bytes, &theirs.image_bytes);
     _ = writeln!(text, " {size:>10}");

@@ -28,6 +28,7 @@ pub struct PageReader {
 struct Scratch {
     unpacker: Unpacker,
     stored: Vec<u8>,
+    raw: Vec<u8>,
 }
 
 impl PageReader {
@@ -112,6 +113,27 @@ impl PageReader {
         Ok(())
     }
 
+    /// Compares all checksums with the page data where they were put: `read` gets them from there, by the number of
+    /// their first page.
+    ///
+    /// # Errors
+    /// The first page data found that are not what was written, and the errors of `read`.
+    ///
+    /// # Panics
+    /// When the store is compressed: its checksums are of the compressed data.
+    pub fn verify_copy(
+        &self,
+        threads: usize,
+        read: impl Fn(PageIndex, &mut [u8]) -> Result<(), ImageError> + Sync,
+    ) -> Result<(), ImageError> {
+        assert!(self.is_raw(), "the checksums are of compressed data");
+        self.each(threads, |number, chunk, scratch| {
+            scratch.raw.resize(chunk.raw as usize, 0);
+            read(self.starts[number], &mut scratch.raw)?;
+            self.compare(chunk, &scratch.raw)
+        })
+    }
+
     /// Reads everything and compares all checksums. `progress` is told how many bytes of page data are done, and how
     /// many there are.
     ///
@@ -144,17 +166,30 @@ impl PageReader {
         threads: usize,
         action: impl Fn(PageIndex, &[u8]) -> Result<(), ImageError> + Sync,
     ) -> Result<(), ImageError> {
+        self.each(threads, |number, chunk, scratch| {
+            let mut raw = std::mem::take(&mut scratch.raw);
+            raw.resize(chunk.raw as usize, 0);
+            self.read_chunk(chunk, scratch, &mut raw)?;
+            action(self.starts[number], &raw)?;
+            scratch.raw = raw;
+            Ok(())
+        })
+    }
+
+    /// Calls `action` with each chunk and its number, in several threads.
+    fn each(
+        &self,
+        threads: usize,
+        action: impl Fn(usize, &Chunk, &mut Scratch) -> Result<(), ImageError> + Sync,
+    ) -> Result<(), ImageError> {
         let chunks = &self.index.chunks;
         let next = AtomicUsize::new(0);
         let work = || {
             let mut scratch = self.scratch()?;
-            let mut raw = Vec::new();
             while let number = next.fetch_add(1, Ordering::Relaxed)
                 && let Some(chunk) = chunks.get(number)
             {
-                raw.resize(chunk.raw as usize, 0);
-                let result = self.read_chunk(chunk, &mut scratch, &mut raw);
-                result.and_then(|()| action(self.starts[number], &raw)).inspect_err(|_| {
+                action(number, chunk, &mut scratch).inspect_err(|_| {
                     // The others need not go on.
                     next.store(chunks.len(), Ordering::Relaxed);
                 })?;
@@ -174,7 +209,7 @@ impl PageReader {
 
     fn scratch(&self) -> Result<Scratch, ImageError> {
         let unpacker = Unpacker::new(self.index.compression).map_err(ImageError::io(&self.path))?;
-        Ok(Scratch { unpacker, stored: Vec::new() })
+        Ok(Scratch { unpacker, stored: Vec::new(), raw: Vec::new() })
     }
 
     /// Reads and verifies the page data of a chunk.
@@ -184,9 +219,7 @@ impl PageReader {
         scratch.stored.resize(if compressed { chunk.padded() } else { 0 }, 0);
         let bytes = if compressed { &mut scratch.stored[..] } else { &mut *raw };
         self.read_at(bytes, chunk.offset)?;
-        if XxHash3_64::oneshot(bytes) != chunk.checksum {
-            return invalid(Flaw::Checksum);
-        }
+        self.compare(chunk, bytes)?;
         if !compressed {
             return Ok(());
         }
@@ -194,6 +227,13 @@ impl PageReader {
             Ok(length) if length == raw.len() => Ok(()),
             Ok(length) => invalid(Flaw::Content(format!("{length} bytes of page data instead of {}", raw.len()))),
             Err(reason) => invalid(Flaw::Content(format!("page data that cannot be decompressed: {reason}"))),
+        }
+    }
+
+    fn compare(&self, chunk: &Chunk, bytes: &[u8]) -> Result<(), ImageError> {
+        match XxHash3_64::oneshot(bytes) == chunk.checksum {
+            true => Ok(()),
+            false => Err(ImageError::invalid(&self.path, chunk.offset, Flaw::Checksum)),
         }
     }
 

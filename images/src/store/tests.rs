@@ -100,6 +100,20 @@ proptest! {
         prop_assert!(back == expected);
         prop_assert_eq!(raw.metadata().expect("stat").len(), expected.len() as u64);
 
+        if reader.is_raw() {
+            let find = |first: PageIndex, page: &mut [u8]| {
+                page.copy_from_slice(&expected[first as usize * PAGE..][..page.len()]);
+                Ok(())
+            };
+            reader.verify_copy(2, find).expect("verify a copy");
+            let damaged = |first: PageIndex, page: &mut [u8]| {
+                find(first, page)?;
+                page[at.index(page.len())] ^= 1;
+                Ok(())
+            };
+            prop_assert_eq!(reader.verify_copy(2, damaged).is_err(), !expected.is_empty());
+        }
+
         if !expected.is_empty() {
             let first = at.index(expected.len() / PAGE);
             let some = &mut back[first * PAGE..expected.len().min((first + 300) * PAGE)];

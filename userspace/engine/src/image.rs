@@ -5,7 +5,7 @@ use standstill_images::{
     ImageError,
     frame::{Record, RecordReader, RecordWriter},
     publish::ImageDir,
-    store::{PageReader, PageStoreIndex},
+    store::{PageIndex, PageReader, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, FdTable, FdTableId, FileKind, Inventory, OpenFile,
         OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
@@ -127,17 +127,24 @@ impl Image {
         Ok(image)
     }
 
-    /// Reads all pages and compares their checksums.
-    ///
-    /// # Errors
-    /// A page that is not what was written.
-    pub fn verify_pages(&self) -> Result<()> {
-        Ok(self.store.verify(1, |_, _| ())?)
-    }
-
-    /// A file with page n at offset n × 4096: the store itself, or a decompressed copy in memory.
+    /// A file with page n at offset n × 4096: the store itself, or a decompressed and verified copy in memory.
     pub(crate) fn raw_pages(&self) -> Result<File> {
         Ok(self.store.raw()?)
+    }
+
+    /// Compares the checksums of the pages with the store, unless [`Self::raw_pages`] did.
+    pub(crate) fn verify_pages(&self) -> Result<()> {
+        if self.store.is_raw() { Ok(self.store.verify(1, |_, _| ())?) } else { Ok(()) }
+    }
+
+    /// Compares the checksums of the pages with what `read` finds where [`Self::raw_pages`] were put. Nothing is left to
+    /// compare when they came from a verified copy.
+    pub(crate) fn verify_copy(
+        &self,
+        threads: usize,
+        read: impl Fn(PageIndex, &mut [u8]) -> Result<(), ImageError> + Sync,
+    ) -> Result<(), ImageError> {
+        if self.store.is_raw() { self.store.verify_copy(threads, read) } else { Ok(()) }
     }
 
     /// Every number refers to something, and every address is one.

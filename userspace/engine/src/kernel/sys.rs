@@ -102,6 +102,16 @@ pub(crate) fn get_robust_list(tid: i32) -> io::Result<(u64, u64)> {
     Ok((head, len))
 }
 
+/// cachestat(2), Linux 6.5: how many pages of the file's first `length` bytes are in the page cache.
+pub(crate) fn cached_pages(file: BorrowedFd<'_>, length: u64) -> io::Result<u64> {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    let range = [0u64, length];
+    let mut stat = [0u64; 5];
+    // SAFETY: `range` and `stat` have the size and layout of struct cachestat_range and struct cachestat.
+    unsafe { check(libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0))? };
+    Ok(stat[0])
+}
+
 /// Memory mapped into this process; unmapped on drop.
 pub(crate) struct Mapping {
     start: *mut libc::c_void,

@@ -11,8 +11,14 @@ use std::collections::{BTreeSet, HashMap};
 pub(crate) struct MapFds<'a> {
     pub files: &'a HashMap<OpenFileId, i32>,
     pub shared: &'a HashMap<SharedMemoryId, i32>,
-    /// The page store.
-    pub pages: i32,
+    pub pages: StoreFds,
+}
+
+/// Descriptors of the page store: one that reads through the page cache, and one for large reads that need not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoreFds {
+    pub cached: i32,
+    pub direct: i32,
 }
 
 const WRITE: u8 = libc::PROT_WRITE as u8;
@@ -199,8 +205,11 @@ fn advise(vma: &Vma, program: &mut Program) {
     }
 }
 
+/// Pages from which on a read needs no page cache: smaller ones profit from the readahead of their neighbours.
+const LARGE: u64 = 64;
+
 /// Runs that follow each other in memory and in the store are one read.
-fn read(runs: &[PageRun], store: i32, program: &mut Program) {
+fn read(runs: &[PageRun], store: StoreFds, program: &mut Program) {
     let mut merged: Vec<PageRun> = Vec::new();
     for run in runs {
         match merged.last_mut() {
@@ -211,7 +220,8 @@ fn read(runs: &[PageRun], store: i32, program: &mut Program) {
         }
     }
     for run in merged {
-        program.read_full("read pages", store, run.start, run.pages * PAGE, run.store * PAGE);
+        let fd = if run.pages < LARGE { store.cached } else { store.direct };
+        program.read_full("read pages", fd, run.start, run.pages * PAGE, run.store * PAGE);
     }
 }
 

@@ -4,3 +4,4 @@ pub(crate) mod collect;
 pub(crate) mod copy;
 pub(crate) mod map;
 pub(crate) mod smaps;
+pub(crate) mod verify;

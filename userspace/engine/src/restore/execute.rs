@@ -14,15 +14,19 @@ use crate::{
         ptrace::{self, Wait},
         sys::{self, CloneArgs, Mapping},
     },
+    memory::verify::verify,
     objects::shared_memory,
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs::File,
+    fs::{File, OpenOptions},
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     time::{Duration, Instant},
 };
 use tracing::{debug, info, trace, warn};
@@ -67,25 +71,48 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     let memory = Mapping::shared_executable_at(plan.base, layout.size()).context(|| "map the restorer".into())?;
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = image.raw_pages()?;
+    let is_cached = is_cached(&pages).context(|| "open the page store".into())?;
+    let direct = if is_cached { None } else { direct(&pages).context(|| "open the page store".into())? };
     let shared = make_shared(image, &pages)?;
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
-    let root = run.create_root(&pages, &shared)?;
-    drop((pages, shared));
-    debug!(root, "root created");
-    // The page store is checked while the tasks read it: the tree does not run before the check is over.
+    let store_fds = [(&pages, plan.pages_fds.cached), (direct.as_ref().unwrap_or(&pages), plan.pages_fds.direct)];
+    let root = run.create_root(store_fds, &shared)?;
+    debug!(root, is_cached, is_direct = direct.is_some(), "root created");
+    // The pages are checked before the kernel or a task changes one (registering a thread's rseq area does): in the
+    // page cache while the tasks read them from there, otherwise where they were put.
     std::thread::scope(|scope| {
-        let check = scope.spawn(|| image.verify_pages());
-        let stages = [Stage::Forked, Stage::Groups, Stage::Joined, Stage::Done];
-        let result = stages.into_iter().try_for_each(|stage| run.reach(stage));
-        match check.join() {
-            Ok(checked) => checked.and(result),
-            Err(panic) => std::panic::resume_unwind(panic),
+        let check = is_cached.then(|| scope.spawn(|| image.verify_pages()));
+        let result = run.reach(Stage::Forked);
+        match check.map(|c| c.join()) {
+            Some(Ok(checked)) => checked.and(result),
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => result.and_then(|()| verify(image, &pages, &shared)),
         }
     })?;
+    drop((pages, direct, shared));
+    debug!("pages verified");
+    [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     handover::hand_over(&mut run)?;
     run.created.clear();
     Ok(())
+}
+
+/// Whether most of the page store is in the page cache; no where the kernel cannot tell.
+fn is_cached(pages: &File) -> io::Result<bool> {
+    let length = pages.metadata()?.len();
+    let cached = sys::cached_pages(pages.as_fd(), length).unwrap_or(0) * crate::kernel::PAGE;
+    Ok(cached > length / 2)
+}
+
+/// The page store past the page cache, if its file system has direct I/O: page cache that is used once costs only the
+/// time and memory to make it.
+fn direct(pages: &File) -> io::Result<Option<File>> {
+    let path = format!("/proc/self/fd/{}", pages.as_raw_fd());
+    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 /// A dumped tree was killed a moment ago perhaps, and its parent may take a while to reap it.
@@ -131,12 +158,13 @@ fn make_shared(image: &Image, pages: &File) -> Result<HashMap<SharedMemoryId, Ow
 
 impl Execution<'_> {
     /// clone3(2) of the root: a copy of this process that leaves it for the restorer at once.
-    fn create_root(&mut self, pages: &File, shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<i32> {
+    /// It gets descriptors of the page store and of the shared memory.
+    fn create_root(&mut self, pages: [(&File, i32); 2], shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<i32> {
         let root = self.image.inventory.root;
         let context = || format!("create process {root}");
         let mut fds: Vec<(i32, i32)> =
             shared.iter().map(|(id, fd)| (fd.as_raw_fd(), self.plan.shared_fds[id])).collect();
-        fds.push((pages.as_raw_fd(), self.plan.pages_fd));
+        fds.extend(pages.map(|(file, to)| (file.as_raw_fd(), to)));
         // Sources must not be among the targets.
         let highest = fds.iter().map(|f| f.1).max().unwrap_or(0) + 1;
         let copies: Vec<(OwnedFd, i32)> = fds

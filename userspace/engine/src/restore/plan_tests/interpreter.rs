@@ -62,7 +62,7 @@ impl<'a> Interpreter<'a> {
         for at in (plan.base..plan.base + size).step_by(PAGE as usize) {
             process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
         }
-        let mut handed = vec![(plan.pages_fd, What::PageStore)];
+        let mut handed = vec![(plan.pages_fds.cached, What::PageStore), (plan.pages_fds.direct, What::PageStore)];
         handed.extend(plan.shared_fds.iter().map(|(object, fd)| (*fd, What::Memory(*object))));
         for (fd, what) in handed {
             world.files.push(File { what, flags: libc::O_RDWR, pos: 0 });
