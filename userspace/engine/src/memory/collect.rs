@@ -1,12 +1,12 @@
 //! The mappings of a frozen process as records.
 
-use super::smaps::{self, Mapped};
+use super::{
+    private::{self, PrivatePages},
+    smaps::{self, Mapped},
+};
 use crate::{
     error::{Context, Error, Result},
-    kernel::{
-        pagemap::{Pagemap, Range},
-        proc,
-    },
+    kernel::proc,
     objects::{Collected, regular, shared_memory},
     observe::VmaEntry,
 };
@@ -15,15 +15,6 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
-
-/// What has to be copied of one address space.
-pub(crate) struct PrivatePages {
-    pub pid: i32,
-    /// Pages by address.
-    pub ranges: Vec<Range>,
-    /// Those of `ranges` that hide a file: without them its contents would show.
-    pub over_files: Vec<Range>,
-}
 
 /// Reads the address space of a process, with what the observer saw of its mappings, if anything: all but the contents of its pages.
 pub(crate) fn collect(
@@ -40,28 +31,13 @@ pub(crate) fn collect(
         seen.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
-    let mut pages = PrivatePages { pid, ranges: Vec::new(), over_files: Vec::new() };
-    let mut guards = Vec::new();
-    let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
     for map in &mapped {
         if map.name == b"[vsyscall]" {
             continue; // not a mapping of the process but of the machine
         }
-        let vma = record(pid, map, all)?;
-        if matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) {
-            let scan = || format!("scan the pages of {pid}");
-            // The kernel may drop the contents of droppable memory at any time: a dump is such a time.
-            if !vma.flags.droppable {
-                let before = pages.ranges.len();
-                pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
-                if matches!(vma.backing, Backing::PrivateFile { .. }) {
-                    pages.over_files.extend_from_slice(&pages.ranges[before..]);
-                }
-            }
-            pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
-        }
-        vmas.push(vma);
+        vmas.push(record(pid, map, all)?);
     }
+    let (pages, guards) = private::find(pid, &vmas)?;
     let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
     let layout = MmLayout {
         start_code: stat.start_code,
@@ -83,7 +59,7 @@ pub(crate) fn collect(
         exe: executable(pid, all)?,
         vmas,
         pages: Vec::new(),
-        guards: guards.into_iter().map(|g| (g.start, g.end)).collect(),
+        guards,
     };
     Ok((space, pages))
 }
