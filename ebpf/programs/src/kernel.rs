@@ -21,7 +21,7 @@ static PATHS: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 static BUFFER: PerCpuArray<[u8; BUFFER_LEN]> = PerCpuArray::with_max_entries(1, 0);
 
-const BUFFER_LEN: usize = 2 * PATH_MAX + 512;
+const BUFFER_LEN: usize = 2 * PATH_MAX + 1024;
 
 #[unsafe(no_mangle)]
 pub static COMMON: CommonLayout = zero();
@@ -94,6 +94,12 @@ pub fn number(room: &mut u64, address: Address) -> u64 {
     }
 }
 
+/// A field of one bit.
+#[inline(always)]
+pub fn bit(from: Address, byte: u32, bit: u32) -> u32 {
+    (u32::from(probe_word::<u8>(from, byte)) >> (bit & 7)) & 1
+}
+
 /// `struct bpf_iter_meta`.
 #[repr(C)]
 pub struct Meta {
@@ -117,6 +123,30 @@ pub fn numbers(task: Address) -> (i32, i32) {
         let number = |task| probe_word(pointer(task, known(&COMMON.task_thread_pid)), offset);
         (number(pointer(task, known(&COMMON.task_group_leader))), number(task))
     }
+}
+
+/// The task that reads.
+#[inline(always)]
+pub fn reader() -> Address {
+    // SAFETY: nothing is passed.
+    unsafe { bpf_get_current_task_btf().cast_const().cast() }
+}
+
+/// The pid namespace that a task is in, and the offset of the task's number there in its `struct pid`.
+#[inline(always)]
+pub fn pid_namespace(task: Address) -> (u64, u32) {
+    let pid = pointer(task, known(&COMMON.task_thread_pid));
+    let level: u32 = probe_word(pid, known(&COMMON.pid_level));
+    let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
+    (probe_word(pid, offset.wrapping_add(known(&COMMON.upid_ns))), offset)
+}
+
+/// Number of a `struct pid` in the reader's namespace, which [`pid_namespace`] gave; 0: it has none.
+#[inline(always)]
+pub fn number_in((namespace, offset): (u64, u32), pid: Address) -> i32 {
+    // A namespace further out has fewer levels: what is read behind them is another namespace, or nothing.
+    let inside = probe_word::<u64>(pid, offset.wrapping_add(known(&COMMON.upid_ns))) == namespace;
+    if inside { probe_word(pid, offset) } else { 0 }
 }
 
 /// Whether a process is of interest.
