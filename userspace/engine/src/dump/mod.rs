@@ -181,8 +181,8 @@ fn collect(
     phases: &mut Phases,
 ) -> Result<State> {
     let pids = tree.pids();
-    process::refuse_sharing(tree.processes())?;
     let seen = read(&pids, options.reader, observer)?;
+    process::refuse_sharing(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
     let entries = &seen.files;
     let next = entries.iter().map(|e| e.file.0 + 1).max().unwrap_or(0);
@@ -200,11 +200,13 @@ fn collect(
         objects::dump(entry, entries, &mut state.objects)?;
     }
     phases.end("files");
+    let mut known = process::Known::default();
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
-        let (task, brk) = process::collect(process, seen.processes.get(&process.pid), id, id)?;
+        let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
+        let (task, brk) = process::collect(process, observed, &mut known, id, id)?;
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let (space, private) = memory::collect::collect(process.pid, id, brk, mapped, &mut state.objects)?;
+        let (space, private) = memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects)?;
         state.tasks.push(task);
         state.spaces.push(space);
         state.private.push(private);

@@ -8,7 +8,7 @@ use crate::{
     error::{Context, Error, Result},
     kernel::proc,
     objects::{Collected, regular, shared_memory},
-    observe::VmaEntry,
+    observe::{ProcessState, SharedId, VmaEntry},
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
 use std::{
@@ -16,19 +16,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Reads the address space of a process, with what the observer saw of its mappings, if anything: all but the contents of its pages.
+/// Reads the address space of a process, with what the observer saw of it and of its mappings, if anything: all but the
+/// contents of its pages.
 pub(crate) fn collect(
     pid: i32,
     id: AddressSpaceId,
     brk: u64,
-    seen: &[VmaEntry],
+    seen: Option<&ProcessState>,
+    mappings: &[VmaEntry],
     all: &mut Collected,
 ) -> Result<(AddressSpace, PrivatePages)> {
     // The observer names the common attributes only.
-    let mapped = if seen.is_empty() || seen.iter().any(|v| v.unusual) {
+    let mapped = if mappings.is_empty() || mappings.iter().any(|v| v.unusual) {
         smaps::read(pid).context(|| format!("read the mappings of {pid}"))?
     } else {
-        seen.iter().map(Mapped::from).collect()
+        mappings.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
     for map in &mapped {
@@ -38,8 +40,21 @@ pub(crate) fn collect(
         vmas.push(record(pid, map, all)?);
     }
     let (pages, guards) = private::find(pid, &vmas)?;
+    let layout = match seen.and_then(|p| p.layout) {
+        Some(layout) => layout,
+        None => layout(pid, brk)?,
+    };
+    let auxv = match seen.and_then(|p| p.auxv.clone()) {
+        Some(auxv) => auxv,
+        None => std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
+    };
+    let exe = executable(pid, seen.and_then(|p| p.exe), all)?;
+    Ok((AddressSpace { id, layout, auxv, exe, vmas, pages: Vec::new(), guards }, pages))
+}
+
+fn layout(pid: i32, brk: u64) -> Result<MmLayout> {
     let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
-    let layout = MmLayout {
+    Ok(MmLayout {
         start_code: stat.start_code,
         end_code: stat.end_code,
         start_data: stat.start_data,
@@ -51,24 +66,22 @@ pub(crate) fn collect(
         arg_end: stat.arg_end,
         env_start: stat.env_start,
         env_end: stat.env_end,
-    };
-    let space = AddressSpace {
-        id,
-        layout,
-        auxv: std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
-        exe: executable(pid, all)?,
-        vmas,
-        pages: Vec::new(),
-        guards,
-    };
-    Ok((space, pages))
+    })
 }
 
-fn executable(pid: i32, all: &mut Collected) -> Result<OpenFileId> {
+/// The executed file. `seen`: the observer's number for it.
+fn executable(pid: i32, seen: Option<SharedId>, all: &mut Collected) -> Result<OpenFileId> {
+    if let Some(&known) = seen.and_then(|id| all.executables.get(&id)) {
+        return Ok(known);
+    }
     let link = proc::path(pid, "exe");
     let name = std::fs::read_link(&link).context(|| format!("read {}", link.display()))?;
     let meta = std::fs::metadata(&link).context(|| format!("stat {}", link.display()))?;
-    mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)
+    let file = mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)?;
+    if let Some(id) = seen {
+        all.executables.insert(id, file);
+    }
+    Ok(file)
 }
 
 fn mapped_file(
