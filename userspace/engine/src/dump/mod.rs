@@ -8,7 +8,7 @@ use crate::{
     objects::{self, Collected, regular},
     observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
     restore::{environment, sessions},
-    task::FrozenTree,
+    task::{Family, FrozenTree},
     tree::process,
 };
 use standstill_images::{
@@ -89,23 +89,24 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     check_target(options.pid)?;
     let dir = ImageDir::create(&options.dir)?;
     let mut observer = observer(options.reader)?;
-    if let Some(iterators) = &mut observer {
-        let pids = running_tree(options.pid);
-        if let Err(e) = iterators.prefetch_paths(&pids) {
-            warn!("reading ahead: {e}");
-        }
+    let (_, running) = Family::of(options.pid, observer.as_mut());
+    if let Some(iterators) = &mut observer
+        && let Err(e) = iterators.prefetch_paths(&running)
+    {
+        warn!("reading ahead: {e}");
     }
     let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
     if options.afterwards != Afterwards::Kill {
         // The thaw must not wait for the disk: what the memory of the machine allows is copied first and written later.
-        let expected = resident_bytes(&running_tree(options.pid));
+        let expected = resident_bytes(&running);
         pages = pages.with_buffer_limit(expected.min(available_memory() / 2).max(MIN_BUFFER) as usize);
         pages.reserve(expected);
     }
+    let (mut family, _) = Family::of(options.pid, observer.as_mut());
     let prepare_us = begin.elapsed().as_micros() as u64;
 
     let freezing = Instant::now();
-    let tree = FrozenTree::freeze(options.pid, options.timeout)?;
+    let tree = FrozenTree::freeze(options.pid, options.timeout, &mut family)?;
     let frozen = Instant::now();
     let mut phases = Phases { last: frozen, phases: Vec::new() };
     let mut state = collect(&tree, options, &mut observer, &mut phases).map_err(|e| unless_dead(&tree, e))?;
@@ -373,18 +374,6 @@ fn resident_bytes(pids: &[i32]) -> u64 {
 fn available_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
-}
-
-/// Pids of the tree while it runs: a hint.
-fn running_tree(root: i32) -> Vec<i32> {
-    let mut pids = vec![root];
-    let mut next = 0;
-    while let Some(&pid) = pids.get(next) {
-        next += 1;
-        let tids = proc::threads(pid).unwrap_or_default();
-        pids.extend(proc::children(pid, &tids).unwrap_or_default());
-    }
-    pids
 }
 
 /// Refuses what can never be a target.

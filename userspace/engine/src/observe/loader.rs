@@ -15,6 +15,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observe
 pub(super) struct Programs {
     pub task_file: ProgramFd,
     pub task: ProgramFd,
+    pub lineage: ProgramFd,
     pub task_vma: ProgramFd,
     /// Processes of interest.
     pub tree: HashMap<MapData, u32, u8>,
@@ -43,9 +44,10 @@ impl Programs {
             .load(OBJECT)
             .map_err(|e| failed("all", e))?;
         Ok(Self {
-            task_file: program(&mut ebpf, &btf, "task_file")?,
-            task: program(&mut ebpf, &btf, "task")?,
-            task_vma: program(&mut ebpf, &btf, "task_vma")?,
+            task_file: program(&mut ebpf, &btf, "task_file", "task_file")?,
+            task: program(&mut ebpf, &btf, "task", "task")?,
+            lineage: program(&mut ebpf, &btf, "lineage", "task")?,
+            task_vma: program(&mut ebpf, &btf, "task_vma", "task_vma")?,
             tree: map(&mut ebpf, "TREE", HashMap::try_from)?,
             paths: map(&mut ebpf, "PATHS", Array::try_from)?,
             layouts,
@@ -53,12 +55,12 @@ impl Programs {
     }
 }
 
-/// Loads one program; its name is that of the iterator.
-fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<ProgramFd> {
+/// Loads one program for an iterator.
+fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<ProgramFd> {
     let mut load = || -> std::result::Result<ProgramFd, ProgramError> {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         let iter: &mut Iter = program.try_into()?;
-        iter.load(name, btf)?;
+        iter.load(iterator, btf)?;
         Ok(iter.fd()?.try_clone()?)
     };
     load().map_err(|e| failed(name, e))
