@@ -258,11 +258,11 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
 
 fn copy_pages(tree: &FrozenTree, state: &mut State, pages: &mut PageWriter) -> Result<memory::copy::Counts> {
     let parents: HashMap<i32, i32> = state.tasks.iter().map(|t| (t.pid, t.ppid)).collect();
+    let with_children: HashSet<i32> = parents.values().copied().collect();
     let mut copier = Copier::new(pages);
     for (process, (space, private)) in tree.processes().iter().zip(state.spaces.iter_mut().zip(&state.private)) {
         let parent = parents.get(&process.pid).copied();
-        let has_children = tree.processes().iter().any(|p| parents.get(&p.pid) == Some(&process.pid));
-        space.pages = copier.private(private, parent, has_children)?;
+        space.pages = copier.private(private, parent, with_children.contains(&process.pid))?;
     }
     for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
         copier.shared(object, source)?;

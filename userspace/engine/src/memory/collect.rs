@@ -79,7 +79,7 @@ fn executable(pid: i32, seen: Option<SharedId>, all: &mut Collected) -> Result<O
     let link = proc::path(pid, "exe");
     let name = std::fs::read_link(&link).context(|| format!("read {}", link.display()))?;
     let meta = std::fs::metadata(&link).context(|| format!("stat {}", link.display()))?;
-    let file = mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)?;
+    let file = mapped_file(pid, &name, || link.clone(), meta.dev(), meta.ino(), false, all)?;
     if let Some(id) = seen {
         all.executables.insert(id, file);
     }
@@ -89,7 +89,7 @@ fn executable(pid: i32, seen: Option<SharedId>, all: &mut Collected) -> Result<O
 fn mapped_file(
     pid: i32,
     name: &Path,
-    link: &Path,
+    link: impl FnOnce() -> PathBuf,
     dev: u64,
     ino: u64,
     writable: bool,
@@ -97,9 +97,10 @@ fn mapped_file(
 ) -> Result<OpenFileId> {
     let refuse = |why: &str| Error::unsupported(pid, format!("the mapped file {}", name.display()), why.to_string());
     all.mapped(dev, ino, writable, |all| {
-        let meta = std::fs::metadata(link).context(|| format!("stat {}", link.display()))?;
+        let link = link();
+        let meta = std::fs::metadata(&link).context(|| format!("stat {}", link.display()))?;
         if meta.nlink() == 0 {
-            let object = shared_memory::collect(name, link, dev, ino, all)?;
+            let object = shared_memory::collect(name, &link, dev, ino, all)?;
             return Ok(standstill_images::types::FileKind::SharedMemory { object });
         }
         let mtime = (meta.mtime(), meta.mtime_nsec() as u32);
@@ -167,14 +168,14 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
         return Ok(Backing::Anonymous { name: name.map(Bytes::from) });
     }
     let name = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(map.name.clone()));
-    let link: PathBuf = proc::path(pid, &format!("map_files/{:x}-{:x}", map.start, map.end));
+    let link = || proc::path(pid, &format!("map_files/{:x}-{:x}", map.start, map.end));
     let offset = map.offset;
     if map.shared && map.name.starts_with(b"/dev/zero (deleted)") {
-        let object = shared_memory::collect(&name, &link, map.dev, map.ino, all)?;
+        let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
         return Ok(Backing::SharedAnonymous { object, offset });
     }
     // A shared mapping that may be written (now or after mprotect) came from a descriptor open for writing.
     let writable = map.shared && map.has(b"mw");
-    let file = mapped_file(pid, &name, &link, map.dev, map.ino, writable, all)?;
+    let file = mapped_file(pid, &name, link, map.dev, map.ino, writable, all)?;
     Ok(if map.shared { Backing::SharedFile { file, offset } } else { Backing::PrivateFile { file, offset } })
 }

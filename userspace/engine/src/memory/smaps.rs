@@ -1,6 +1,9 @@
 //! `/proc/<pid>/smaps` (proc(5)): mappings with their attributes.
 
-use crate::{kernel::proc, observe::VmaEntry};
+use crate::{
+    kernel::proc,
+    observe::{VmaEntry, vma_bit},
+};
 use std::{fs, io, os::unix::ffi::OsStrExt};
 
 /// A mapping as the kernel shows it.
@@ -17,8 +20,10 @@ pub(crate) struct Mapped {
     pub dev: u64,
     pub ino: u64,
     pub name: Vec<u8>,
-    /// Two-letter attributes (`VmFlags`).
-    pub flags: Vec<[u8; 2]>,
+    /// Attributes (`VmFlags`) of the first 32 bits of `vm_flags`.
+    pub flags: u32,
+    /// The letters of the others.
+    pub others: Vec<[u8; 2]>,
     /// There is certainly no page that this address space alone has, nor a guard.
     pub untouched: bool,
 }
@@ -26,16 +31,12 @@ pub(crate) struct Mapped {
 impl Mapped {
     /// Whether an attribute is set.
     pub(crate) fn has(&self, flag: &[u8; 2]) -> bool {
-        self.flags.contains(flag)
+        vma_bit(flag).map_or_else(|| self.others.contains(flag), |bit| self.flags & bit != 0)
     }
 }
 
 impl From<&VmaEntry> for Mapped {
     fn from(seen: &VmaEntry) -> Self {
-        const USED: [&[u8; 2]; 18] = [
-            b"gd", b"nr", b"lo", b"lf", b"dc", b"wf", b"dd", b"mg", b"hg", b"nh", b"sr", b"rr", b"pf", b"io", b"ht",
-            b"um", b"uw", b"mw",
-        ];
         Self {
             start: seen.start,
             end: seen.end,
@@ -46,7 +47,8 @@ impl From<&VmaEntry> for Mapped {
             ino: seen.ino,
             name: seen.name.as_os_str().as_bytes().to_vec(),
             untouched: seen.untouched,
-            flags: USED.into_iter().filter(|letters| seen.has(letters)).copied().collect(),
+            flags: seen.flags,
+            others: Vec::new(),
         }
     }
 }
@@ -62,7 +64,12 @@ fn parse(text: &[u8]) -> Option<Vec<Mapped>> {
     for line in text.split(|&b| b == b'\n') {
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
             let last = all.last_mut()?;
-            last.flags = flags.split(|&b| b == b' ').filter_map(|word| <[u8; 2]>::try_from(word).ok()).collect();
+            for letters in flags.split(|&b| b == b' ').filter_map(|word| <[u8; 2]>::try_from(word).ok()) {
+                match vma_bit(&letters) {
+                    Some(bit) => last.flags |= bit,
+                    None => last.others.push(letters),
+                }
+            }
         } else if line.first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
             // Other lines begin with a capital letter.
             all.push(header(line)?);
@@ -86,7 +93,7 @@ fn header(line: &[u8]) -> Option<Mapped> {
     let dev = nix::sys::stat::makedev(hex(major)?, hex(minor)?);
     let ino = text()?.parse().ok()?;
     let name = unescape(fields.next().unwrap_or(b"").trim_ascii_start());
-    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, flags: Vec::new(), untouched: false })
+    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, flags: 0, others: Vec::new(), untouched: false })
 }
 
 /// The kernel writes newlines of names as `\012`.

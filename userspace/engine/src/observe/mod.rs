@@ -284,23 +284,49 @@ impl VmaEntry {
     }
 }
 
-/// Letters that smaps uses for the bits of `vm_flags`. The bits beyond differ between kernels.
-const VMA_LETTERS: [&[u8; 2]; 32] = [
-    b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"gd", b"um", b"pf", b"??", b"uw", b"lo", b"io", b"sr",
-    b"rr", b"dc", b"de", b"lf", b"ac", b"nr", b"ht", b"sf", b"ar", b"wf", b"dd", b"sd", b"mm", b"hg", b"nh", b"mg",
-];
-
-/// Bits that are left out: nameless ones, and soft-dirty (`sd`), which comes and goes by itself.
+/// Bits that are left out: the nameless one, and soft-dirty (`sd`), which comes and goes by itself.
+#[cfg(feature = "ebpf")]
 const VMA_LEFT_OUT: u32 = 1 << 11 | 1 << 27;
 
-/// The bit for two letters, 0 if it is left out; `None`: not among the first 32.
-fn vma_bit(letters: &[u8; 2]) -> Option<u32> {
-    if matches!(letters, b"gu" | b"dw") {
+/// The bit of `vm_flags` that smaps has two letters for, 0 if it is left out; `None`: not among the first 32. The bits
+/// beyond differ between kernels.
+#[inline]
+pub(crate) fn vma_bit(letters: &[u8; 2]) -> Option<u32> {
+    Some(match letters {
+        b"rd" => 1 << 0,
+        b"wr" => 1 << 1,
+        b"ex" => 1 << 2,
+        b"sh" => 1 << 3,
+        b"mr" => 1 << 4,
+        b"mw" => 1 << 5,
+        b"me" => 1 << 6,
+        b"ms" => 1 << 7,
+        b"gd" => 1 << 8,
+        b"um" => 1 << 9,
+        b"pf" => 1 << 10,
+        b"uw" => 1 << 12,
+        b"lo" => 1 << 13,
+        b"io" => 1 << 14,
+        b"sr" => 1 << 15,
+        b"rr" => 1 << 16,
+        b"dc" => 1 << 17,
+        b"de" => 1 << 18,
+        b"lf" => 1 << 19,
+        b"ac" => 1 << 20,
+        b"nr" => 1 << 21,
+        b"ht" => 1 << 22,
+        b"sf" => 1 << 23,
+        b"ar" => 1 << 24,
+        b"wf" => 1 << 25,
+        b"dd" => 1 << 26,
+        b"mm" => 1 << 28,
+        b"hg" => 1 << 29,
+        b"nh" => 1 << 30,
+        b"mg" => 1 << 31,
         // Bit 11 in Linux 6.19 and up to 5.14: guard pages may have been there; writing to the file is denied.
-        return Some(0);
-    }
-    let bit = VMA_LETTERS.iter().position(|known| *known == letters)?;
-    Some(1 << bit & !VMA_LEFT_OUT)
+        b"gu" | b"dw" | b"sd" => 0,
+        _ => return None,
+    })
 }
 
 /// Each process once, ascending.

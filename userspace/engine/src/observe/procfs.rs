@@ -50,8 +50,6 @@ pub fn vmas(tgids: &[i32]) -> Result<Vec<VmaEntry>> {
 }
 
 fn vma(tgid: i32, mapped: smaps::Mapped) -> VmaEntry {
-    let bits = mapped.flags.iter().map(super::vma_bit);
-    let unusual = bits.clone().any(|bit| bit.is_none());
     VmaEntry {
         tgid,
         start: mapped.start,
@@ -62,8 +60,8 @@ fn vma(tgid: i32, mapped: smaps::Mapped) -> VmaEntry {
         dev: mapped.dev,
         ino: mapped.ino,
         name: PathBuf::from(std::ffi::OsString::from_vec(mapped.name)),
-        flags: bits.flatten().fold(0, |all, bit| all | bit),
-        unusual,
+        flags: mapped.flags,
+        unusual: !mapped.others.is_empty(),
         untouched: false,
     }
 }
