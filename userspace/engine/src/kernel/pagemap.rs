@@ -54,6 +54,10 @@ pub(crate) struct Region {
     pub guard: bool,
 }
 
+/// Regions asked for at once. The kernel gathers as many before it gives them; asked for more, it gathers again, and
+/// when it reaches the end then it still says that it came as far as the first time (`walk_end`).
+const REGIONS: usize = 512;
+
 /// The page tables of a process.
 pub(crate) struct Pagemap(File);
 
@@ -77,7 +81,7 @@ impl Pagemap {
 
     fn scan_for(&self, start: u64, end: u64, any_of: u64, found: &mut Vec<Region>) -> io::Result<()> {
         let without = PAGE_IS_FILE | PAGE_IS_PFNZERO;
-        let mut regions = vec![PageRegion::default(); 1024];
+        let mut regions = vec![PageRegion::default(); REGIONS];
         let mut at = start;
         while at < end {
             let mut arg = PmScanArg {
@@ -141,7 +145,12 @@ mod tests {
 
     #[test]
     fn more_regions_than_one_call_returns() {
-        let pages = 5000u64;
+        for pages in [1000, 1023, 1024, 1025, 1200, 1900, 2050, 3000, 5000] {
+            scattered(pages);
+        }
+    }
+
+    fn scattered(pages: u64) {
         let area = crate::kernel::sys::Mapping::anonymous(pages * PAGE).unwrap();
         // A huge page would fill the gaps.
         // SAFETY: the range is the mapping just made.
