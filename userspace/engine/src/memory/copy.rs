@@ -227,7 +227,7 @@ impl<'a> Copier<'a> {
 /// Ranges so near to each other that the page frames of all of them, and of what is between, are read at once.
 fn clusters(ranges: &[Range]) -> impl Iterator<Item = &[Range]> {
     /// Page table entries that are read as quickly as a system call is made.
-    const NEAR: u64 = 128 * PAGE;
+    const NEAR: u64 = 16 * PAGE;
     ranges.chunk_by(|a, b| b.start - a.end <= NEAR)
 }
 
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn near_ranges_are_one_cluster() {
         let range = |start: u64, end: u64| Range { start: start * PAGE, end: end * PAGE };
-        let ranges = [range(0, 1), range(1, 4), range(132, 133), range(262, 263)];
+        let ranges = [range(0, 1), range(1, 4), range(20, 21), range(38, 39)];
         assert_eq!(clusters(&ranges).map(<[Range]>::len).collect::<Vec<_>>(), [3, 1]);
         assert_eq!(clusters(&[]).count(), 0);
     }
