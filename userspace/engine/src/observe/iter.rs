@@ -154,6 +154,12 @@ impl Iterators {
         decode::processes(&self.stream, &self.programs.layouts)
     }
 
+    /// Address of each process's `mm_struct`, if it has one: a name for it, never to be shown.
+    pub(super) fn spaces(&mut self, tgids: &[i32]) -> Result<Vec<(i32, u64)>> {
+        self.run(What::Tasks, &sorted(tgids))?;
+        decode::spaces(&self.stream)
+    }
+
     /// The threads of the processes, by process, the leader first. The processes must not run.
     ///
     /// # Errors

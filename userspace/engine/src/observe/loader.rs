@@ -64,7 +64,7 @@ fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<ProgramFd> 
     load().map_err(|e| failed(name, e))
 }
 
-fn map<T>(
+pub(super) fn map<T>(
     ebpf: &mut Ebpf,
     name: &'static str,
     convert: impl FnOnce(aya::maps::Map) -> std::result::Result<T, aya::maps::MapError>,
@@ -74,7 +74,7 @@ fn map<T>(
 }
 
 /// An error of aya in our words, with the errors it was caused by and the end of the verifier's log.
-fn failed(program: &'static str, error: impl Into<Box<dyn std::error::Error>>) -> ObserveError {
+pub(super) fn failed(program: &'static str, error: impl Into<Box<dyn std::error::Error>>) -> ObserveError {
     let error = error.into();
     let mut source = Some(&*error);
     while let Some(e) = source {
@@ -98,7 +98,7 @@ const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 
 /// Says which capability is missing, instead of a bare EPERM.
-fn check_capabilities() -> Result<()> {
+pub(super) fn check_capabilities() -> Result<()> {
     let path = "/proc/self/status";
     let status = fs::read_to_string(path).map_err(ObserveError::io(format!("read {path}")))?;
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

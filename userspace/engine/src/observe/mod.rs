@@ -25,8 +25,12 @@ pub mod procfs;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
+#[cfg(feature = "ebpf")]
+mod track;
 
 pub use iter::Iterators;
+#[cfg(feature = "ebpf")]
+pub use track::{Counters, Difference, Freshness, Shadow, Tracker};
 
 use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
 use std::{io, path::PathBuf};
@@ -277,6 +281,9 @@ pub enum ObserveError {
         "the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown"
     )]
     NotPermitted,
+    /// Tracking from within another pid namespace.
+    #[error("processes are tracked from the initial pid namespace only")]
+    PidNamespace,
     /// The programs, or one of them, do not load.
     #[error("the eBPF programs do not load ({program}): {reason}")]
     Load {

@@ -2,7 +2,9 @@
 
 mod figures;
 mod files;
+mod restless;
 mod threads;
+mod track;
 mod victim;
 mod vmas;
 

@@ -95,6 +95,7 @@ fn victim() {
     match script.split_once(' ') {
         Some(("fds", kinds)) => fds(kinds),
         Some(("many", kinds)) => super::figures::many(kinds),
+        Some(("restless", script)) => super::restless::act(script),
         Some(("threads", _)) => super::threads::act(),
         Some(("mappings", _)) => super::vmas::act(),
         Some(("mounts", _)) => super::files::act_on_mounts(),

@@ -1,0 +1,73 @@
+//! The tracker's copy is never wrong.
+
+use super::{skip, victim::Victim};
+use crate::{
+    observe::{ObserveError, Tracker},
+    task::FrozenTree,
+};
+use std::time::{Duration, Instant};
+
+fn tracker(root: i32) -> Option<Tracker> {
+    match Tracker::start(root) {
+        Ok(tracker) => Some(tracker),
+        Err(e @ (ObserveError::MissingCapability(_) | ObserveError::NotPermitted | ObserveError::NoBtf { .. })) => {
+            skip(&e.to_string());
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+fn freeze(root: i32) -> FrozenTree {
+    FrozenTree::freeze(root, Duration::from_secs(10)).unwrap()
+}
+
+#[test]
+fn what_stands_still_is_fresh() {
+    let victim = Victim::start("fds rpsetbfm");
+    let root = victim.pids[0];
+    let Some(mut tracker) = tracker(root) else { return };
+    tracker.refresh().unwrap();
+    let tree = freeze(root);
+    let (fresh, differences) = tracker.paranoid(&tree.pids()).unwrap();
+    assert_eq!(differences, []);
+    assert_eq!((fresh.share(), fresh.parts), (1.0, 6));
+}
+
+#[test]
+fn the_copy_of_a_restless_tree_is_never_wrong() {
+    const FREEZES: u32 = 200;
+    // Nine threads: 10,800 operations in all.
+    let victim = Victim::start("restless 7 1200");
+    let root = victim.pids[0];
+    let Some(mut tracker) = tracker(root) else { return };
+    let (mut shares, mut least) = (0.0, 1.0f64);
+    let begin = Instant::now();
+    for n in 0..FREEZES {
+        // Sometimes the copy is old, sometimes just made.
+        if n % 3 != 0 {
+            tracker.refresh().unwrap();
+        }
+        std::thread::sleep(Duration::from_micros(u64::from(n % 7) * 2000));
+        if n % 3 == 0 {
+            tracker.refresh().unwrap();
+        }
+        let tree = freeze(root);
+        let (fresh, differences) = tracker.paranoid(&tree.pids()).unwrap();
+        assert_eq!(differences, [], "at freeze {n}");
+        shares += fresh.share();
+        least = least.min(fresh.share());
+    }
+    let counters = tracker.counters().unwrap();
+    println!(
+        "{FREEZES} freezes in {:?}: {:.0} % of the parts were fresh, at least {:.0} %; {counters:?}",
+        begin.elapsed(),
+        100.0 * shares / f64::from(FREEZES),
+        100.0 * least,
+    );
+    // The test says nothing if nothing happened, or if nothing was ever fresh.
+    assert!(counters.forks > 50 && counters.execs > 20 && counters.threads > 20, "{counters:?}");
+    assert!(counters.memory > 1000 && counters.descriptors > 1000 && counters.signal_actions > 20, "{counters:?}");
+    assert_eq!(counters.lost, 0);
+    assert!(shares > 0.0);
+}
