@@ -97,6 +97,26 @@ impl Iterators {
         })
     }
 
+    /// The programs of another process, which does not use them meanwhile.
+    pub(super) fn from_programs(programs: Programs) -> Result<Self> {
+        let mut iterators =
+            Self { programs, ahead: Ahead::default(), tree: HashSet::new(), restrictable: true, stream: Vec::new() };
+        iterators.learn_tree()?;
+        Ok(iterators)
+    }
+
+    /// Looks which processes the programs look at, after somebody else used them.
+    pub(super) fn learn_tree(&mut self) -> Result<()> {
+        let pids = self.programs.tree.keys().map(|pid| pid.map(|pid| pid as i32));
+        self.tree = pids.collect::<std::result::Result<_, _>>().map_err(map_failed)?;
+        Ok(())
+    }
+
+    /// For lending them.
+    pub(super) fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
     /// Reads the paths of all open files ahead, so that [`Self::files`] need not. The processes may run.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! The offsets that the programs need, from the running kernel's BTF.
 
 use super::{ObserveError, Result, btf::Btf};
-use standstill_ebpf_abi::{ABSENT, CommonLayout, FileLayout, RESTART_BYTES, TaskLayout, VmaLayout};
+use serde::{Deserialize, Serialize};
+use standstill_ebpf_abi::{ABSENT, CommonLayout, FileLayout, Plain, RESTART_BYTES, TaskLayout, VmaLayout};
 
 const STRUCTS: &[&str] = &[
     "anon_vma_name",
@@ -41,7 +42,7 @@ pub(super) struct Layouts {
 }
 
 /// Offsets in the union of `restart_block`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct RestartLayout {
     pub sleep_clock: usize,
     pub sleep_rmtp: usize,
@@ -59,6 +60,27 @@ pub(super) struct RestartLayout {
 }
 
 impl Layouts {
+    /// For another process.
+    pub(super) fn to_parts(&self) -> ([Vec<u8>; 4], RestartLayout) {
+        let bytes = [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes()];
+        (bytes.map(<[u8]>::to_vec), self.restart)
+    }
+
+    /// From another process; `None` if it is of another version.
+    pub(super) fn from_parts(parts: &([Vec<u8>; 4], RestartLayout)) -> Option<Self> {
+        fn exactly<T: Plain>(bytes: &[u8]) -> Option<T> {
+            T::split(bytes).and_then(|(value, rest)| rest.is_empty().then_some(value))
+        }
+        let ([common, files, tasks, vmas], restart) = parts;
+        Some(Self {
+            common: exactly(common)?,
+            files: exactly(files)?,
+            tasks: exactly(tasks)?,
+            vmas: exactly(vmas)?,
+            restart: *restart,
+        })
+    }
+
     /// Of the running kernel.
     pub(super) fn read() -> Result<Self> {
         let btf = Btf::read(STRUCTS)?;

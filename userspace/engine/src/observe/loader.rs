@@ -3,19 +3,24 @@
 use super::{ObserveError, Result, layout::Layouts};
 use aya::{
     Btf, Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap, MapData},
-    programs::{Iter, ProgramError, ProgramFd},
+    maps::{Array, HashMap, IterableMap, Map, MapData},
+    programs::{Iter, ProgramError},
 };
 use standstill_ebpf_abi::Plain;
-use std::{fs, panic::resume_unwind, thread};
+use std::{
+    fs,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    panic::resume_unwind,
+    thread,
+};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observers.o"));
 
 /// The programs in the kernel, and the maps they look at.
 pub(super) struct Programs {
-    pub task_file: ProgramFd,
-    pub task: ProgramFd,
-    pub task_vma: ProgramFd,
+    pub task_file: OwnedFd,
+    pub task: OwnedFd,
+    pub task_vma: OwnedFd,
     /// Processes of interest.
     pub tree: HashMap<MapData, u32, u8>,
     /// Whether paths are written.
@@ -24,6 +29,31 @@ pub(super) struct Programs {
 }
 
 impl Programs {
+    /// The programs of another process, by descriptors in the order of [`Self::fds`].
+    pub(super) fn from_fds(mut fds: impl Iterator<Item = OwnedFd>, layouts: Layouts) -> Result<Self> {
+        let mut next = || fds.next().ok_or(ObserveError::BadRecord("tracker"));
+        let (task_file, task, task_vma) = (next()?, next()?, next()?);
+        let mut map = |name| {
+            let map = next().map(|fd| MapData::from_fd(fd).and_then(Map::from_map_data))?;
+            map.map_err(|e| failed(name, e))
+        };
+        Ok(Self {
+            task_file,
+            task,
+            task_vma,
+            tree: map("TREE")?.try_into().map_err(|e| failed("TREE", e))?,
+            paths: map("PATHS")?.try_into().map_err(|e| failed("PATHS", e))?,
+            layouts,
+        })
+    }
+
+    /// Descriptors of programs and maps.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 5] {
+        let programs = [&self.task_file, &self.task, &self.task_vma].map(AsFd::as_fd);
+        let [task_file, task, task_vma] = programs;
+        [task_file, task, task_vma, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
+    }
+
     pub(super) fn load() -> Result<Self> {
         check_capabilities()?;
         // Reading BTF takes longest. aya does it once for the loader and wants it again for each program to load.
@@ -54,12 +84,12 @@ impl Programs {
 }
 
 /// Loads one program; its name is that of the iterator.
-fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<ProgramFd> {
-    let mut load = || -> std::result::Result<ProgramFd, ProgramError> {
+fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<OwnedFd> {
+    let mut load = || -> std::result::Result<OwnedFd, ProgramError> {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         let iter: &mut Iter = program.try_into()?;
         iter.load(name, btf)?;
-        Ok(iter.fd()?.try_clone()?)
+        Ok(iter.fd()?.as_fd().try_clone_to_owned()?)
     };
     load().map_err(|e| failed(name, e))
 }

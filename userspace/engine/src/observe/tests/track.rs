@@ -2,10 +2,14 @@
 
 use super::{skip, victim::Victim};
 use crate::{
-    observe::{ObserveError, Tracker},
+    observe::{Lease, ObserveError, Serving, Tracker},
     task::FrozenTree,
 };
-use std::time::{Duration, Instant};
+use std::{
+    os::fd::AsFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 fn tracker(root: i32) -> Option<Tracker> {
     match Tracker::start(root) {
@@ -70,4 +74,69 @@ fn the_copy_of_a_restless_tree_is_never_wrong() {
     assert!(counters.memory > 1000 && counters.descriptors > 1000 && counters.signal_actions > 20, "{counters:?}");
     assert_eq!(counters.lost, 0);
     assert!(shares > 0.0);
+}
+
+/// A tracker that runs beside the test until it is told to stop.
+struct Beside {
+    stop: Option<std::io::PipeWriter>,
+    thread: Option<std::thread::JoinHandle<crate::observe::Result<()>>>,
+}
+
+impl Beside {
+    fn start(mut serving: Serving) -> Self {
+        let (stop, stopper) = std::io::pipe().unwrap();
+        let thread = std::thread::spawn(move || serving.run(stop.as_fd()));
+        Self { stop: Some(stopper), thread: Some(thread) }
+    }
+
+    fn end(mut self) {
+        drop(self.stop.take());
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+fn serving(dir: &Path, root: i32) -> Option<Serving> {
+    match Serving::start_in(dir, root) {
+        Ok(serving) => Some(serving),
+        Err(e @ (ObserveError::MissingCapability(_) | ObserveError::NotPermitted | ObserveError::NoBtf { .. })) => {
+            skip(&e.to_string());
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn a_tracker_lends_what_it_knows() {
+    let victim = Victim::start("fds rpsetbfmf");
+    let root = victim.pids[0];
+    let dir = victim.dir.path().join("run");
+    assert!(Lease::take_in(&dir, root).unwrap().is_none());
+    let Some(first) = serving(&dir, root) else { return };
+    let other = Serving::start_in(&dir, root).unwrap_err();
+    let own = std::process::id() as i32;
+    assert!(matches!(other, ObserveError::Tracked { tracker, .. } if tracker == own), "{other}");
+    let beside = Beside::start(first);
+    for _ in 0..2 {
+        let mut lease = Lease::take_in(&dir, root).unwrap().expect("it is tracked");
+        let tree = freeze(root);
+        let pids = tree.pids();
+        let fresh = lease.check(&pids).unwrap();
+        assert_eq!((fresh.share(), fresh.parts), (1.0, 9));
+        assert_eq!(lease.compare(&fresh).unwrap(), []);
+        assert_eq!(lease.iterators().processes(&pids).unwrap().len(), 3);
+    }
+    beside.end();
+    assert!(Lease::take_in(&dir, root).unwrap().is_none());
+    // A killed tracker leaves its socket behind.
+    let socket = dir.join(format!("track-{root}.sock"));
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    assert!(Lease::take_in(&dir, root).unwrap().is_none());
+    let again = Beside::start(serving(&dir, root).expect("the first one's place is free"));
+    let lease = Lease::take_in(&dir, root).unwrap().expect("it is tracked again");
+    assert_eq!(lease.shadow().pids().count(), 3);
+    drop(lease);
+    // It ends with its tree.
+    drop(victim);
+    again.thread.expect("it was started").join().unwrap().unwrap();
 }

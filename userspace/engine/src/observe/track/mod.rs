@@ -5,16 +5,20 @@
 //! *fresh*. Whatever the programs cannot tell makes the part *stale*, and it is read again: an unknown system call, a
 //! process that they do not know, a table that others share.
 
+mod lease;
 mod programs;
+mod serve;
 mod shadow;
 mod syscalls;
 
+pub use lease::Lease;
+pub use serve::{Serving, Status};
 pub use shadow::{Difference, Freshness, Shadow};
 
 use super::{Iterators, ObserveError, Result};
 use crate::kernel::proc;
 use programs::Programs;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use standstill_ebpf_abi::track::{count, part};
 use std::{
     collections::BTreeSet,
@@ -26,7 +30,7 @@ use std::{
 const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
 
 /// What happened in a tree since tracking began. Each is a number of events.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// New processes.
     pub forks: u64,
@@ -110,13 +114,13 @@ impl Tracker {
         let mut next = 0;
         while let Some(&pid) = queue.get(next) {
             next += 1;
-            self.programs.track(pid)?;
+            self.programs.maps.track(pid)?;
             let tids = proc::threads(pid).unwrap_or_default();
             let children = proc::children(pid, &tids).unwrap_or_default();
             queue.extend(children.into_iter().filter(|&child| seen.insert(child)));
         }
         for (_, mm) in self.iterators.spaces(&queue)? {
-            self.programs.track_space(mm)?;
+            self.programs.maps.track_space(mm)?;
         }
         Ok(())
     }
@@ -132,7 +136,7 @@ impl Tracker {
     /// When the iterators or maps cannot be read.
     pub fn refresh(&mut self) -> Result<()> {
         self.programs.rearm()?;
-        self.shadow.refresh(&mut self.programs, &mut self.iterators)
+        self.shadow.refresh(&self.programs.maps, &mut self.iterators)
     }
 
     /// The copy of the tree's state.
@@ -145,7 +149,7 @@ impl Tracker {
     /// # Errors
     /// When the iterators or maps cannot be read.
     pub fn check(&mut self, pids: &[i32]) -> Result<Freshness> {
-        self.shadow.check(pids, &mut self.programs, &mut self.iterators)
+        self.shadow.check(pids, &self.programs.maps, &mut self.iterators)
     }
 
     /// Compares every fresh part of the copy with what procfs and the iterators say. The processes must not run.

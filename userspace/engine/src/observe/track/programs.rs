@@ -4,7 +4,7 @@ use super::{super::btf::Btf as Types, syscalls};
 use crate::observe::{ObserveError, Result, loader};
 use aya::{
     Btf, Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{BtfTracePoint, ProgramError},
 };
 use nix::time::{ClockId, clock_gettime};
@@ -12,7 +12,7 @@ use standstill_ebpf_abi::{
     Plain,
     track::{TrackLayout, count, part},
 };
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.o"));
 
@@ -31,11 +31,17 @@ const OPTIONAL: [(&str, &str); 2] = [("exit_mmap", "exit_mmap"), ("signal_sent",
 /// A tracked process as it is in its map: when tracking began, and when each part last changed.
 pub(super) type Process = [u64; 1 + part::COUNT];
 
-pub(super) struct Programs {
+/// The maps that say what changed.
+pub(super) struct Maps {
     processes: HashMap<MapData, u32, Process>,
     spaces: HashMap<MapData, u64, u64>,
-    counts: PerCpuArray<MapData, [u64; count::COUNT]>,
     names: Array<MapData, u64>,
+}
+
+/// The attached programs and all their maps.
+pub(super) struct Programs {
+    pub(super) maps: Maps,
+    counts: PerCpuArray<MapData, [u64; count::COUNT]>,
     told: Array<MapData, u32>,
     pub(super) wake: Wake,
     /// Detaches the programs when dropped.
@@ -71,14 +77,51 @@ impl Programs {
             }
         }
         Ok(Self {
-            processes: loader::map(&mut ebpf, "PROCESSES", HashMap::try_from)?,
-            spaces: loader::map(&mut ebpf, "SPACES", HashMap::try_from)?,
+            maps: Maps {
+                processes: loader::map(&mut ebpf, "PROCESSES", HashMap::try_from)?,
+                spaces: loader::map(&mut ebpf, "SPACES", HashMap::try_from)?,
+                names: loader::map(&mut ebpf, "NAMES", Array::try_from)?,
+            },
             counts: loader::map(&mut ebpf, "COUNTS", PerCpuArray::try_from)?,
-            names: loader::map(&mut ebpf, "NAMES", Array::try_from)?,
             told: loader::map(&mut ebpf, "TOLD", Array::try_from)?,
             wake: Wake(loader::map(&mut ebpf, "WAKE", RingBuf::try_from)?),
             _ebpf: ebpf,
         })
+    }
+
+    /// What was counted, over all CPUs.
+    pub(super) fn counts(&self) -> Result<[u64; count::COUNT]> {
+        let mut sum = [0; count::COUNT];
+        for cpu in self.counts.get(&0, 0).map_err(failed)?.iter() {
+            sum.iter_mut().zip(cpu).for_each(|(sum, n)| *sum += n);
+        }
+        Ok(sum)
+    }
+
+    /// Lets the next change wake the reader up again.
+    pub(super) fn rearm(&mut self) -> Result<()> {
+        while self.wake.0.next().is_some() {}
+        self.told.set(0, 0, 0).map_err(failed)
+    }
+}
+
+impl Maps {
+    /// The maps of another process's tracker, by descriptors in the order of [`Self::fds`].
+    pub(super) fn from_fds(mut fds: impl Iterator<Item = OwnedFd>) -> Result<Self> {
+        let mut next = || {
+            let fd = fds.next().ok_or(ObserveError::BadRecord("tracker"))?;
+            MapData::from_fd(fd).and_then(Map::from_map_data).map_err(failed)
+        };
+        Ok(Self {
+            processes: next()?.try_into().map_err(failed)?,
+            spaces: next()?.try_into().map_err(failed)?,
+            names: next()?.try_into().map_err(failed)?,
+        })
+    }
+
+    /// Descriptors of the maps.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [self.processes.map().fd().as_fd(), self.spaces.map().fd().as_fd(), self.names.map().fd().as_fd()]
     }
 
     /// Tracks a process from now on.
@@ -109,21 +152,6 @@ impl Programs {
     /// When files of this machine were last renamed.
     pub(super) fn names(&self) -> Result<u64> {
         self.names.get(&0, 0).map_err(failed)
-    }
-
-    /// What was counted, over all CPUs.
-    pub(super) fn counts(&self) -> Result<[u64; count::COUNT]> {
-        let mut sum = [0; count::COUNT];
-        for cpu in self.counts.get(&0, 0).map_err(failed)?.iter() {
-            sum.iter_mut().zip(cpu).for_each(|(sum, n)| *sum += n);
-        }
-        Ok(sum)
-    }
-
-    /// Lets the next change wake the reader up again.
-    pub(super) fn rearm(&mut self) -> Result<()> {
-        while self.wake.0.next().is_some() {}
-        self.told.set(0, 0, 0).map_err(failed)
     }
 }
 

@@ -1,19 +1,20 @@
 //! A copy of a tree's state, part by part, each with the time of its last change when it was read.
 
-use super::programs::{Process, Programs};
+use super::programs::{Maps, Process};
 use crate::observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, procfs};
+use serde::{Deserialize, Serialize};
 use standstill_ebpf_abi::track::part;
 use standstill_images::types::SigAction;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What is known of a tracked tree.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Shadow {
     processes: BTreeMap<i32, Copies>,
 }
 
 /// Parts of one process.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Copies {
     files: Option<Copy<Vec<FdEntry>>>,
     vmas: Option<Copy<Vec<VmaEntry>>>,
@@ -21,7 +22,7 @@ struct Copies {
 }
 
 /// A part as it was read.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Copy<T> {
     stamp: Stamp,
     value: T,
@@ -44,12 +45,12 @@ struct Stamps {
 }
 
 impl Stamps {
-    fn of(pid: i32, mm: Option<u64>, names: u64, programs: &Programs) -> Result<Self> {
-        let Some(process) = programs.process(pid)? else { return Ok(Self::default()) };
+    fn of(pid: i32, mm: Option<u64>, names: u64, maps: &Maps) -> Result<Self> {
+        let Some(process) = maps.process(pid)? else { return Ok(Self::default()) };
         let at = |process: &Process, part: u16| process[1 + part.trailing_zeros() as usize];
         let stamp = |part| vec![process[0], at(&process, part)];
         let space = match mm {
-            Some(mm) => programs.space(mm)?.map(|changed| [mm, changed, names]),
+            Some(mm) => maps.space(mm)?.map(|changed| [mm, changed, names]),
             None => None,
         };
         Ok(Self {
@@ -110,11 +111,11 @@ impl Shadow {
     }
 
     /// Reads the parts that are not fresh.
-    pub(super) fn refresh(&mut self, programs: &mut Programs, iterators: &mut Iterators) -> Result<()> {
-        let pids = programs.pids()?;
+    pub(super) fn refresh(&mut self, maps: &Maps, iterators: &mut Iterators) -> Result<()> {
+        let pids = maps.pids()?;
         let known: BTreeSet<i32> = pids.iter().copied().collect();
         self.processes.retain(|pid, _| known.contains(pid));
-        let stamps = stamps(&pids, programs, iterators)?;
+        let stamps = stamps(&pids, maps, iterators)?;
         let mut stale = (Vec::new(), Vec::new(), Vec::new());
         for &pid in &pids {
             let (copies, now) = (self.processes.entry(pid).or_default(), &stamps[&pid]);
@@ -152,9 +153,9 @@ impl Shadow {
     }
 
     /// Which parts are true now.
-    pub(super) fn check(&self, pids: &[i32], programs: &mut Programs, iterators: &mut Iterators) -> Result<Freshness> {
+    pub(super) fn check(&self, pids: &[i32], maps: &Maps, iterators: &mut Iterators) -> Result<Freshness> {
         let mut fresh = Freshness { parts: 3 * pids.len(), ..Freshness::default() };
-        for (pid, stamps) in stamps(pids, programs, iterators)? {
+        for (pid, stamps) in stamps(pids, maps, iterators)? {
             let Some(copies) = self.processes.get(&pid) else { continue };
             for (is_fresh, set) in [
                 (is_fresh(&copies.files, &stamps.files), &mut fresh.files),
@@ -193,10 +194,10 @@ impl Shadow {
 }
 
 /// What the programs say of the processes now.
-fn stamps(pids: &[i32], programs: &Programs, iterators: &mut Iterators) -> Result<HashMap<i32, Stamps>> {
-    let names = programs.names()?;
+fn stamps(pids: &[i32], maps: &Maps, iterators: &mut Iterators) -> Result<HashMap<i32, Stamps>> {
+    let names = maps.names()?;
     let spaces: HashMap<i32, u64> = iterators.spaces(pids)?.into_iter().collect();
-    pids.iter().map(|&pid| Ok((pid, Stamps::of(pid, spaces.get(&pid).copied(), names, programs)?))).collect()
+    pids.iter().map(|&pid| Ok((pid, Stamps::of(pid, spaces.get(&pid).copied(), names, maps)?))).collect()
 }
 
 fn read_files(iterators: &mut Iterators, pids: &[i32]) -> Vec<(i32, FdEntry)> {
