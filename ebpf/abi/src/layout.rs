@@ -24,12 +24,20 @@ plain! {
         pub task_mm: u32,
         /// `task_struct.files`
         pub task_files: u32,
+        /// `task_struct.cred`
+        pub task_cred: u32,
+        /// `task_struct.nsproxy`
+        pub task_nsproxy: u32,
         /// `pid.level`
         pub pid_level: u32,
         /// `pid.numbers`
         pub pid_numbers: u32,
         /// Size of `upid`, whose first field is the number.
         pub upid_size: u32,
+        /// `upid.ns`
+        pub upid_ns: u32,
+        /// `cred.user_ns`
+        pub cred_user_ns: u32,
         /// `file.f_mode`
         pub file_mode: u32,
         /// `file.f_inode`
@@ -110,8 +118,10 @@ plain! {
         pub sighand: u32,
         /// `task_struct.signal`
         pub signal: u32,
-        /// `task_struct.cred`
-        pub cred: u32,
+        /// `task_struct.comm`
+        pub comm: u32,
+        /// `task_struct.real_parent`
+        pub real_parent: u32,
         /// `task_struct.clear_child_tid`
         pub clear_child_tid: u32,
         /// `task_struct.robust_list`
@@ -124,6 +134,46 @@ plain! {
         pub sas_ss_flags: u32,
         /// `task_struct.blocked`
         pub blocked: u32,
+        /// `task_struct.saved_sigmask`
+        pub saved_sigmask: u32,
+        /// `task_struct.restore_sigmask`: the byte it is in, or [`ABSENT`]
+        pub restore_sigmask: u32,
+        /// Its bit in that byte.
+        pub restore_sigmask_bit: u32,
+        /// `task_struct.pending.signal`
+        pub pending: u32,
+        /// `task_struct.policy`
+        pub policy: u32,
+        /// `task_struct.static_prio`
+        pub static_prio: u32,
+        /// `task_struct.rt_priority`
+        pub rt_priority: u32,
+        /// `task_struct.sched_reset_on_fork`: the byte it is in
+        pub reset_on_fork: u32,
+        /// Its bit in that byte.
+        pub reset_on_fork_bit: u32,
+        /// `task_struct.cpus_mask`
+        pub cpus_mask: u32,
+        /// `task_struct.io_context`, or [`ABSENT`]
+        pub io_context: u32,
+        /// `io_context.ioprio`
+        pub ioprio: u32,
+        /// `task_struct.timer_slack_ns`
+        pub timer_slack_ns: u32,
+        /// `task_struct.seccomp.mode`, or [`ABSENT`]
+        pub seccomp_mode: u32,
+        /// `task_struct.rseq`, or [`ABSENT`]
+        pub rseq: u32,
+        /// `task_struct.rseq_len`
+        pub rseq_len: u32,
+        /// `task_struct.rseq_sig`
+        pub rseq_sig: u32,
+        /// `task_struct.atomic_flags`
+        pub atomic_flags: u32,
+        /// `task_struct.personality`
+        pub personality: u32,
+        /// `task_struct.loginuid`, or [`ABSENT`]
+        pub loginuid: u32,
         /// `task_struct.pdeath_signal`
         pub pdeath_signal: u32,
         /// `task_struct.exit_signal`
@@ -136,12 +186,34 @@ plain! {
         pub restart_fn: u32,
         /// `task_struct.restart_block`, the union
         pub restart: u32,
+        /// Fields of `cred` in the order of `ThreadRecord::ids`.
+        pub cred_ids: [u32; 8],
+        /// Fields of `cred` in the order of `ThreadRecord::caps`.
+        pub cred_caps: [u32; 5],
         /// `cred.securebits`
         pub cred_securebits: u32,
+        /// `cred.group_info`
+        pub cred_group_info: u32,
+        /// `group_info.ngroups`
+        pub ngroups: u32,
+        /// `group_info.gid`
+        pub group_ids: u32,
+        /// `user_namespace.level`
+        pub user_ns_level: u32,
+        /// Fields of `nsproxy` in the order of [`crate::NAMESPACES`].
+        pub nsproxy: [u32; 8],
         /// `sighand_struct.action`
         pub sighand_action: u32,
         /// `signal_struct.rlim`
         pub signal_rlim: u32,
+        /// `signal_struct.pids`
+        pub signal_pids: u32,
+        /// `signal_struct.shared_pending.signal`
+        pub shared_pending: u32,
+        /// `signal_struct.posix_timers`, or [`ABSENT`]
+        pub posix_timers: u32,
+        /// `signal_struct.oom_score_adj`
+        pub oom_score_adj: u32,
         /// `signal_struct.real_timer.node.expires`
         pub real_expires: u32,
         /// `signal_struct.real_timer.state`
@@ -162,6 +234,14 @@ plain! {
         pub subreaper_bit: u32,
         /// `fs_struct.umask`
         pub fs_umask: u32,
+        /// `fs_struct.root`: a mount, then a dentry
+        pub fs_root: u32,
+        /// `fs_struct.pwd`
+        pub fs_pwd: u32,
+        /// `mm_struct.saved_auxv`
+        pub mm_auxv: u32,
+        /// `mm_struct.exe_file`
+        pub mm_exe_file: u32,
         /// `mm_struct.flags`
         pub mm_flags: u32,
         /// Fields of `mm_struct` in the order of `ProcessRecord::layout`.

@@ -34,6 +34,8 @@ pub unsafe trait Plain: Copy + 'static {
 // SAFETY: integers have no padding, and any bytes are one.
 unsafe impl Plain for u8 {}
 // SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
 unsafe impl Plain for u32 {}
 // SAFETY: as above.
 unsafe impl Plain for i32 {}
@@ -73,6 +75,15 @@ pub const SYMBOL_MAX: usize = 32;
 pub const SIGNALS: usize = 64;
 /// Resource limits (`RLIM_NLIMITS`).
 pub const LIMITS: usize = 16;
+/// Supplementary groups that a record has room for.
+pub const GROUPS: usize = 32;
+/// CPUs that a record has room for.
+pub const CPUS: usize = 1024;
+/// Words of the auxiliary vector that a record has room for; the kernel's own limit is lower.
+pub const AUXV: usize = 64;
+/// Names of a process's namespaces, by their bit in `ProcessRecord::foreign`. The first eight are in `nsproxy`.
+pub const NAMESPACES: [&str; 10] =
+    ["mnt", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children", "user", "pid"];
 /// Bytes of `restart_block` after `fn`, as many as any kind of wait uses.
 pub const RESTART_BYTES: usize = 40;
 
@@ -135,8 +146,20 @@ plain! {
         pub sas_ss_sp: u64,
         /// `sas_ss_size`.
         pub sas_ss_size: u64,
-        /// `blocked`.
+        /// What PTRACE_GETSIGMASK gives: `blocked`, or what it becomes again once a call that changed it returns.
         pub blocked: u64,
+        /// `pending.signal`.
+        pub pending: u64,
+        /// Inheritable, permitted, effective, bounding and ambient capabilities.
+        pub caps: [u64; 5],
+        /// `atomic_flags`: the first is no_new_privs.
+        pub atomic_flags: u64,
+        /// `timer_slack_ns`.
+        pub timer_slack_ns: u64,
+        /// `rseq`.
+        pub rseq: u64,
+        /// `cpus_mask`.
+        pub cpus: [u64; CPUS / 64],
         /// Address of the memory.
         pub mm: u64,
         /// Address of the descriptor table.
@@ -161,8 +184,34 @@ plain! {
         pub exit_signal: i32,
         /// `exit_state`.
         pub exit_state: u32,
+        /// Real, effective, saved and file system user ids, then group ids, of the initial user namespace.
+        pub ids: [u32; 8],
+        /// Supplementary groups, as far as there is room.
+        pub groups: [u32; GROUPS],
+        /// How many there are.
+        pub ngroups: u32,
+        /// Whether reader and thread are in the initial user namespace.
+        pub initial_ids: u32,
         /// `securebits` of the credentials.
         pub securebits: u32,
+        /// `comm`.
+        pub comm: [u8; 16],
+        /// `policy`.
+        pub policy: u32,
+        /// `static_prio`.
+        pub static_prio: i32,
+        /// `rt_priority`.
+        pub rt_priority: u32,
+        /// `sched_reset_on_fork`.
+        pub reset_on_fork: u32,
+        /// `ioprio` of the I/O context; 0 without one.
+        pub ioprio: u32,
+        /// `seccomp.mode`.
+        pub seccomp: u32,
+        /// `rseq_len`.
+        pub rseq_len: u32,
+        /// `rseq_sig`.
+        pub rseq_sig: u32,
         /// 1: the leader.
         pub leader: u32,
     }
@@ -189,6 +238,16 @@ plain! {
         pub actions: [Action; SIGNALS],
         /// Soft and hard limits.
         pub limits: [[u64; 2]; LIMITS],
+        /// The auxiliary vector up to its AT_NULL, and whatever follows.
+        pub auxv: [u64; AUXV],
+        /// `shared_pending.signal`.
+        pub shared_pending: u64,
+        /// Address of the executed file.
+        pub exe_file: u64,
+        /// Addresses of mount and dentry of the root directory.
+        pub root: [u64; 2],
+        /// Addresses of mount and dentry of the working directory.
+        pub pwd: [u64; 2],
         /// The parts of the program, in the order of `MmLayout` in the images.
         pub layout: [u64; 11],
         /// End of ITIMER_REAL on CLOCK_MONOTONIC.
@@ -211,6 +270,22 @@ plain! {
         pub mm_flags: u32,
         /// PR_GET_CHILD_SUBREAPER.
         pub child_subreaper: u32,
+        /// Parent process; 0: outside the reader's pid namespace.
+        pub ppid: i32,
+        /// Process group.
+        pub pgid: i32,
+        /// Session.
+        pub sid: i32,
+        /// Whether there are POSIX timers.
+        pub posix_timers: u32,
+        /// `personality` of the leader.
+        pub personality: u32,
+        /// `oom_score_adj`.
+        pub oom_score_adj: i32,
+        /// `loginuid` of the leader.
+        pub loginuid: u32,
+        /// Namespaces other than the reader's, by their bit in [`NAMESPACES`].
+        pub foreign: u32,
     }
 }
 

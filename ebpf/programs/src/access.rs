@@ -1,4 +1,5 @@
-//! Looking into kernel structures.
+//! Looking into kernel structures. Each binary uses a part of it.
+#![allow(dead_code)]
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use core::{mem, ptr};
@@ -70,4 +71,10 @@ pub fn number(room: &mut u64, address: Address) -> u64 {
         ptr::write_volatile(room.cast::<Address>(), address);
         ptr::read_volatile(room)
     }
+}
+
+/// A field of one bit.
+#[inline(always)]
+pub fn bit(from: Address, byte: u32, bit: u32) -> u32 {
+    (u32::from(probe_word::<u8>(from, byte)) >> (bit & 7)) & 1
 }

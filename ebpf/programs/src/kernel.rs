@@ -9,7 +9,7 @@ use aya_ebpf::{
 use core::mem;
 use standstill_ebpf_abi::{CommonLayout, PATH_MAX, Plain};
 
-pub use crate::access::{Address, known, load, number, pointer, probe, probe_word, zero};
+pub use crate::access::{Address, bit, known, load, number, pointer, probe, probe_word, zero};
 
 /// Processes that are of interest, by their numbers in the reader's pid namespace.
 #[map]
@@ -23,7 +23,7 @@ static PATHS: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 static BUFFER: PerCpuArray<[u8; BUFFER_LEN]> = PerCpuArray::with_max_entries(1, 0);
 
-const BUFFER_LEN: usize = 2 * PATH_MAX + 512;
+const BUFFER_LEN: usize = 2 * PATH_MAX + 1024;
 
 #[unsafe(no_mangle)]
 pub static COMMON: CommonLayout = zero();
@@ -51,6 +51,30 @@ pub fn numbers(task: Address) -> (i32, i32) {
         let number = |task| probe_word(pointer(task, known(&COMMON.task_thread_pid)), offset);
         (number(pointer(task, known(&COMMON.task_group_leader))), number(task))
     }
+}
+
+/// The task that reads.
+#[inline(always)]
+pub fn reader() -> Address {
+    // SAFETY: nothing is passed.
+    unsafe { bpf_get_current_task_btf().cast_const().cast() }
+}
+
+/// The pid namespace that a task is in, and the offset of the task's number there in its `struct pid`.
+#[inline(always)]
+pub fn pid_namespace(task: Address) -> (u64, u32) {
+    let pid = pointer(task, known(&COMMON.task_thread_pid));
+    let level: u32 = probe_word(pid, known(&COMMON.pid_level));
+    let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
+    (probe_word(pid, offset.wrapping_add(known(&COMMON.upid_ns))), offset)
+}
+
+/// Number of a `struct pid` in the reader's namespace, which [`pid_namespace`] gave; 0: it has none.
+#[inline(always)]
+pub fn number_in((namespace, offset): (u64, u32), pid: Address) -> i32 {
+    // A namespace further out has fewer levels: what is read behind them is another namespace, or nothing.
+    let inside = probe_word::<u64>(pid, offset.wrapping_add(known(&COMMON.upid_ns))) == namespace;
+    if inside { probe_word(pid, offset) } else { 0 }
 }
 
 /// Whether a process is of interest.

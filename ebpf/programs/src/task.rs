@@ -1,8 +1,11 @@
 //! `iter/task`: the threads of a process, and what they share.
 
-use crate::kernel::{Address, COMMON, Meta, Output, known, numbers, pointer, probe, probe_word, wanted, zero};
+use crate::kernel::{
+    Address, COMMON, Meta, Output, bit, known, number_in, numbers, pid_namespace, pointer, probe, probe_word, reader,
+    wanted, zero,
+};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_snprintf};
-use standstill_ebpf_abi::{ABSENT, ProcessRecord, SYMBOL_MAX, TaskLayout, ThreadRecord};
+use standstill_ebpf_abi::{ABSENT, GROUPS, ProcessRecord, SYMBOL_MAX, TaskLayout, ThreadRecord};
 
 #[unsafe(no_mangle)]
 static TASK: TaskLayout = zero();
@@ -37,7 +40,13 @@ extern "C" fn task(ctx: &Task) -> i32 {
     r.sas_ss_sp = probe_word(task, known(&TASK.sas_ss_sp));
     r.sas_ss_size = probe_word(task, known(&TASK.sas_ss_size));
     r.sas_ss_flags = probe_word(task, known(&TASK.sas_ss_flags));
-    r.blocked = probe_word(task, known(&TASK.blocked));
+    r.blocked = match known(&TASK.restore_sigmask) {
+        ABSENT => 0,
+        byte if bit(task, byte, known(&TASK.restore_sigmask_bit)) != 0 => probe_word(task, known(&TASK.saved_sigmask)),
+        _ => probe_word(task, known(&TASK.blocked)),
+    };
+    r.pending = probe_word(task, known(&TASK.pending));
+    probe(&mut r.comm, task, known(&TASK.comm));
     r.pdeath_signal = probe_word(task, known(&TASK.pdeath_signal));
     r.exit_signal = probe_word(task, known(&TASK.exit_signal));
     r.exit_state = probe_word(task, known(&TASK.exit_state));
@@ -45,7 +54,16 @@ extern "C" fn task(ctx: &Task) -> i32 {
     r.files = probe_word(task, known(&COMMON.task_files));
     r.fs = probe_word(task, known(&TASK.fs));
     r.sighand = probe_word(task, known(&TASK.sighand));
-    r.securebits = probe_word(pointer(task, known(&TASK.cred)), known(&TASK.cred_securebits));
+    credentials(r, task);
+    scheduling(r, task);
+    if known(&TASK.seccomp_mode) != ABSENT {
+        r.seccomp = probe_word(task, known(&TASK.seccomp_mode));
+    }
+    if known(&TASK.rseq) != ABSENT {
+        r.rseq = probe_word(task, known(&TASK.rseq));
+        r.rseq_len = probe_word(task, known(&TASK.rseq_len));
+        r.rseq_sig = probe_word(task, known(&TASK.rseq_sig));
+    }
     probe(&mut r.restart, task, known(&TASK.restart));
     symbol(&mut r.restart_fn, pointer(task, known(&TASK.restart_fn)));
     // SAFETY: nothing is passed.
@@ -59,6 +77,49 @@ extern "C" fn task(ctx: &Task) -> i32 {
     }
     output.write(ctx.meta, tail);
     0
+}
+
+#[inline(always)]
+fn credentials(r: &mut ThreadRecord, task: Address) {
+    let cred = pointer(task, known(&COMMON.task_cred));
+    for (id, offset) in r.ids.iter_mut().zip(&TASK.cred_ids) {
+        *id = probe_word(cred, known(offset));
+    }
+    for (set, offset) in r.caps.iter_mut().zip(&TASK.cred_caps) {
+        *set = probe_word(cred, known(offset));
+    }
+    r.securebits = probe_word(cred, known(&TASK.cred_securebits));
+    let groups = pointer(cred, known(&TASK.cred_group_info));
+    r.ngroups = probe_word(groups, known(&TASK.ngroups));
+    if r.ngroups <= GROUPS as u32 {
+        // The list may be shorter than the room and end at an address that is not readable.
+        for (n, group) in r.groups.iter_mut().enumerate() {
+            if n as u32 >= r.ngroups {
+                break;
+            }
+            *group = probe_word(groups, known(&TASK.group_ids).wrapping_add(4 * n as u32));
+        }
+    }
+    r.atomic_flags = probe_word(task, known(&TASK.atomic_flags));
+    let its = pointer(cred, known(&COMMON.cred_user_ns));
+    let ours = pointer(pointer(reader(), known(&COMMON.task_cred)), known(&COMMON.cred_user_ns));
+    r.initial_ids = (its == ours && probe_word::<u32>(ours, known(&TASK.user_ns_level)) == 0).into();
+}
+
+#[inline(always)]
+fn scheduling(r: &mut ThreadRecord, task: Address) {
+    r.policy = probe_word(task, known(&TASK.policy));
+    r.static_prio = probe_word(task, known(&TASK.static_prio));
+    r.rt_priority = probe_word(task, known(&TASK.rt_priority));
+    r.reset_on_fork = bit(task, known(&TASK.reset_on_fork), known(&TASK.reset_on_fork_bit));
+    // Behind a shorter mask there are other fields: they only make masks look different that are the same.
+    probe(&mut r.cpus, task, known(&TASK.cpus_mask));
+    r.ioprio = 0;
+    if known(&TASK.io_context) != ABSENT {
+        let context = pointer(task, known(&TASK.io_context));
+        r.ioprio = probe_word::<u16>(context, known(&TASK.ioprio)).into();
+    }
+    r.timer_slack_ns = probe_word(task, known(&TASK.timer_slack_ns));
 }
 
 /// Name of the kernel function at an address; a number in hexadecimal if there is none.
@@ -98,6 +159,57 @@ fn process(r: &mut ProcessRecord, task: Address) {
     r.group_exit_code = probe_word(signal, known(&TASK.group_exit_code));
     r.signal_flags = probe_word(signal, known(&TASK.signal_flags));
     r.umask = probe_word(pointer(task, known(&TASK.fs)), known(&TASK.fs_umask));
-    let byte: u8 = probe_word(signal, known(&TASK.subreaper));
-    r.child_subreaper = (u32::from(byte) >> (known(&TASK.subreaper_bit) & 7)) & 1;
+    r.child_subreaper = bit(signal, known(&TASK.subreaper), known(&TASK.subreaper_bit));
+    r.shared_pending = probe_word(signal, known(&TASK.shared_pending));
+    r.posix_timers = match known(&TASK.posix_timers) {
+        ABSENT => 1,
+        list => {
+            // Either kind of list: the head is null or points to itself if it is empty.
+            let first = pointer(signal, list);
+            (!first.is_null() && first != signal.wrapping_add(list as usize)).into()
+        }
+    };
+    r.personality = probe_word(task, known(&TASK.personality));
+    r.oom_score_adj = probe_word::<u16>(signal, known(&TASK.oom_score_adj)) as i16 as i32;
+    if known(&TASK.loginuid) != ABSENT {
+        r.loginuid = probe_word(task, known(&TASK.loginuid));
+    }
+    probe(&mut r.auxv, mm, known(&TASK.mm_auxv));
+    r.exe_file = probe_word(mm, known(&TASK.mm_exe_file));
+    let fs = pointer(task, known(&TASK.fs));
+    probe(&mut r.root, fs, known(&TASK.fs_root));
+    probe(&mut r.pwd, fs, known(&TASK.fs_pwd));
+    identity(r, task, signal);
+}
+
+/// Whose child it is, in which group and session, and whether in namespaces other than the reader's.
+#[inline(always)]
+fn identity(r: &mut ProcessRecord, task: Address, signal: Address) {
+    // PIDTYPE_PGID and PIDTYPE_SID of `enum pid_type`.
+    const PGID: u32 = 2;
+    const SID: u32 = 3;
+    let reader = reader();
+    let ours = pid_namespace(reader);
+    let leader = pointer(pointer(task, known(&TASK.real_parent)), known(&COMMON.task_group_leader));
+    r.ppid = number_in(ours, pointer(leader, known(&COMMON.task_thread_pid)));
+    r.pgid = number_in(ours, pointer(signal, known(&TASK.signal_pids).wrapping_add(8 * PGID)));
+    r.sid = number_in(ours, pointer(signal, known(&TASK.signal_pids).wrapping_add(8 * SID)));
+    let (its_proxy, our_proxy) =
+        (pointer(task, known(&COMMON.task_nsproxy)), pointer(reader, known(&COMMON.task_nsproxy)));
+    let user = |task| pointer(pointer(task, known(&COMMON.task_cred)), known(&COMMON.cred_user_ns));
+    let mut foreign = u32::from(user(task) != user(reader)) << 8 | u32::from(pid_namespace(task).0 != ours.0) << 9;
+    let mut time = 0;
+    for (n, offset) in TASK.nsproxy.iter().enumerate() {
+        // What is for children is compared with what we are in ourselves: that of time comes before, that of pids is known.
+        let own: u64 = match n {
+            6 => ours.0,
+            7 => time,
+            _ => probe_word(our_proxy, known(offset)),
+        };
+        if n == 5 {
+            time = own;
+        }
+        foreign |= u32::from(probe_word::<u64>(its_proxy, known(offset)) != own) << n;
+    }
+    r.foreign = foreign;
 }

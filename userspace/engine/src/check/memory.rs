@@ -4,7 +4,7 @@ use super::{Failed, Outcome, child::Bench, sys, sys::Pages};
 use crate::{
     kernel::{
         PAGE, arch,
-        pagemap::{Pagemap, Range},
+        pagemap::{Pagemap, Range, Region},
         proc,
     },
     restore::environment,
@@ -60,8 +60,11 @@ pub(super) fn scan(_: &Bench) -> Outcome {
     let pages = Pages::new(2)?;
     let (start, end) = (pages.start(), pages.start() + 2 * PAGE);
     let mut found = Vec::new();
-    Pagemap::open(std::process::id() as i32)?.private_pages(start, end, &mut found)?;
-    Failed::unless(found == [Range { start, end }], "pages that were written to are not reported")?;
+    Pagemap::open(std::process::id() as i32)?.scan(start, end, &mut found)?;
+    Failed::unless(
+        found == [Region { range: Range { start, end }, guard: false }],
+        "pages that were written to are not reported",
+    )?;
     Ok(String::new())
 }
 
@@ -84,9 +87,10 @@ pub(super) fn guards(_: &Bench) -> Outcome {
     }
     let (start, end) = (pages.start(), pages.start() + 2 * PAGE);
     let mut found = Vec::new();
-    Pagemap::open(std::process::id() as i32)?.guards(start, end, &mut found)?;
+    Pagemap::open(std::process::id() as i32)?.scan(start, end, &mut found)?;
+    let guards: Vec<Range> = found.iter().filter(|r| r.guard).map(|r| r.range).collect();
     let why = "this kernel has guard pages, but PAGEMAP_SCAN does not report them";
-    Failed::unless(found == [Range { start: start + PAGE, end }], why)?;
+    Failed::unless(guards == [Range { start: start + PAGE, end }], why)?;
     Ok(String::new())
 }
 

@@ -4,7 +4,7 @@ use crate::{
     error::{Context, Error, Result},
     image,
     kernel::{proc, sys},
-    memory::{self, collect::PrivatePages, copy::Copier},
+    memory::{self, copy::Copier, private::PrivatePages},
     objects::{self, Collected, regular},
     observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
     restore::{environment, sessions},
@@ -14,7 +14,7 @@ use crate::{
 use standstill_images::{
     publish::ImageDir,
     store::{Compression, PageWriter},
-    types::{AddressSpace, Descriptor, DumpStats, FdTable, FileKind, Inventory, Task},
+    types::{AddressSpace, Backing, Descriptor, DumpStats, FdTable, FileKind, Inventory, Task, Vma},
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -181,8 +181,8 @@ fn collect(
     phases: &mut Phases,
 ) -> Result<State> {
     let pids = tree.pids();
-    process::refuse_sharing(tree.processes())?;
     let seen = read(&pids, options.reader, observer)?;
+    process::refuse_sharing(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
     let entries = &seen.files;
     let next = entries.iter().map(|e| e.file.0 + 1).max().unwrap_or(0);
@@ -193,28 +193,38 @@ fn collect(
         private: Vec::new(),
         tables: tables(&pids, entries),
         objects: Collected::new(next),
-        vdso: environment::vdso(options.pid)?,
+        vdso: Vec::new(),
     };
     let mut done = HashSet::new();
     for entry in entries.iter().filter(|e| done.insert(e.file.0)) {
         objects::dump(entry, entries, &mut state.objects)?;
     }
     phases.end("files");
+    let mut known = process::Known::default();
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
-        let (task, brk) = process::collect(process, seen.processes.get(&process.pid), id, id)?;
+        let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
+        let (task, brk) = process::collect(process, observed, &mut known, id, id)?;
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let (space, private) = memory::collect::collect(process.pid, id, brk, mapped, &mut state.objects)?;
+        let (space, private) = memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects)?;
         state.tasks.push(task);
         state.spaces.push(space);
         state.private.push(private);
     }
+    state.vdso = vdso(options.pid, state.spaces.first())?;
     for &pid in tree.zombies() {
         state.tasks.push(process::collect_zombie(pid)?);
     }
     phases.end("tasks");
     check_restorable(&state, options)?;
     Ok(state)
+}
+
+/// The bytes of the `[vdso]` in an address space; empty if it has none.
+fn vdso(pid: i32, space: Option<&AddressSpace>) -> Result<Vec<u8>> {
+    let is_vdso = |v: &&Vma| matches!(&v.backing, Backing::Kernel { name } if name.0 == b"[vdso]");
+    let found = space.and_then(|s| s.vmas.iter().find(is_vdso));
+    found.map_or(Ok(Vec::new()), |vdso| environment::vdso_at(pid, vdso.start, vdso.end - vdso.start))
 }
 
 /// Refuses at once what the restore would refuse.

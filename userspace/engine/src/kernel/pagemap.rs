@@ -46,6 +46,14 @@ pub(crate) struct Range {
     pub end: u64,
 }
 
+/// What [`Pagemap::scan`] finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub range: Range,
+    /// The pages are guards, not memory.
+    pub guard: bool,
+}
+
 /// The page tables of a process.
 pub(crate) struct Pagemap(File);
 
@@ -55,29 +63,22 @@ impl Pagemap {
         File::open(super::proc::path(pid, "pagemap")).map(Self)
     }
 
-    /// Pages of `start..end` that exist nowhere but in this address space: anonymous, present or swapped, neither the
-    /// zero page nor a guard. Ranges do not join those found by earlier calls.
-    pub(crate) fn private_pages(&self, start: u64, end: u64, found: &mut Vec<Range>) -> io::Result<()> {
-        let (without, any_of) = (PAGE_IS_FILE | PAGE_IS_PFNZERO, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
-        // Guards look like swapped pages; kernels that do not know the category (before 6.16) refuse it.
-        match self.scan(start, end, without | PAGE_IS_GUARD, any_of, found) {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.scan(start, end, without, any_of, found),
+    /// Pages of `start..end` that exist nowhere but in this address space (anonymous, present or swapped, not the zero
+    /// page), and those guarded with MADV_GUARD_INSTALL; ascending, without regard to where mappings begin and end.
+    ///
+    /// Kernels before 6.16 do not tell guards apart: there they are private pages.
+    pub(crate) fn scan(&self, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<()> {
+        let private = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+        match self.scan_for(start, end, private | PAGE_IS_GUARD, found) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.scan_for(start, end, private, found),
             other => other,
         }
     }
 
-    /// Pages of `start..end` guarded with MADV_GUARD_INSTALL. Empty on kernels that do not tell (before 6.16).
-    pub(crate) fn guards(&self, start: u64, end: u64, found: &mut Vec<Range>) -> io::Result<()> {
-        match self.scan(start, end, 0, PAGE_IS_GUARD, found) {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            other => other,
-        }
-    }
-
-    fn scan(&self, start: u64, end: u64, without: u64, any_of: u64, found: &mut Vec<Range>) -> io::Result<()> {
+    fn scan_for(&self, start: u64, end: u64, any_of: u64, found: &mut Vec<Region>) -> io::Result<()> {
+        let without = PAGE_IS_FILE | PAGE_IS_PFNZERO;
         let mut regions = vec![PageRegion::default(); 1024];
         let mut at = start;
-        let first = found.len();
         while at < end {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
@@ -88,17 +89,16 @@ impl Pagemap {
                 category_inverted: without,
                 category_mask: without,
                 category_anyof_mask: any_of,
-                return_mask: any_of,
+                // Guards look like swapped pages, but for this.
+                return_mask: any_of & PAGE_IS_GUARD,
                 ..Default::default()
             };
             // SAFETY: `arg` has the size it states, and `vec` is writable for `vec_len` regions.
             let n = unsafe { pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }? as usize;
-            for region in &regions[..n] {
-                match found[first..].last_mut() {
-                    Some(last) if last.end == region.start => last.end = region.end,
-                    _ => found.push(Range { start: region.start, end: region.end }),
-                }
-            }
+            found.extend(regions[..n].iter().map(|r| Region {
+                range: Range { start: r.start, end: r.end },
+                guard: r.categories & PAGE_IS_GUARD != 0,
+            }));
             at = arg.walk_end;
         }
         Ok(())
@@ -132,9 +132,27 @@ mod tests {
         assert_eq!(area.bytes_mut()[9 * PAGE as usize], 0, "a read maps the zero page");
         let map = Pagemap::open(std::process::id() as i32).unwrap();
         let mut found = Vec::new();
-        map.private_pages(area.start(), area.start() + pages * PAGE, &mut found).unwrap();
-        assert_eq!(found, [Range { start: area.start() + 3 * PAGE, end: area.start() + 5 * PAGE }]);
+        map.scan(area.start(), area.start() + pages * PAGE, &mut found).unwrap();
+        let range = Range { start: area.start() + 3 * PAGE, end: area.start() + 5 * PAGE };
+        assert_eq!(found, [Region { range, guard: false }]);
         let frames = map.frames(area.start(), pages).unwrap();
         assert_eq!(frames[0], 0);
+    }
+
+    #[test]
+    fn more_regions_than_one_call_returns() {
+        let pages = 5000u64;
+        let area = crate::kernel::sys::Mapping::anonymous(pages * PAGE).unwrap();
+        // A huge page would fill the gaps.
+        // SAFETY: the range is the mapping just made.
+        unsafe { libc::madvise(area.start() as *mut _, (pages * PAGE) as usize, libc::MADV_NOHUGEPAGE) };
+        for page in (0..pages).step_by(2) {
+            area.bytes_mut()[(page * PAGE) as usize] = 1;
+        }
+        let mut found = Vec::new();
+        let map = Pagemap::open(std::process::id() as i32).unwrap();
+        map.scan(area.start(), area.start() + pages * PAGE, &mut found).unwrap();
+        let starts: Vec<u64> = found.iter().map(|r| (r.range.start - area.start()) / PAGE).collect();
+        assert_eq!(starts, (0..pages).step_by(2).collect::<Vec<u64>>());
     }
 }

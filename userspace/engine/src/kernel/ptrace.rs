@@ -1,7 +1,7 @@
 //! ptrace(2) requests. All of them must come from the thread that seized the task.
 
 use super::arch::Registers;
-use std::{io, os::raw::c_void};
+use std::{cell::RefCell, io, os::raw::c_void};
 
 /// A task stopped because of PTRACE_INTERRUPT, a group stop, or its birth under PTRACE_O_TRACE*.
 pub(crate) const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
@@ -51,13 +51,16 @@ pub(crate) fn set_registers(tid: i32, regs: &Registers) -> io::Result<()> {
 
 /// PTRACE_GETREGSET of a set whose size the kernel decides.
 pub(crate) fn regset(tid: i32, set: i32) -> io::Result<Vec<u8>> {
-    // The largest xstate so far (AMX) is 11 KiB; the kernel shortens iov_len to what there is.
-    let mut buffer = vec![0u8; 64 * 1024];
-    let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    request(libc::PTRACE_GETREGSET, tid, set as usize, &raw mut iov as usize)?;
-    buffer.truncate(iov.iov_len);
-    buffer.shrink_to_fit();
-    Ok(buffer)
+    // The largest xstate so far (AMX) is 11 KiB; the kernel shortens iov_len to what there is. Clearing so much for
+    // each of many threads would take longer than reading their registers.
+    thread_local! {
+        static ROOM: RefCell<Vec<u8>> = RefCell::new(vec![0; 64 * 1024]);
+    }
+    ROOM.with_borrow_mut(|room| {
+        let mut iov = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+        request(libc::PTRACE_GETREGSET, tid, set as usize, &raw mut iov as usize)?;
+        Ok(room[..iov.iov_len].to_vec())
+    })
 }
 
 /// PTRACE_SETREGSET.

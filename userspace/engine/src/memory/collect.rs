@@ -1,14 +1,14 @@
 //! The mappings of a frozen process as records.
 
-use super::smaps::{self, Mapped};
+use super::{
+    private::{self, PrivatePages},
+    smaps::{self, Mapped},
+};
 use crate::{
     error::{Context, Error, Result},
-    kernel::{
-        pagemap::{Pagemap, Range},
-        proc,
-    },
+    kernel::proc,
     objects::{Collected, regular, shared_memory},
-    observe::VmaEntry,
+    observe::{ProcessState, SharedId, VmaEntry},
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
 use std::{
@@ -16,54 +16,45 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What has to be copied of one address space.
-pub(crate) struct PrivatePages {
-    pub pid: i32,
-    /// Pages by address.
-    pub ranges: Vec<Range>,
-    /// Those of `ranges` that hide a file: without them its contents would show.
-    pub over_files: Vec<Range>,
-}
-
-/// Reads the address space of a process, with what the observer saw of its mappings, if anything: all but the contents of its pages.
+/// Reads the address space of a process, with what the observer saw of it and of its mappings, if anything: all but the
+/// contents of its pages.
 pub(crate) fn collect(
     pid: i32,
     id: AddressSpaceId,
     brk: u64,
-    seen: &[VmaEntry],
+    seen: Option<&ProcessState>,
+    mappings: &[VmaEntry],
     all: &mut Collected,
 ) -> Result<(AddressSpace, PrivatePages)> {
     // The observer names the common attributes only.
-    let mapped = if seen.is_empty() || seen.iter().any(|v| v.unusual) {
+    let mapped = if mappings.is_empty() || mappings.iter().any(|v| v.unusual) {
         smaps::read(pid).context(|| format!("read the mappings of {pid}"))?
     } else {
-        seen.iter().map(Mapped::from).collect()
+        mappings.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
-    let mut pages = PrivatePages { pid, ranges: Vec::new(), over_files: Vec::new() };
-    let mut guards = Vec::new();
-    let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
     for map in &mapped {
         if map.name == b"[vsyscall]" {
             continue; // not a mapping of the process but of the machine
         }
-        let vma = record(pid, map, all)?;
-        if matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) {
-            let scan = || format!("scan the pages of {pid}");
-            // The kernel may drop the contents of droppable memory at any time: a dump is such a time.
-            if !vma.flags.droppable {
-                let before = pages.ranges.len();
-                pagemap.private_pages(map.start, map.end, &mut pages.ranges).context(scan)?;
-                if matches!(vma.backing, Backing::PrivateFile { .. }) {
-                    pages.over_files.extend_from_slice(&pages.ranges[before..]);
-                }
-            }
-            pagemap.guards(map.start, map.end, &mut guards).context(scan)?;
-        }
-        vmas.push(vma);
+        vmas.push(record(pid, map, all)?);
     }
+    let (pages, guards) = private::find(pid, &vmas)?;
+    let layout = match seen.and_then(|p| p.layout) {
+        Some(layout) => layout,
+        None => layout(pid, brk)?,
+    };
+    let auxv = match seen.and_then(|p| p.auxv.clone()) {
+        Some(auxv) => auxv,
+        None => std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
+    };
+    let exe = executable(pid, seen.and_then(|p| p.exe), all)?;
+    Ok((AddressSpace { id, layout, auxv, exe, vmas, pages: Vec::new(), guards }, pages))
+}
+
+fn layout(pid: i32, brk: u64) -> Result<MmLayout> {
     let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
-    let layout = MmLayout {
+    Ok(MmLayout {
         start_code: stat.start_code,
         end_code: stat.end_code,
         start_data: stat.start_data,
@@ -75,24 +66,22 @@ pub(crate) fn collect(
         arg_end: stat.arg_end,
         env_start: stat.env_start,
         env_end: stat.env_end,
-    };
-    let space = AddressSpace {
-        id,
-        layout,
-        auxv: std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
-        exe: executable(pid, all)?,
-        vmas,
-        pages: Vec::new(),
-        guards: guards.into_iter().map(|g| (g.start, g.end)).collect(),
-    };
-    Ok((space, pages))
+    })
 }
 
-fn executable(pid: i32, all: &mut Collected) -> Result<OpenFileId> {
+/// The executed file. `seen`: the observer's number for it.
+fn executable(pid: i32, seen: Option<SharedId>, all: &mut Collected) -> Result<OpenFileId> {
+    if let Some(&known) = seen.and_then(|id| all.executables.get(&id)) {
+        return Ok(known);
+    }
     let link = proc::path(pid, "exe");
     let name = std::fs::read_link(&link).context(|| format!("read {}", link.display()))?;
     let meta = std::fs::metadata(&link).context(|| format!("stat {}", link.display()))?;
-    mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)
+    let file = mapped_file(pid, &name, &link, meta.dev(), meta.ino(), false, all)?;
+    if let Some(id) = seen {
+        all.executables.insert(id, file);
+    }
+    Ok(file)
 }
 
 fn mapped_file(

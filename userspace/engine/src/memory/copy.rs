@@ -1,6 +1,6 @@
 //! Copying the pages of a frozen tree into the page store.
 
-use super::collect::PrivatePages;
+use super::private::PrivatePages;
 use crate::{
     error::{Context, Error, Result},
     kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},

@@ -3,5 +3,6 @@
 pub(crate) mod collect;
 pub(crate) mod copy;
 pub(crate) mod map;
+pub(crate) mod private;
 pub(crate) mod smaps;
 pub(crate) mod verify;

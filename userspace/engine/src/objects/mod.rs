@@ -19,7 +19,7 @@ pub(crate) mod timerfd;
 use crate::{
     error::{Context, Error, Result},
     kernel::sys,
-    observe::FdEntry,
+    observe::{FdEntry, SharedId},
     restore::{files::Numbers, program::Program},
 };
 use standstill_images::types::{FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId};
@@ -48,6 +48,8 @@ pub(crate) struct Collected {
     pidfds: HashMap<i32, OwnedFd>,
     /// Mapped and executed files by device, inode and access.
     mapped: HashMap<(u64, u64, bool), OpenFileId>,
+    /// Executed files by the observer's number.
+    pub(crate) executables: HashMap<SharedId, OpenFileId>,
     next_file: OpenFileId,
     /// Names of regular files, to be checked when there is time.
     names: Vec<regular::Name>,

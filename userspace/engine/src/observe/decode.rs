@@ -6,8 +6,10 @@ use super::{
     layout::{Layouts, RestartLayout},
 };
 use nix::time::{ClockId, clock_gettime};
-use standstill_ebpf_abi::{Action, FileRecord, Plain, ProcessRecord, ThreadRecord, VmaRecord, vma_name};
-use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
+use standstill_ebpf_abi::{
+    ABSENT, Action, CPUS, FileRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout, ThreadRecord, VmaRecord, vma_name,
+};
+use standstill_images::types::{AltStack, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{
     ffi::OsStr,
     os::unix::ffi::OsStrExt,
@@ -86,7 +88,22 @@ struct SharedIds {
     files: Ids,
     fs: Ids,
     sighand: Ids,
+    exe: Ids,
+    mounts: Ids,
+    dentries: Ids,
+    directories: Ids,
 }
+
+impl SharedIds {
+    /// Number of a directory, given by the addresses of mount and dentry.
+    fn directory(&mut self, [mount, dentry]: [u64; 2]) -> Option<SharedId> {
+        let place = u64::from(self.mounts.of(mount)) << 32 | u64::from(self.dentries.of(dentry));
+        (dentry != 0).then(|| SharedId(self.directories.of(place)))
+    }
+}
+
+/// CPUs that each thread may run on, given by the kernel's mask.
+pub(super) type Affinity<'a> = &'a mut dyn FnMut(i32, &[u64; CPUS / 64]) -> Option<Vec<u8>>;
 
 /// The records of a stream of `iter/task`.
 fn tasks(mut stream: &[u8]) -> Result<Vec<(ThreadRecord, Option<ProcessRecord>)>> {
@@ -113,24 +130,29 @@ pub(super) fn spaces(stream: &[u8]) -> Result<Vec<(i32, u64)>> {
 }
 
 /// The processes of a stream of `iter/task`, by number.
-pub(super) fn processes(stream: &[u8], layouts: &Layouts) -> Result<Vec<ProcessState>> {
+pub(super) fn processes(stream: &[u8], layouts: &Layouts, affinity: Affinity<'_>) -> Result<Vec<ProcessState>> {
     let mut threads = tasks(stream)?;
     threads.sort_by_key(|(t, _)| (t.tgid, t.leader == 0, t.tid));
     let mut ids = SharedIds::default();
     let mut all: Vec<ProcessState> = Vec::new();
     for (record, process) in &threads {
         if let Some(process) = process {
-            all.push(process_state(record, process));
+            all.push(process_state(record, process, &mut ids, layouts));
         }
         // A thread whose leader is not there came after the leader was passed: its process has just been made.
         if let Some(last) = all.last_mut().filter(|p| p.tgid == record.tgid) {
-            last.threads.push(thread(record, &mut ids, &layouts.restart));
+            last.threads.push(thread(record, &mut ids, layouts, affinity));
         }
     }
     Ok(all)
 }
 
-fn process_state(leader: &ThreadRecord, process: &ProcessRecord) -> ProcessState {
+fn process_state(
+    leader: &ThreadRecord,
+    process: &ProcessRecord,
+    ids: &mut SharedIds,
+    layouts: &Layouts,
+) -> ProcessState {
     let sigactions = process.actions.iter().zip(1..).filter(|(a, _)| a.handler != libc::SIG_DFL as u64);
     let [
         start_code,
@@ -162,17 +184,41 @@ fn process_state(leader: &ThreadRecord, process: &ProcessRecord) -> ProcessState
         if process.signal_flags & SIGNAL_GROUP_EXIT != 0 { process.group_exit_code } else { process.exit_code };
     ProcessState {
         tgid: leader.tgid,
+        ppid: process.ppid,
+        pgid: process.pgid,
+        sid: process.sid,
         threads: Vec::new(),
+        foreign_namespace: NAMESPACES.get(process.foreign.trailing_zeros() as usize).copied(),
         exited: (leader.exit_state != 0).then_some(exit_status),
         sigactions: sigactions.map(|(action, signal)| sigaction(signal, action)).collect(),
         itimer_real: itimer_real(process, leader.monotonic_ns),
+        pending: process.shared_pending != 0,
+        posix_timers: process.posix_timers != 0,
         cpu_itimers: process.cpu_timers != 0,
         rlimits: process.limits.iter().map(|&[soft, hard]| (soft, hard)).collect(),
         layout: (leader.mm != 0).then_some(layout),
         dumpable: process.mm_flags & 3,
         umask: process.umask,
         child_subreaper: process.child_subreaper != 0,
+        personality: process.personality,
+        oom_score_adj: process.oom_score_adj,
+        loginuid: (leader.initial_ids != 0 && layouts.tasks.loginuid != ABSENT).then_some(process.loginuid),
+        auxv: if leader.mm != 0 { auxv(&process.auxv) } else { None },
+        exe: shared(&mut ids.exe, process.exe_file),
+        root: ids.directory(process.root),
+        cwd: ids.directory(process.pwd),
     }
+}
+
+/// Pairs of words up to AT_NULL.
+fn auxv(words: &[u64]) -> Option<Vec<u8>> {
+    let end = words.chunks_exact(2).position(|pair| pair[0] == 0)?;
+    Some(words[..2 * end + 2].iter().flat_map(|w| w.to_ne_bytes()).collect())
+}
+
+/// Number of an object; `None` if there is none.
+fn shared(ids: &mut Ids, address: u64) -> Option<SharedId> {
+    (address != 0).then(|| SharedId(ids.of(address)))
 }
 
 fn sigaction(signal: i32, action: &Action) -> SigAction {
@@ -190,19 +236,27 @@ fn itimer_real(process: &ProcessRecord, now: u64) -> Option<ITimer> {
     Some(ITimer { value_us, interval_us: process.real_interval_ns / 1000 })
 }
 
-fn thread(record: &ThreadRecord, ids: &mut SharedIds, layout: &RestartLayout) -> ThreadState {
-    let shared = |ids: &mut Ids, address: u64| (address != 0).then(|| SharedId(ids.of(address)));
-    let restart = restart_block(record, layout);
+fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinity: Affinity<'_>) -> ThreadState {
+    let restart = restart_block(record, &layouts.restart);
+    let tasks = &layouts.tasks;
+    let rseq = Rseq { address: record.rseq, size: record.rseq_len, signature: record.rseq_sig };
     ThreadState {
         tgid: record.tgid,
         tid: record.tid,
+        comm: record.comm.split(|&b| b == 0).next().unwrap_or_default().into(),
         altstack: AltStack { sp: record.sas_ss_sp, flags: altstack_flags(record), size: record.sas_ss_size },
         clear_child_tid: record.clear_child_tid,
-        robust_list: record.robust_list,
+        robust_list: (record.robust_list, layouts.robust_list_len),
+        rseq: (![tasks.rseq, tasks.rseq_len, tasks.rseq_sig].contains(&ABSENT)).then_some(rseq),
         pdeath_signal: record.pdeath_signal,
         exit_signal: record.exit_signal,
-        blocked: record.blocked,
+        blocked: (tasks.restore_sigmask != ABSENT).then_some(record.blocked),
+        pending: record.pending != 0,
         securebits: record.securebits,
+        creds: creds(record),
+        sched: sched(record, tasks, affinity),
+        timerslack_ns: record.timer_slack_ns,
+        seccomp: (tasks.seccomp_mode != ABSENT).then_some(record.seccomp),
         remaining_ns: remaining(&restart, record),
         restart,
         mm: shared(&mut ids.mm, record.mm),
@@ -210,6 +264,38 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layout: &RestartLayout) ->
         fs: shared(&mut ids.fs, record.fs),
         sighand: shared(&mut ids.sighand, record.sighand),
     }
+}
+
+fn creds(record: &ThreadRecord) -> Option<Creds> {
+    /// `PFA_NO_NEW_PRIVS` in `atomic_flags`.
+    const NO_NEW_PRIVS: u64 = 1;
+    let [ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid] = record.ids;
+    (record.initial_ids != 0).then_some(())?;
+    Some(Creds {
+        uids: [ruid, euid, suid, fsuid],
+        gids: [rgid, egid, sgid, fsgid],
+        groups: record.groups.get(..record.ngroups as usize)?.to_vec(),
+        caps: record.caps,
+        securebits: record.securebits,
+        no_new_privs: record.atomic_flags & NO_NEW_PRIVS != 0,
+    })
+}
+
+/// What sched_getattr(2), sched_getaffinity(2) and ioprio_get(2) give.
+fn sched(record: &ThreadRecord, tasks: &TaskLayout, affinity: Affinity<'_>) -> Option<Sched> {
+    const SCHED_DEADLINE: u32 = 6;
+    /// `DEFAULT_PRIO`: the static priority of nice 0.
+    const DEFAULT_PRIO: i32 = 120;
+    let real_time = matches!(record.policy as i32, libc::SCHED_FIFO | libc::SCHED_RR);
+    let ioprio_known = ![tasks.io_context, tasks.ioprio].contains(&ABSENT);
+    (ioprio_known && record.policy != SCHED_DEADLINE).then_some(())?;
+    Some(Sched {
+        policy: record.policy | if record.reset_on_fork != 0 { libc::SCHED_RESET_ON_FORK as u32 } else { 0 },
+        nice: if real_time { 0 } else { record.static_prio - DEFAULT_PRIO },
+        priority: if real_time { record.rt_priority } else { 0 },
+        affinity: affinity(record.tid, &record.cpus)?,
+        ioprio: record.ioprio,
+    })
 }
 
 /// What sigaltstack(2) shows outside a handler: SS_DISABLE if there is no stack.

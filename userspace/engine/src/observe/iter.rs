@@ -7,10 +7,11 @@ use super::{
     procfs::{self, Descriptors},
     sorted, sys,
 };
-use standstill_ebpf_abi::FileRecord;
+use crate::kernel;
+use standstill_ebpf_abi::{CPUS, FileRecord};
 use std::{
     cmp::Ordering,
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fmt, io,
     io::Read,
     mem,
@@ -61,6 +62,8 @@ pub struct Iterators {
     pub(super) ahead: Ahead,
     /// What `programs.tree` holds.
     tree: HashSet<i32>,
+    /// CPUs that this machine may ever have; `None`: nobody knows.
+    possible_cpus: Option<usize>,
     /// Whether iterators can be restricted to a process (Linux 6.1).
     restrictable: bool,
     pub(super) stream: Vec<u8>,
@@ -88,19 +91,23 @@ impl Iterators {
     /// [`ObserveError::MissingCapability`], [`ObserveError::NoBtf`], [`ObserveError::MissingField`] or
     /// [`ObserveError::Load`].
     pub fn load() -> Result<Self> {
-        Ok(Self {
-            programs: Programs::load()?,
+        Ok(Self::new(Programs::load()?))
+    }
+
+    fn new(programs: Programs) -> Self {
+        Self {
+            programs,
             ahead: Ahead::default(),
             tree: HashSet::new(),
+            possible_cpus: possible_cpus(),
             restrictable: true,
             stream: Vec::new(),
-        })
+        }
     }
 
     /// The programs of another process, which does not use them meanwhile.
     pub(super) fn from_programs(programs: Programs) -> Result<Self> {
-        let mut iterators =
-            Self { programs, ahead: Ahead::default(), tree: HashSet::new(), restrictable: true, stream: Vec::new() };
+        let mut iterators = Self::new(programs);
         iterators.learn_tree()?;
         Ok(iterators)
     }
@@ -171,7 +178,13 @@ impl Iterators {
     /// When the iterator cannot be read.
     pub fn processes(&mut self, tgids: &[i32]) -> Result<Vec<ProcessState>> {
         self.run(What::Tasks, &sorted(tgids))?;
-        decode::processes(&self.stream, &self.programs.layouts)
+        // What the kernel allows is its mask without the CPUs that are offline: asked once for each mask.
+        let mut known = HashMap::new();
+        let fits = self.possible_cpus.is_some_and(|n| n <= CPUS);
+        decode::processes(&self.stream, &self.programs.layouts, &mut |tid, mask| {
+            let ask = || fits.then(|| kernel::sys::sched_getaffinity(tid).ok())?;
+            known.entry(*mask).or_insert_with(ask).clone()
+        })
     }
 
     /// Address of each process's `mm_struct`, if it has one: a name for it, never to be shown.
@@ -245,6 +258,13 @@ impl Iterators {
         self.tree = wanted;
         Ok(())
     }
+}
+
+/// From the last number in a list of ranges like `0-3,8`.
+fn possible_cpus() -> Option<usize> {
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").ok()?;
+    let last = list.trim_end().rsplit([',', '-']).next()?;
+    last.parse::<usize>().ok().map(|n| n + 1)
 }
 
 fn map_failed(error: aya::maps::MapError) -> ObserveError {

@@ -13,19 +13,24 @@ const STRUCTS: &[&str] = &[
     "file",
     "files_struct",
     "fs_struct",
+    "group_info",
     "hrtimer",
     "inode",
+    "io_context",
     "k_sigaction",
     "mm_struct",
     "mount",
+    "nsproxy",
     "path",
     "pid",
     "restart_block",
+    "robust_list_head",
     "sighand_struct",
     "signal_struct",
     "super_block",
     "task_struct",
     "upid",
+    "user_namespace",
     "vfsmount",
     "vm_area_struct",
     "vm_operations_struct",
@@ -39,7 +44,12 @@ pub(super) struct Layouts {
     pub tasks: TaskLayout,
     pub vmas: VmaLayout,
     pub restart: RestartLayout,
+    /// Size of `robust_list_head`, which get_robust_list(2) gives for every thread.
+    pub robust_list_len: u64,
 }
+
+/// [`Layouts`] as it goes from one process to another.
+pub(super) type LayoutParts = ([Vec<u8>; 4], RestartLayout, u64);
 
 /// Offsets in the union of `restart_block`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -61,23 +71,24 @@ pub(super) struct RestartLayout {
 
 impl Layouts {
     /// For another process.
-    pub(super) fn to_parts(&self) -> ([Vec<u8>; 4], RestartLayout) {
+    pub(super) fn to_parts(&self) -> LayoutParts {
         let bytes = [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes()];
-        (bytes.map(<[u8]>::to_vec), self.restart)
+        (bytes.map(<[u8]>::to_vec), self.restart, self.robust_list_len)
     }
 
     /// From another process; `None` if it is of another version.
-    pub(super) fn from_parts(parts: &([Vec<u8>; 4], RestartLayout)) -> Option<Self> {
+    pub(super) fn from_parts(parts: &LayoutParts) -> Option<Self> {
         fn exactly<T: Plain>(bytes: &[u8]) -> Option<T> {
             T::split(bytes).and_then(|(value, rest)| rest.is_empty().then_some(value))
         }
-        let ([common, files, tasks, vmas], restart) = parts;
+        let ([common, files, tasks, vmas], restart, robust_list_len) = parts;
         Some(Self {
             common: exactly(common)?,
             files: exactly(files)?,
             tasks: exactly(tasks)?,
             vmas: exactly(vmas)?,
             restart: *restart,
+            robust_list_len: *robust_list_len,
         })
     }
 
@@ -90,6 +101,7 @@ impl Layouts {
             tasks: tasks(&btf)?,
             vmas: vmas(&btf)?,
             restart: restart(&btf)?,
+            robust_list_len: btf.size_of("robust_list_head")?.into(),
         })
     }
 }
@@ -98,6 +110,15 @@ impl Layouts {
 fn any(btf: &Btf, structure: &'static str, names: &[&'static str]) -> Result<u32> {
     let found = names.iter().find_map(|name| btf.field(structure, name).ok());
     found.map(|f| f.byte()).ok_or(ObserveError::MissingField { structure, field: names[0] })
+}
+
+/// Offsets of several fields of a structure.
+fn all<const N: usize>(btf: &Btf, structure: &'static str, fields: [&'static str; N]) -> Result<[u32; N]> {
+    let mut offsets = [0; N];
+    for (to, field) in offsets.iter_mut().zip(fields) {
+        *to = btf.field(structure, field)?.byte();
+    }
+    Ok(offsets)
 }
 
 fn common(btf: &Btf) -> Result<CommonLayout> {
@@ -109,9 +130,13 @@ fn common(btf: &Btf) -> Result<CommonLayout> {
         task_thread_pid: at("task_struct", "thread_pid")?,
         task_mm: at("task_struct", "mm")?,
         task_files: at("task_struct", "files")?,
+        task_cred: at("task_struct", "cred")?,
+        task_nsproxy: at("task_struct", "nsproxy")?,
         pid_level: at("pid", "level")?,
         pid_numbers: at("pid", "numbers")?,
         upid_size: btf.size_of("upid")?,
+        upid_ns: at("upid", "ns")?,
+        cred_user_ns: at("cred", "user_ns")?,
         file_mode: at("file", "f_mode")?,
         file_inode: at("file", "f_inode")?,
         file_path: at("file", "f_path")?,
@@ -158,11 +183,20 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
     let task = |field| at("task_struct", field);
     let signal = |field| at("signal_struct", field);
     let subreaper = btf.field("signal_struct", "is_child_subreaper")?;
+    let reset_on_fork = btf.field("task_struct", "sched_reset_on_fork")?;
+    // Not a field but a flag of the thread on some architectures.
+    let restore_sigmask = btf.field("task_struct", "restore_sigmask").ok();
+    // Gathered in a structure in Linux 6.19.
+    let rseq = |inner, field| any(btf, "task_struct", &[inner, field]).unwrap_or(ABSENT);
     let action = btf.field("sighand_struct", "action")?;
     if btf.element_size(action) != Some(size_of::<standstill_ebpf_abi::Action>() as u32) {
         // Some architectures have no restorer.
         return Err(ObserveError::MissingField { structure: "k_sigaction", field: "sa.sa_restorer" });
     }
+    let ids = ["uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"];
+    let caps = ["cap_inheritable", "cap_permitted", "cap_effective", "cap_bset", "cap_ambient"];
+    let namespaces =
+        ["mnt_ns", "net_ns", "ipc_ns", "uts_ns", "cgroup_ns", "time_ns", "pid_ns_for_children", "time_ns_for_children"];
     let mm = [
         "start_code",
         "end_code",
@@ -176,30 +210,63 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         "env_start",
         "env_end",
     ];
-    let mut mm_layout = [0; 11];
-    for (to, field) in mm_layout.iter_mut().zip(mm) {
-        *to = at("mm_struct", field)?;
-    }
     Ok(TaskLayout {
         fs: task("fs")?,
         sighand: task("sighand")?,
         signal: task("signal")?,
-        cred: task("cred")?,
+        comm: task("comm")?,
+        real_parent: task("real_parent")?,
         clear_child_tid: task("clear_child_tid")?,
         robust_list: task("robust_list")?,
         sas_ss_sp: task("sas_ss_sp")?,
         sas_ss_size: task("sas_ss_size")?,
         sas_ss_flags: task("sas_ss_flags")?,
         blocked: task("blocked")?,
+        saved_sigmask: task("saved_sigmask")?,
+        restore_sigmask: restore_sigmask.map_or(ABSENT, |f| f.byte()),
+        restore_sigmask_bit: restore_sigmask.map_or(0, |f| f.bit % 8),
+        pending: task("pending.signal")?,
+        policy: task("policy")?,
+        static_prio: task("static_prio")?,
+        rt_priority: task("rt_priority")?,
+        reset_on_fork: reset_on_fork.byte(),
+        reset_on_fork_bit: reset_on_fork.bit % 8,
+        cpus_mask: task("cpus_mask")?,
+        // CONFIG_BLOCK.
+        io_context: task("io_context").unwrap_or(ABSENT),
+        ioprio: at("io_context", "ioprio").unwrap_or(ABSENT),
+        timer_slack_ns: task("timer_slack_ns")?,
+        // CONFIG_SECCOMP.
+        seccomp_mode: task("seccomp.mode").unwrap_or(ABSENT),
+        // CONFIG_RSEQ.
+        rseq: rseq("rseq.usrptr", "rseq"),
+        rseq_len: rseq("rseq.len", "rseq_len"),
+        rseq_sig: rseq("rseq.sig", "rseq_sig"),
+        atomic_flags: task("atomic_flags")?,
+        personality: task("personality")?,
+        // CONFIG_AUDIT.
+        loginuid: task("loginuid").unwrap_or(ABSENT),
         pdeath_signal: task("pdeath_signal")?,
         exit_signal: task("exit_signal")?,
         exit_state: task("exit_state")?,
         exit_code: task("exit_code")?,
         restart_fn: task("restart_block.fn")?,
         restart: task("restart_block.futex")?,
+        cred_ids: all(btf, "cred", ids)?,
+        cred_caps: all(btf, "cred", caps)?,
         cred_securebits: at("cred", "securebits")?,
+        cred_group_info: at("cred", "group_info")?,
+        ngroups: at("group_info", "ngroups")?,
+        group_ids: at("group_info", "gid")?,
+        user_ns_level: at("user_namespace", "level")?,
+        nsproxy: all(btf, "nsproxy", namespaces)?,
         sighand_action: action.byte(),
         signal_rlim: signal("rlim")?,
+        signal_pids: signal("pids")?,
+        shared_pending: signal("shared_pending.signal")?,
+        // CONFIG_POSIX_TIMERS.
+        posix_timers: signal("posix_timers").unwrap_or(ABSENT),
+        oom_score_adj: signal("oom_score_adj")?,
         real_expires: signal("real_timer.node.expires")?,
         real_state: signal("real_timer.state").unwrap_or(ABSENT),
         real_incr: signal("it_real_incr")?,
@@ -210,8 +277,12 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         subreaper: subreaper.byte(),
         subreaper_bit: subreaper.bit % 8,
         fs_umask: at("fs_struct", "umask")?,
+        fs_root: at("fs_struct", "root")?,
+        fs_pwd: at("fs_struct", "pwd")?,
+        mm_auxv: at("mm_struct", "saved_auxv")?,
+        mm_exe_file: at("mm_struct", "exe_file")?,
         mm_flags: at("mm_struct", "flags")?,
-        mm_layout,
+        mm_layout: all(btf, "mm_struct", mm)?,
     })
 }
 

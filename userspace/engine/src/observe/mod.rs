@@ -33,7 +33,7 @@ pub use iter::Iterators;
 pub use track::{Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
 
 use serde::{Deserialize, Serialize};
-use standstill_images::types::{AltStack, ITimer, MmLayout, SigAction};
+use standstill_images::types::{AltStack, Bytes, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{io, path::PathBuf};
 
 /// Identity of an open file description within one reading: same description, same number.
@@ -124,27 +124,42 @@ pub enum RestartBlock {
     Unknown,
 }
 
-/// A thread, as far as ptrace(2) and procfs do not tell.
+/// A thread, apart from its registers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ThreadState {
     /// Process.
     pub tgid: i32,
     /// Thread.
     pub tid: i32,
+    /// Name.
+    pub comm: Bytes,
     /// sigaltstack(2), without SS_ONSTACK.
     pub altstack: AltStack,
     /// set_tid_address(2).
     pub clear_child_tid: u64,
-    /// Head given to set_robust_list(2); 0: none.
-    pub robust_list: u64,
+    /// Head and length of the robust list, as get_robust_list(2) gives them; head 0: none.
+    pub robust_list: (u64, u64),
+    /// rseq(2) registration, address 0: none; `None`: this kernel does not let it be seen.
+    pub rseq: Option<Rseq>,
     /// PR_SET_PDEATHSIG.
     pub pdeath_signal: i32,
     /// Signal sent to the parent at exit; -1 for threads other than the leader.
     pub exit_signal: i32,
-    /// Blocked signals.
-    pub blocked: u64,
+    /// Blocked signals, as PTRACE_GETSIGMASK gives them; `None`: this kernel does not let it be seen.
+    pub blocked: Option<u64>,
+    /// Whether signals are pending for the thread alone.
+    pub pending: bool,
     /// PR_SET_SECUREBITS.
     pub securebits: u32,
+    /// Credentials; `None` if the reader or the thread is in a user namespace, or there are more groups than a record
+    /// has room for.
+    pub creds: Option<Creds>,
+    /// Scheduling; `None` with SCHED_DEADLINE, whose parameters are not read, or if part of it cannot be seen.
+    pub sched: Option<Sched>,
+    /// PR_SET_TIMERSLACK.
+    pub timerslack_ns: u64,
+    /// Mode of seccomp(2); `None`: this kernel does not let it be seen.
+    pub seccomp: Option<u32>,
     /// What an interrupted wait left behind.
     pub restart: RestartBlock,
     /// How much of that wait was left when this was read, in nanoseconds; `None`: no such wait, or without limit.
@@ -164,14 +179,26 @@ pub struct ThreadState {
 pub struct ProcessState {
     /// Process.
     pub tgid: i32,
+    /// Parent; 0: outside the reader's pid namespace.
+    pub ppid: i32,
+    /// Process group.
+    pub pgid: i32,
+    /// Session.
+    pub sid: i32,
     /// Its threads by number, the leader first.
     pub threads: Vec<ThreadState>,
+    /// A namespace in which it is and the reader is not, by its name in `/proc/pid/ns`.
+    pub foreign_namespace: Option<&'static str>,
     /// Status for wait(2) if the leader has exited.
     pub exited: Option<i32>,
     /// Actions of all signals whose action is not the default.
     pub sigactions: Vec<SigAction>,
     /// ITIMER_REAL; `None`: this kernel does not let it be seen.
     pub itimer_real: Option<ITimer>,
+    /// Whether signals are pending for the process as a whole.
+    pub pending: bool,
+    /// Whether there may be POSIX timers.
+    pub posix_timers: bool,
     /// Whether ITIMER_VIRTUAL or ITIMER_PROF is armed; only the process itself can say how much is left of them.
     pub cpu_itimers: bool,
     /// Soft and hard resource limits by RLIMIT number.
@@ -184,6 +211,20 @@ pub struct ProcessState {
     pub umask: u32,
     /// PR_SET_CHILD_SUBREAPER.
     pub child_subreaper: bool,
+    /// personality(2).
+    pub personality: u32,
+    /// `/proc/pid/oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// `/proc/pid/loginuid`; `None`: not to be seen, see [`ThreadState::creds`].
+    pub loginuid: Option<u32>,
+    /// What `/proc/pid/auxv` gives; `None` once the leader has exited, or if it is longer than a record has room for.
+    pub auxv: Option<Vec<u8>>,
+    /// The executed file; `None` once the leader has exited.
+    pub exe: Option<SharedId>,
+    /// Root directory: same number, same path. `None` once the leader has exited.
+    pub root: Option<SharedId>,
+    /// Working directory: same number, same path. `None` once the leader has exited.
+    pub cwd: Option<SharedId>,
 }
 
 /// A mapping.
@@ -212,6 +253,16 @@ pub struct VmaEntry {
     /// Whether it has attributes beyond these (shadow stack, sealed, droppable, userfaultfd minor faults, …); smaps names
     /// them.
     pub unusual: bool,
+}
+
+impl ProcessState {
+    /// A thread by its number.
+    pub fn thread(&self, tid: i32) -> Option<&ThreadState> {
+        match self.threads.split_first()? {
+            (leader, _) if leader.tid == tid => Some(leader),
+            (_, others) => others.binary_search_by_key(&tid, |t| t.tid).ok().map(|n| &others[n]),
+        }
+    }
 }
 
 impl VmaEntry {

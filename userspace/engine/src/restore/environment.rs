@@ -54,9 +54,14 @@ pub(crate) fn kernel_mappings(pid: i32) -> Result<Vec<KernelMapping>> {
 /// The bytes of a process's `[vdso]`; empty if it has none.
 pub(crate) fn vdso(pid: i32) -> Result<Vec<u8>> {
     let Some(vdso) = kernel_mappings(pid)?.into_iter().find(|m| m.name == "[vdso]") else { return Ok(Vec::new()) };
-    let mut bytes = vec![0; vdso.len as usize];
+    vdso_at(pid, vdso.start, vdso.len)
+}
+
+/// The bytes of a process's `[vdso]`, which is known to be at `start`.
+pub(crate) fn vdso_at(pid: i32, start: u64, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len as usize];
     let memory = std::fs::File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
-    std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, vdso.start)
+    std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, start)
         .context(|| format!("read the vdso of {pid}"))?;
     Ok(bytes)
 }

@@ -89,6 +89,10 @@ impl Remote {
             return Ok(own);
         }
         let mut regs = ptrace::registers(tid)?;
+        // A sequence may not contain system calls.
+        if regs.interrupted_syscall().is_some() {
+            return Ok(regs);
+        }
         let area = ptrace::rseq(tid)?.address;
         if area != 0
             && let Some(abort) = self.abort_handler(area, regs.ip())

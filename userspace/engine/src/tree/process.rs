@@ -3,9 +3,12 @@
 use super::{signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
-    kernel::{proc, sys},
+    kernel::{
+        proc,
+        sys::{self, Kcmp},
+    },
     objects::directory,
-    observe::ProcessState,
+    observe::{ProcessState, SharedId, ThreadState},
     restore::program::Program,
     task::{FrozenProcess, Remote, Stopped},
 };
@@ -14,9 +17,17 @@ use standstill_images::types::{
 };
 use std::{
     collections::HashMap,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::LazyLock,
 };
+
+/// What was read for one process and is the same for others with the same number of the observer's.
+#[derive(Default)]
+pub(crate) struct Known {
+    cwd: HashMap<SharedId, (Bytes, bool)>,
+    root: HashMap<SharedId, Bytes>,
+}
 
 /// What only the process itself or the observer can tell.
 struct Inner {
@@ -27,64 +38,84 @@ struct Inner {
     itimers: [ITimer; 3],
 }
 
-/// Reads a frozen process, all but its memory and files; also gives its brk(2). What procfs does not show comes from the
-/// observer (`seen`), otherwise from system calls that the process makes for us.
+/// What procfs or the observer tells.
+struct Outer {
+    ppid: i32,
+    pgid: i32,
+    sid: i32,
+    exit_signal: i32,
+    comm: Bytes,
+    umask: u32,
+    rlimits: Vec<(u64, u64)>,
+    personality: u32,
+    oom_score_adj: i32,
+    loginuid: u32,
+}
+
+/// Reads a frozen process, all but its memory and files; also gives its brk(2). What the observer saw (`seen`) is
+/// believed; the rest comes from procfs, ptrace and system calls that the process makes for us.
 pub(crate) fn collect(
     process: &FrozenProcess,
     seen: Option<&ProcessState>,
+    known: &mut Known,
     address_space: AddressSpaceId,
     fd_table: FdTableId,
 ) -> Result<(Task, u64)> {
     let pid = process.pid;
-    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
-    let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
-    refuse_unsupported(pid)?;
+    refuse_foreign(pid, seen)?;
     let mut remote = Remote::new(pid);
     let inner = match seen.and_then(observed) {
         Some(inner) => inner,
-        None => ask(pid, &status, &mut remote)?,
+        None => ask(pid, &mut remote)?,
     };
-    let posix_timers = timers::posix_timers(pid, &mut remote)?;
+    let outer = outer(pid, seen)?;
+    let mut posix_timers = Vec::new();
+    if seen.is_none_or(|p| p.posix_timers) {
+        posix_timers = timers::posix_timers(pid, &mut remote)?;
+    }
+    // Timers go on: what the observer did not see pending can be by now, after the time left was asked.
+    let timed = seen.is_none_or(|p| p.posix_timers || p.cpu_itimers);
+    let mut pending = Vec::new();
+    if timed || seen.is_some_and(|p| p.pending) {
+        pending = signals::pending(pid, true)?;
+    }
     let mut threads: Vec<Thread> = Vec::with_capacity(process.threads.len());
     for &(tid, _) in &process.threads {
-        let of_thread = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
-        if of_thread.seccomp != 0 {
-            let object = format!("thread {tid}, which is under seccomp,");
-            return Err(Error::unsupported(pid, object, "run the program without seccomp"));
-        }
         // Securebits differ between threads only where a thread changed its credentials on its own.
         let same = threads.first().map(|leader| leader.creds.securebits);
-        let state = seen.and_then(|p| p.threads.iter().find(|t| t.tid == tid));
-        threads.push(thread::collect(pid, tid, &of_thread, state, &mut remote, same)?);
+        threads.push(thread::collect(pid, tid, seen.and_then(|p| p.thread(tid)), &mut remote, same, timed)?);
     }
     remote.detach()?;
-    let link = |name: &str| -> Result<Bytes> {
-        let target = std::fs::read_link(proc::path(pid, name)).context(|| format!("read /proc/{pid}/{name}"))?;
-        Ok(target.as_path().into())
+    let (cwd, cwd_removed) = match seen.and_then(|p| known.cwd.get(&p.cwd?)) {
+        Some(cwd) => cwd.clone(),
+        None => cwd(pid)?,
     };
-    let removed =
-        std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 0);
-    let (cwd, cwd_removed) = directory::path(link("cwd")?, removed);
-    let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
-    let pending = signals::pending(pid, true)?;
+    let root = match seen.and_then(|p| known.root.get(&p.root?)) {
+        Some(root) => root.clone(),
+        None => link(pid, "root")?,
+    };
+    if let Some(ProcessState { cwd: Some(cwd_id), root: Some(root_id), .. }) = seen {
+        known.cwd.entry(*cwd_id).or_insert_with(|| (cwd.clone(), cwd_removed));
+        known.root.entry(*root_id).or_insert_with(|| root.clone());
+    }
     let live = LiveTask {
         threads,
         address_space,
         fd_table,
         cwd,
         cwd_removed,
-        root: link("root")?,
-        umask: status.umask,
+        root,
+        umask: outer.umask,
         sigactions: inner.sigactions,
         itimers: inner.itimers,
         posix_timers,
         pending,
-        rlimits: proc::limits(pid).context(|| format!("read the limits of {pid}"))?,
+        rlimits: outer.rlimits,
         dumpable: inner.dumpable,
         child_subreaper: inner.child_subreaper,
-        personality: u32::from_str_radix(small("personality").trim(), 16).unwrap_or(0),
-        oom_score_adj: small("oom_score_adj").trim().parse().unwrap_or(0),
-        loginuid: small("loginuid").trim().parse().unwrap_or(u32::MAX),
+        personality: outer.personality,
+        oom_score_adj: outer.oom_score_adj,
+        loginuid: outer.loginuid,
     };
     let stopped = process.threads.iter().find_map(|&(_, how)| match how {
         Stopped::ByJobControl(signal) => Some(signal),
@@ -92,15 +123,60 @@ pub(crate) fn collect(
     });
     let task = Task {
         pid,
-        ppid: stat.ppid,
-        pgid: stat.pgid,
-        sid: stat.sid,
+        ppid: outer.ppid,
+        pgid: outer.pgid,
+        sid: outer.sid,
         state: stopped.map_or(TaskState::Running, TaskState::Stopped),
-        exit_signal: stat.exit_signal,
-        comm: stat.comm.as_slice().into(),
+        exit_signal: outer.exit_signal,
+        comm: outer.comm,
         live: Some(live),
     };
     Ok((task, inner.brk))
+}
+
+fn link(pid: i32, name: &str) -> Result<Bytes> {
+    let target = std::fs::read_link(proc::path(pid, name)).context(|| format!("read /proc/{pid}/{name}"))?;
+    Ok(target.as_path().into())
+}
+
+/// The working directory, and whether it was removed.
+fn cwd(pid: i32) -> Result<(Bytes, bool)> {
+    let removed = std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| m.nlink() == 0);
+    Ok(directory::path(link(pid, "cwd")?, removed))
+}
+
+fn outer(pid: i32, seen: Option<&ProcessState>) -> Result<Outer> {
+    let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
+    let loginuid = || small("loginuid").trim().parse().unwrap_or(u32::MAX);
+    if let Some(seen) = seen
+        && let Some(leader) = seen.thread(pid)
+    {
+        return Ok(Outer {
+            ppid: seen.ppid,
+            pgid: seen.pgid,
+            sid: seen.sid,
+            exit_signal: leader.exit_signal,
+            comm: leader.comm.clone(),
+            umask: seen.umask,
+            rlimits: seen.rlimits.clone(),
+            personality: seen.personality,
+            oom_score_adj: seen.oom_score_adj,
+            loginuid: seen.loginuid.unwrap_or_else(loginuid),
+        });
+    }
+    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
+    Ok(Outer {
+        ppid: stat.ppid,
+        pgid: stat.pgid,
+        sid: stat.sid,
+        exit_signal: stat.exit_signal,
+        comm: stat.comm.as_slice().into(),
+        umask: proc::status(pid, pid).context(|| format!("read the status of {pid}"))?.umask,
+        rlimits: proc::limits(pid).context(|| format!("read the limits of {pid}"))?,
+        personality: u32::from_str_radix(small("personality").trim(), 16).unwrap_or(0),
+        oom_score_adj: small("oom_score_adj").trim().parse().unwrap_or(0),
+        loginuid: loginuid(),
+    })
 }
 
 /// What the observer saw; `None` if that is not all.
@@ -119,7 +195,8 @@ fn observed(seen: &ProcessState) -> Option<Inner> {
 }
 
 /// Lets the process tell itself.
-fn ask(pid: i32, status: &proc::Status, remote: &mut Remote) -> Result<Inner> {
+fn ask(pid: i32, remote: &mut Remote) -> Result<Inner> {
+    let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
     let scratch = remote.scratch()?;
     let prctl = |remote: &mut Remote, option: i32, arg: u64| {
         remote.syscall(pid, libc::SYS_prctl, [option as u64, arg, 0, 0, 0, 0])
@@ -131,7 +208,7 @@ fn ask(pid: i32, status: &proc::Status, remote: &mut Remote) -> Result<Inner> {
         brk: remote.syscall(pid, libc::SYS_brk, [0; 6])? as u64,
         dumpable: prctl(remote, libc::PR_GET_DUMPABLE, 0)? as u32,
         child_subreaper: i32::from_ne_bytes(subreaper) != 0,
-        sigactions: signals::actions(pid, status, remote)?,
+        sigactions: signals::actions(pid, &status, remote)?,
         itimers: timers::itimers(pid, remote)?,
     })
 }
@@ -155,52 +232,102 @@ pub(crate) fn collect_zombie(pid: i32) -> Result<Task> {
 const NAMESPACES: [&str; 10] =
     ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time", "pid_for_children", "time_for_children"];
 
-fn refuse_unsupported(pid: i32) -> Result<()> {
-    let ns = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
+fn refuse_foreign(pid: i32, seen: Option<&ProcessState>) -> Result<()> {
+    let foreign = seen.map_or_else(|| foreign_namespace(pid), |p| p.foreign_namespace);
+    foreign.map_or(Ok(()), |name| {
+        Err(Error::unsupported(
+            pid,
+            format!("a process in another {name} namespace"),
+            format!("run standstill inside it: nsenter -t {pid} -a"),
+        ))
+    })
+}
+
+fn foreign_namespace(pid: i32) -> Option<&'static str> {
     static OWN: LazyLock<[Option<PathBuf>; 10]> = LazyLock::new(|| {
         NAMESPACES.map(|name| {
             let own = name.trim_end_matches("_for_children");
             std::fs::read_link(format!("/proc/self/ns/{own}")).ok()
         })
     });
-    for (name, ours) in NAMESPACES.into_iter().zip(&*OWN) {
-        let its = ns(&pid.to_string(), name);
-        if its.is_some() && ours.is_some() && its != *ours {
-            return Err(Error::unsupported(
-                pid,
-                format!("a process in another {name} namespace"),
-                format!("run standstill inside it: nsenter -t {pid} -a"),
-            ));
+    // A namespace for children that has no process yet has no name either.
+    let its = |name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
+    NAMESPACES.into_iter().zip(&*OWN).find(|(name, ours)| ours.is_some() && its(name) != **ours).map(|(name, _)| name)
+}
+
+/// What processes may not share, and threads must.
+const SHARED: [(Kcmp, &str); 4] = [
+    (Kcmp::Vm, "memory (CLONE_VM)"),
+    (Kcmp::Files, "descriptors (CLONE_FILES)"),
+    (Kcmp::Fs, "working directory (CLONE_FS)"),
+    (Kcmp::Sighand, "signal handlers (CLONE_SIGHAND)"),
+];
+
+/// Refuses processes that share what only threads may share here, and threads that do not.
+pub(crate) fn refuse_sharing(processes: &[FrozenProcess], seen: &HashMap<i32, ProcessState>) -> Result<()> {
+    let all: Option<Vec<&ProcessState>> = processes.iter().map(|p| seen.get(&p.pid)).collect();
+    all.map_or_else(|| compare(processes), |all| refuse_sharing_seen(&all))
+}
+
+fn refuse_sharing_seen(processes: &[&ProcessState]) -> Result<()> {
+    let shared = |t: &ThreadState| [t.mm, t.files, t.fs, t.sighand];
+    let mut owners: [HashMap<SharedId, i32>; 4] = Default::default();
+    for process in processes {
+        let Some((leader, others)) = process.threads.split_first() else { continue };
+        for (n, (_, name)) in SHARED.into_iter().enumerate() {
+            let Some(id) = shared(leader)[n] else { continue };
+            if let Some(first) = owners[n].insert(id, process.tgid) {
+                return Err(sharing(process.tgid, name, first));
+            }
+            // A thread that ends has none left.
+            if let Some(own) = others.iter().find(|t| shared(t)[n].is_some_and(|its| its != id)) {
+                return Err(not_sharing(process.tgid, name, own.tid));
+            }
         }
     }
     Ok(())
 }
 
-/// Refuses processes that share what only threads may share here.
-pub(crate) fn refuse_sharing(processes: &[FrozenProcess]) -> Result<()> {
-    use sys::Kcmp::{Files, Fs, Sighand, Vm};
+/// The same by kcmp(2), of parents and children.
+fn compare(processes: &[FrozenProcess]) -> Result<()> {
+    let same = |a, b, what| sys::kcmp(a, b, what).context(|| format!("kcmp of {a} and {b}"));
     let parents: HashMap<i32, i32> =
         processes.iter().filter_map(|p| Some((p.pid, proc::stat(p.pid).ok()?.ppid))).collect();
-    for (&pid, &parent) in &parents {
-        if !parents.contains_key(&parent) {
-            continue;
+    for process in processes {
+        let pid = process.pid;
+        for (what, name) in SHARED {
+            if let Some(&parent) = parents.get(&pid)
+                && parents.contains_key(&parent)
+                && same(pid, parent, what)?
+            {
+                return Err(sharing(pid, name, parent));
+            }
         }
-        for (what, name) in [
-            (Vm, "memory (CLONE_VM)"),
-            (Files, "descriptors (CLONE_FILES)"),
-            (Fs, "working directory (CLONE_FS)"),
-            (Sighand, "signal handlers (CLONE_SIGHAND)"),
-        ] {
-            if sys::kcmp(pid, parent, what).context(|| format!("kcmp of {pid} and {parent}"))? {
-                return Err(Error::unsupported(
-                    pid,
-                    format!("a process that shares its {name} with process {parent}"),
-                    "wait until a vfork or posix_spawn in progress is over, or use threads",
-                ));
+        for &(tid, _) in process.threads.iter().skip(1) {
+            for (what, name) in &SHARED[1..3] {
+                if !same(pid, tid, *what)? {
+                    return Err(not_sharing(pid, name, tid));
+                }
             }
         }
     }
     Ok(())
+}
+
+fn sharing(pid: i32, what: &str, other: i32) -> Error {
+    Error::unsupported(
+        pid,
+        format!("a process that shares its {what} with process {other}"),
+        "wait until a vfork or posix_spawn in progress is over, or use threads",
+    )
+}
+
+fn not_sharing(pid: i32, what: &str, tid: i32) -> Error {
+    Error::unsupported(
+        pid,
+        format!("thread {tid}, which does not share the {what} of its process,"),
+        "run what needs its own in a process of its own",
+    )
 }
 
 /// Sets the login uid, which only the task itself may do, by way of the lowest free descriptor `fd`.

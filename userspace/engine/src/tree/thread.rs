@@ -2,7 +2,7 @@
 
 use super::{creds, sched, signals};
 use crate::{
-    error::{Context, Result},
+    error::{Context, Error, Result},
     kernel::{
         arch::{self, Registers},
         proc, ptrace, sys,
@@ -11,50 +11,90 @@ use crate::{
     restore::program::{Arg, Program},
     task::Remote,
 };
-use standstill_images::types::{AltStack, Context as CpuContext, Restart, Rseq, Thread};
+use standstill_images::types::{AltStack, Bytes, Context as CpuContext, Restart, Rseq, Thread};
 
-/// Reads a stopped thread. What only the thread itself can tell comes from the observer (`seen`), otherwise from
-/// system calls it makes for us.
+/// Reads a stopped thread: its registers, and what the observer did not see. `securebits`: those of the leader.
+/// `timed`: timers may have sent it signals since.
 pub(crate) fn collect(
     pid: i32,
     tid: i32,
-    status: &proc::Status,
     seen: Option<&ThreadState>,
     remote: &mut Remote,
     securebits: Option<u32>,
+    timed: bool,
 ) -> Result<Thread> {
+    let (seccomp, creds) = match seen {
+        Some(ThreadState { seccomp: Some(mode), creds: Some(creds), .. }) => (*mode, creds.clone()),
+        _ => {
+            let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
+            let securebits = match (seen, securebits) {
+                (Some(t), _) => t.securebits,
+                (_, Some(bits)) => bits,
+                _ => creds::ask_securebits(tid, remote)?,
+            };
+            (status.seccomp, creds::of(&status, securebits))
+        }
+    };
+    if seccomp != 0 {
+        let object = format!("thread {tid}, which is under seccomp,");
+        return Err(Error::unsupported(pid, object, "run the program without seccomp"));
+    }
     let (altstack, clear_child_tid, pdeath_signal) = match seen {
         Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
         None => ask(tid, remote)?,
     };
-    let securebits = match (seen, securebits) {
-        (Some(t), _) => t.securebits,
-        (_, Some(bits)) => bits,
-        _ => creds::ask_securebits(tid, remote)?,
+    let rseq = match seen.and_then(|t| t.rseq) {
+        Some(rseq) => rseq,
+        None => ptrace::rseq(tid).map(rseq).context(|| format!("read the rseq registration of thread {tid}"))?,
     };
-    let creds = creds::of(status, securebits);
+    let sched = match seen.and_then(|t| t.sched.clone()) {
+        Some(sched) => sched,
+        None => sched::collect(tid)?,
+    };
+    let blocked = match seen.and_then(|t| t.blocked) {
+        Some(mask) => mask,
+        None => ptrace::sigmask(tid).context(|| format!("read the signal mask of thread {tid}"))?,
+    };
+    let (comm, robust_list, timerslack_ns) = match seen {
+        Some(t) => (t.comm.clone(), t.robust_list, t.timerslack_ns),
+        None => (
+            comm(pid, tid)?,
+            sys::get_robust_list(tid).context(|| format!("get_robust_list of thread {tid}"))?,
+            proc::number(&proc::path(tid, "timerslack_ns")).unwrap_or(50_000),
+        ),
+    };
+    let mut pending = Vec::new();
+    if timed || seen.is_none_or(|t| t.pending) {
+        pending = signals::pending(tid, false)?;
+    }
     let regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
-    let rseq = ptrace::rseq(tid).context(|| format!("read the rseq registration of thread {tid}"))?;
     Ok(Thread {
         tid,
-        comm: std::fs::read(proc::path(pid, &format!("task/{tid}/comm")))
-            .context(|| format!("read the name of thread {tid}"))?
-            .trim_ascii_end()
-            .into(),
+        comm,
         restart: restart(&regs, seen),
         context: regs.context(xstate),
-        blocked: ptrace::sigmask(tid).context(|| format!("read the signal mask of thread {tid}"))?,
-        pending: signals::pending(tid, false)?,
+        blocked,
+        pending,
         altstack,
         clear_child_tid,
-        robust_list: sys::get_robust_list(tid).context(|| format!("get_robust_list of thread {tid}"))?,
-        rseq: (rseq.address != 0).then_some(Rseq { address: rseq.address, size: rseq.size, signature: rseq.signature }),
+        robust_list,
+        rseq: (rseq.address != 0).then_some(rseq),
         pdeath_signal,
         creds,
-        sched: sched::collect(tid)?,
-        timerslack_ns: proc::number(&proc::path(tid, "timerslack_ns")).unwrap_or(50_000),
+        sched,
+        timerslack_ns,
     })
+}
+
+fn comm(pid: i32, tid: i32) -> Result<Bytes> {
+    let path = proc::path(pid, &format!("task/{tid}/comm"));
+    let line = std::fs::read(path).context(|| format!("read the name of thread {tid}"))?;
+    Ok(line.strip_suffix(b"\n").unwrap_or(&line).into())
+}
+
+fn rseq(conf: ptrace::RseqConfiguration) -> Rseq {
+    Rseq { address: conf.address, size: conf.size, signature: conf.signature }
 }
 
 fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {

@@ -96,6 +96,7 @@ fn victim() {
         Some(("fds", kinds)) => fds(kinds),
         Some(("many", kinds)) => super::figures::many(kinds),
         Some(("restless", script)) => super::restless::act(script),
+        Some(("attributes", _)) => super::attributes::act(),
         Some(("threads", _)) => super::threads::act(),
         Some(("mappings", _)) => super::vmas::act(),
         Some(("mounts", _)) => super::files::act_on_mounts(),

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::observe::{
     Iterators, ObserveError, Result,
-    layout::{Layouts, RestartLayout},
+    layout::{LayoutParts, Layouts},
     loader,
 };
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -33,7 +33,7 @@ const LARGEST: u64 = 1 << 30;
 struct Letter {
     /// Both sides must be of one version: the copy is not a format for others.
     version: String,
-    layouts: ([Vec<u8>; 4], RestartLayout),
+    layouts: LayoutParts,
 }
 
 /// The use of a tree's tracker, until it is dropped.
