@@ -122,6 +122,8 @@ plain! {
         pub comm: u32,
         /// `task_struct.real_parent`
         pub real_parent: u32,
+        /// `task_struct.start_time`
+        pub start_time: u32,
         /// `task_struct.clear_child_tid`
         pub clear_child_tid: u32,
         /// `task_struct.robust_list`

@@ -158,7 +158,7 @@ plain! {
         pub timer_slack_ns: u64,
         /// `rseq`.
         pub rseq: u64,
-        /// `cpus_mask`.
+        /// `cpus_mask`, and other fields if it is shorter.
         pub cpus: [u64; CPUS / 64],
         /// Address of the memory.
         pub mm: u64,
@@ -214,6 +214,22 @@ plain! {
         pub rseq_sig: u32,
         /// 1: the leader.
         pub leader: u32,
+    }
+}
+
+plain! {
+    /// Where a thread stands among others, from the program `lineage`.
+    pub struct LineageRecord {
+        /// `start_time`.
+        pub start_time: u64,
+        /// Process.
+        pub tgid: i32,
+        /// Thread.
+        pub tid: i32,
+        /// Parent process; 0: outside the reader's pid namespace.
+        pub ppid: i32,
+        /// `exit_state`.
+        pub exit_state: u32,
     }
 }
 

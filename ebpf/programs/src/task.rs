@@ -1,11 +1,11 @@
-//! `iter/task`: the threads of a process, and what they share.
+//! `iter/task`: the threads of a process, and what they share; and who descends from whom.
 
 use crate::kernel::{
     Address, COMMON, Meta, Output, bit, known, number_in, numbers, pid_namespace, pointer, probe, probe_word, reader,
     wanted, zero,
 };
 use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_snprintf};
-use standstill_ebpf_abi::{ABSENT, GROUPS, ProcessRecord, SYMBOL_MAX, TaskLayout, ThreadRecord};
+use standstill_ebpf_abi::{ABSENT, GROUPS, LineageRecord, ProcessRecord, SYMBOL_MAX, TaskLayout, ThreadRecord};
 
 #[unsafe(no_mangle)]
 static TASK: TaskLayout = zero();
@@ -79,6 +79,31 @@ extern "C" fn task(ctx: &Task) -> i32 {
     0
 }
 
+/// Writes a [`LineageRecord`] for every task that the reader can see, whichever tree it is in.
+#[unsafe(link_section = "iter/task")]
+#[unsafe(no_mangle)]
+extern "C" fn lineage(ctx: &Task) -> i32 {
+    let task = ctx.task;
+    if task.is_null() {
+        return 0;
+    }
+    let Some(mut output) = Output::<LineageRecord>::new() else { return 0 };
+    let r = output.record();
+    (r.tgid, r.tid) = numbers(task);
+    r.ppid = parent(task, pid_namespace(reader()));
+    r.start_time = probe_word(task, known(&TASK.start_time));
+    r.exit_state = probe_word(task, known(&TASK.exit_state));
+    output.write(ctx.meta, 0);
+    0
+}
+
+/// The parent process.
+#[inline(always)]
+fn parent(task: Address, namespace: (u64, u32)) -> i32 {
+    let leader = pointer(pointer(task, known(&TASK.real_parent)), known(&COMMON.task_group_leader));
+    number_in(namespace, pointer(leader, known(&COMMON.task_thread_pid)))
+}
+
 #[inline(always)]
 fn credentials(r: &mut ThreadRecord, task: Address) {
     let cred = pointer(task, known(&COMMON.task_cred));
@@ -112,7 +137,7 @@ fn scheduling(r: &mut ThreadRecord, task: Address) {
     r.static_prio = probe_word(task, known(&TASK.static_prio));
     r.rt_priority = probe_word(task, known(&TASK.rt_priority));
     r.reset_on_fork = bit(task, known(&TASK.reset_on_fork), known(&TASK.reset_on_fork_bit));
-    // Behind a shorter mask there are other fields: they only make masks look different that are the same.
+    // Behind a shorter mask there are other fields.
     probe(&mut r.cpus, task, known(&TASK.cpus_mask));
     r.ioprio = 0;
     if known(&TASK.io_context) != ABSENT {
@@ -190,8 +215,7 @@ fn identity(r: &mut ProcessRecord, task: Address, signal: Address) {
     const SID: u32 = 3;
     let reader = reader();
     let ours = pid_namespace(reader);
-    let leader = pointer(pointer(task, known(&TASK.real_parent)), known(&COMMON.task_group_leader));
-    r.ppid = number_in(ours, pointer(leader, known(&COMMON.task_thread_pid)));
+    r.ppid = parent(task, ours);
     r.pgid = number_in(ours, pointer(signal, known(&TASK.signal_pids).wrapping_add(8 * PGID)));
     r.sid = number_in(ours, pointer(signal, known(&TASK.signal_pids).wrapping_add(8 * SID)));
     let (its_proxy, our_proxy) =

@@ -74,6 +74,9 @@ pub(crate) struct DumpArgs {
     /// Who lists the descriptors
     #[arg(long, value_enum, default_value_t)]
     pub reader: ReaderArg,
+    /// Compare what the tree's tracker knows with the truth while the tree is frozen
+    #[arg(long)]
+    pub paranoid: bool,
     /// Print what the dump cost, phase by phase
     #[arg(long)]
     pub display_stats: bool,

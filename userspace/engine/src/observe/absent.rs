@@ -1,6 +1,6 @@
 //! The iterators of a build without the feature `ebpf`: there are none.
 
-use super::{FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry};
+use super::{FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry};
 
 /// Reader of a tree's state through BPF iterators; cannot exist in this build.
 #[derive(Debug)]
@@ -36,6 +36,14 @@ impl Iterators {
     /// # Errors
     /// Cannot be called.
     pub fn processes(&mut self, _tgids: &[i32]) -> Result<Vec<ProcessState>> {
+        match *self {}
+    }
+
+    /// Every task that there is.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn lineage(&mut self) -> Result<Vec<Lineage>> {
         match *self {}
     }
 

@@ -1,13 +1,14 @@
 //! From the programs' records to the types of this module.
 
 use super::{
-    FdEntry, FileId, ObserveError, ProcessState, RestartBlock, Result, SharedId, ThreadState, VmaEntry,
+    FdEntry, FileId, Lineage, ObserveError, ProcessState, RestartBlock, Result, SharedId, ThreadState, VmaEntry,
     ids::Ids,
     layout::{Layouts, RestartLayout},
 };
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{
-    ABSENT, Action, CPUS, FileRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout, ThreadRecord, VmaRecord, vma_name,
+    ABSENT, Action, CPUS, FileRecord, LineageRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout, ThreadRecord,
+    VmaRecord, vma_name,
 };
 use standstill_images::types::{AltStack, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{
@@ -143,6 +144,17 @@ pub(super) fn processes(stream: &[u8], layouts: &Layouts, affinity: Affinity<'_>
         if let Some(last) = all.last_mut().filter(|p| p.tgid == record.tgid) {
             last.threads.push(thread(record, &mut ids, layouts, affinity));
         }
+    }
+    Ok(all)
+}
+
+/// The tasks of a stream of `lineage`.
+pub(super) fn lineage(mut stream: &[u8]) -> Result<Vec<Lineage>> {
+    let mut all = Vec::with_capacity(stream.len() / size_of::<LineageRecord>());
+    while !stream.is_empty() {
+        let (r, rest) = LineageRecord::split(stream).ok_or(ObserveError::BadRecord("lineage"))?;
+        all.push(Lineage { tgid: r.tgid, tid: r.tid, ppid: r.ppid, start_ns: r.start_time, exited: r.exit_state != 0 });
+        stream = rest;
     }
     Ok(all)
 }

@@ -1,7 +1,7 @@
 //! Reads a tree through BPF iterators.
 
 use super::{
-    FdEntry, ObserveError, ProcessState, Result, ThreadState, VmaEntry, decode,
+    FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry, decode,
     ids::Ids,
     loader::Programs,
     procfs::{self, Descriptors},
@@ -180,10 +180,11 @@ impl Iterators {
         self.run(What::Tasks, &sorted(tgids))?;
         // What the kernel allows is its mask without the CPUs that are offline: asked once for each mask.
         let mut known = HashMap::new();
-        let fits = self.possible_cpus.is_some_and(|n| n <= CPUS);
+        let words = self.possible_cpus.filter(|&n| n <= CPUS).map(|n| n.div_ceil(64));
         decode::processes(&self.stream, &self.programs.layouts, &mut |tid, mask| {
-            let ask = || fits.then(|| kernel::sys::sched_getaffinity(tid).ok())?;
-            known.entry(*mask).or_insert_with(ask).clone()
+            // A shorter mask of the kernel's is followed by something else.
+            let mask = &mask[..words?];
+            known.entry(mask.to_vec()).or_insert_with(|| kernel::sys::sched_getaffinity(tid).ok()).clone()
         })
     }
 
@@ -191,6 +192,23 @@ impl Iterators {
     pub(super) fn spaces(&mut self, tgids: &[i32]) -> Result<Vec<(i32, u64)>> {
         self.run(What::Tasks, &sorted(tgids))?;
         decode::spaces(&self.stream)
+    }
+
+    /// [`Self::processes`] and [`Self::spaces`] in one reading.
+    pub(super) fn processes_and_spaces(&mut self, tgids: &[i32]) -> Result<(Vec<ProcessState>, Vec<(i32, u64)>)> {
+        let processes = self.processes(tgids)?;
+        Ok((processes, decode::spaces(&self.stream)?))
+    }
+
+    /// Every task that there is in our pid namespace, in no particular order. A task that exists all the time is among
+    /// them.
+    ///
+    /// # Errors
+    /// When the iterator cannot be read.
+    pub fn lineage(&mut self) -> Result<Vec<Lineage>> {
+        self.stream.clear();
+        read(self.programs.lineage.as_fd(), None, &mut self.stream).map_err(iter_failed)?;
+        decode::lineage(&self.stream)
     }
 
     /// The threads of the processes, by process, the leader first. The processes must not run.

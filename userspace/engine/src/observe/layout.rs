@@ -216,6 +216,7 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         signal: task("signal")?,
         comm: task("comm")?,
         real_parent: task("real_parent")?,
+        start_time: task("start_time")?,
         clear_child_tid: task("clear_child_tid")?,
         robust_list: task("robust_list")?,
         sas_ss_sp: task("sas_ss_sp")?,

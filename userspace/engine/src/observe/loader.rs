@@ -20,6 +20,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observe
 pub(super) struct Programs {
     pub task_file: OwnedFd,
     pub task: OwnedFd,
+    pub lineage: OwnedFd,
     pub task_vma: OwnedFd,
     /// Processes of interest.
     pub tree: HashMap<MapData, u32, u8>,
@@ -32,7 +33,7 @@ impl Programs {
     /// The programs of another process, by descriptors in the order of [`Self::fds`].
     pub(super) fn from_fds(mut fds: impl Iterator<Item = OwnedFd>, layouts: Layouts) -> Result<Self> {
         let mut next = || fds.next().ok_or(ObserveError::BadRecord("tracker"));
-        let (task_file, task, task_vma) = (next()?, next()?, next()?);
+        let (task_file, task, lineage, task_vma) = (next()?, next()?, next()?, next()?);
         let mut map = |name| {
             let map = next().map(|fd| MapData::from_fd(fd).and_then(Map::from_map_data))?;
             map.map_err(|e| failed(name, e))
@@ -40,6 +41,7 @@ impl Programs {
         Ok(Self {
             task_file,
             task,
+            lineage,
             task_vma,
             tree: map("TREE")?.try_into().map_err(|e| failed("TREE", e))?,
             paths: map("PATHS")?.try_into().map_err(|e| failed("PATHS", e))?,
@@ -48,10 +50,10 @@ impl Programs {
     }
 
     /// Descriptors of programs and maps.
-    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 5] {
-        let programs = [&self.task_file, &self.task, &self.task_vma].map(AsFd::as_fd);
-        let [task_file, task, task_vma] = programs;
-        [task_file, task, task_vma, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 6] {
+        let programs = [&self.task_file, &self.task, &self.lineage, &self.task_vma].map(AsFd::as_fd);
+        let [task_file, task, lineage, task_vma] = programs;
+        [task_file, task, lineage, task_vma, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
     }
 
     pub(super) fn load() -> Result<Self> {
@@ -73,9 +75,10 @@ impl Programs {
             .load(OBJECT)
             .map_err(|e| failed("all", e))?;
         Ok(Self {
-            task_file: program(&mut ebpf, &btf, "task_file")?,
-            task: program(&mut ebpf, &btf, "task")?,
-            task_vma: program(&mut ebpf, &btf, "task_vma")?,
+            task_file: program(&mut ebpf, &btf, "task_file", "task_file")?,
+            task: program(&mut ebpf, &btf, "task", "task")?,
+            lineage: program(&mut ebpf, &btf, "lineage", "task")?,
+            task_vma: program(&mut ebpf, &btf, "task_vma", "task_vma")?,
             tree: map(&mut ebpf, "TREE", HashMap::try_from)?,
             paths: map(&mut ebpf, "PATHS", Array::try_from)?,
             layouts,
@@ -83,12 +86,12 @@ impl Programs {
     }
 }
 
-/// Loads one program; its name is that of the iterator.
-fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str) -> Result<OwnedFd> {
+/// Loads one program for an iterator.
+fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<OwnedFd> {
     let mut load = || -> std::result::Result<OwnedFd, ProgramError> {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         let iter: &mut Iter = program.try_into()?;
-        iter.load(name, btf)?;
+        iter.load(iterator, btf)?;
         Ok(iter.fd()?.as_fd().try_clone_to_owned()?)
     };
     load().map_err(|e| failed(name, e))

@@ -75,6 +75,21 @@ pub struct FdEntry {
     pub path: PathBuf,
 }
 
+/// Where a task stands among others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lineage {
+    /// Process.
+    pub tgid: i32,
+    /// Thread.
+    pub tid: i32,
+    /// Parent process; 0: outside the reader's pid namespace.
+    pub ppid: i32,
+    /// When it began, on CLOCK_MONOTONIC.
+    pub start_ns: u64,
+    /// Whether it is dead.
+    pub exited: bool,
+}
+
 /// Identity of an object that tasks can share (CLONE_VM, CLONE_FILES, CLONE_FS, CLONE_SIGHAND, CLONE_THREAD) within one
 /// reading: same kind and same number, same object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

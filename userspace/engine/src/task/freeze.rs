@@ -3,6 +3,7 @@
 //! Tasks are seized and interrupted (ptrace(2), PTRACE_SEIZE), so no signal is involved and nobody else notices. The
 //! kernel detaches all of them when this process dies, however it dies.
 
+use super::family::Family;
 use crate::{
     error::{Context, Error, Result},
     kernel::{
@@ -15,6 +16,9 @@ use std::{
     time::{Duration, Instant},
 };
 use tracing::{debug, warn};
+
+/// So many threads take longer to stop than a short sleep does.
+const MANY: usize = 16;
 
 /// How a thread was when it was frozen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,13 +56,13 @@ impl FrozenTree {
     /// # Errors
     /// When a task cannot be seized (traced already, not permitted) or does not stop within `limit`; the tasks already
     /// frozen go on then.
-    pub(crate) fn freeze(root: i32, limit: Duration) -> Result<Self> {
+    pub(crate) fn freeze(root: i32, limit: Duration, family: &mut Family<'_>) -> Result<Self> {
         let deadline = Instant::now() + limit;
         let mut tree =
             Self { root, processes: Vec::new(), zombies: Vec::new(), seized: HashMap::new(), deadline, limit };
         // A task that is not stopped yet can make new ones; once all known ones are stopped and the lists show nobody
         // new, nobody new can come.
-        while tree.seize_new(root)? {
+        while tree.seize_new(root, family)? {
             tree.wait_for_stops()?;
         }
         tree.forget_the_dead();
@@ -79,7 +83,8 @@ impl FrozenTree {
     }
 
     /// Seizes every task that is not yet; whether there was any.
-    fn seize_new(&mut self, root: i32) -> Result<bool> {
+    fn seize_new(&mut self, root: i32, family: &mut Family<'_>) -> Result<bool> {
+        family.look();
         let mut new = false;
         self.processes.clear();
         self.zombies.clear();
@@ -91,12 +96,10 @@ impl FrozenTree {
             if Instant::now() > self.deadline {
                 return Err(self.timeout("new tasks keep appearing"));
             }
-            let tids = match proc::threads(pid) {
-                Ok(tids) if !tids.is_empty() => tids,
-                Ok(_) => continue,
-                Err(e) if proc::is_gone(&e) => continue,
-                Err(e) => return Err(e).context(|| format!("list the threads of {pid}")),
-            };
+            let tids = family.threads(pid).context(|| format!("list the threads of {pid}"))?;
+            if tids.is_empty() {
+                continue;
+            }
             let mut living = Vec::new();
             for &tid in &tids {
                 if self.seized.contains_key(&tid) {
@@ -116,7 +119,7 @@ impl FrozenTree {
                 self.await_end(pid, living)?;
                 continue;
             }
-            let children = proc::children(pid, &living).context(|| format!("list the children of {pid}"))?;
+            let children = family.children(pid, &living).context(|| format!("list the children of {pid}"))?;
             queue.extend(children.into_iter().filter(|&c| seen.insert(c)));
             self.processes
                 .push(FrozenProcess { pid, threads: living.into_iter().map(|t| (t, Stopped::ByUs)).collect() });
@@ -236,6 +239,10 @@ impl FrozenTree {
             }
             if running.len() < before {
                 idle = 0;
+            }
+            if running.len() > MANY {
+                // They need the processors, too: asking each of them again and again would only delay them.
+                std::thread::sleep(Duration::from_micros(50));
             } else if idle < 100 {
                 idle += 1;
                 std::thread::yield_now();

@@ -1,7 +1,9 @@
 //! Seizing, freezing and thawing a tree; system calls made by its tasks on our behalf.
 
+mod family;
 mod freeze;
 mod remote;
 
+pub(crate) use family::Family;
 pub(crate) use freeze::{FrozenProcess, FrozenTree, Stopped};
 pub(crate) use remote::Remote;

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     kernel::{proc, ptrace, sys},
-    task::FrozenTree,
+    task::{Family, FrozenTree},
     tree::{creds, sched},
 };
 use std::{collections::HashMap, fs, time::Duration};
@@ -159,7 +159,7 @@ fn the_iterator_says_what_procfs_and_ptrace_say() {
     let victim = Victim::start("attributes -");
     let tids = proc::threads(victim.pids[0]).unwrap();
     settled(&[&victim.pids[..], &tids].concat());
-    let tree = FrozenTree::freeze(victim.pids[0], Duration::from_secs(10)).unwrap();
+    let tree = FrozenTree::freeze(victim.pids[0], Duration::from_secs(10), &mut Family::procfs()).unwrap();
     let pids = tree.pids();
     assert_eq!(pids.len(), victim.pids.len());
     let all = iterators.processes(&pids).unwrap();

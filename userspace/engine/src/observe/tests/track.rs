@@ -3,7 +3,7 @@
 use super::{skip, victim::Victim};
 use crate::{
     observe::{Lease, ObserveError, Serving, Tracker},
-    task::FrozenTree,
+    task::{Family, FrozenTree},
 };
 use std::{
     os::fd::AsFd,
@@ -23,7 +23,7 @@ fn tracker(root: i32) -> Option<Tracker> {
 }
 
 fn freeze(root: i32) -> FrozenTree {
-    FrozenTree::freeze(root, Duration::from_secs(10)).unwrap()
+    FrozenTree::freeze(root, Duration::from_secs(10), &mut Family::of(root, None).0).unwrap()
 }
 
 #[test]
@@ -121,10 +121,12 @@ fn a_tracker_lends_what_it_knows() {
         let mut lease = Lease::take_in(&dir, root).unwrap().expect("it is tracked");
         let tree = freeze(root);
         let pids = tree.pids();
-        let fresh = lease.check(&pids).unwrap();
-        assert_eq!((fresh.share(), fresh.parts), (1.0, 9));
+        let (processes, fresh) = lease.check(&pids).unwrap();
+        assert_eq!((processes.len(), fresh.share(), fresh.parts), (3, 1.0, 9));
         assert_eq!(lease.compare(&fresh).unwrap(), []);
-        assert_eq!(lease.iterators().processes(&pids).unwrap().len(), 3);
+        let mut vmas = lease.vmas(&pids, &fresh).unwrap();
+        assert_eq!(vmas.remove(&root).unwrap(), crate::observe::procfs::vmas(&[root]).unwrap());
+        assert_eq!(vmas.len(), 2);
     }
     beside.end();
     assert!(Lease::take_in(&dir, root).unwrap().is_none());

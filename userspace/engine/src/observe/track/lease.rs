@@ -6,13 +6,14 @@ use super::{
     serve::{DIRECTORY, socket},
 };
 use crate::observe::{
-    Iterators, ObserveError, Result,
+    Iterators, ObserveError, ProcessState, Result, VmaEntry,
     layout::{LayoutParts, Layouts},
     loader,
 };
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     fmt,
     io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write},
     os::{
@@ -24,7 +25,7 @@ use std::{
 };
 
 /// Descriptors that are passed.
-const FDS: usize = 8;
+const FDS: usize = 9;
 /// The largest copy that is believed to be one.
 const LARGEST: u64 = 1 << 30;
 
@@ -132,12 +133,30 @@ impl Lease {
         &mut self.iterators
     }
 
-    /// Which parts of the copy are true now. The processes must not run.
+    /// The processes, and which parts of the copy are true now. The processes must not run.
     ///
     /// # Errors
     /// When the iterators or maps cannot be read.
-    pub fn check(&mut self, pids: &[i32]) -> Result<Freshness> {
-        self.shadow.check(pids, &self.maps, &mut self.iterators)
+    pub fn check(&mut self, pids: &[i32]) -> Result<(Vec<ProcessState>, Freshness)> {
+        let (processes, spaces) = self.iterators.processes_and_spaces(pids)?;
+        let fresh = self.shadow.check(pids, &spaces.into_iter().collect(), &self.maps)?;
+        Ok((processes, fresh))
+    }
+
+    /// The mappings of the processes, by process: from the copy where it is fresh, which loses them.
+    ///
+    /// # Errors
+    /// When the iterators cannot be read.
+    pub fn vmas(&mut self, pids: &[i32], fresh: &Freshness) -> Result<BTreeMap<i32, Vec<VmaEntry>>> {
+        let stale: Vec<i32> = pids.iter().copied().filter(|pid| !fresh.vmas.contains(pid)).collect();
+        let mut vmas: BTreeMap<i32, Vec<VmaEntry>> = BTreeMap::new();
+        if !stale.is_empty() {
+            for vma in self.iterators.vmas(&stale)? {
+                vmas.entry(vma.tgid).or_default().push(vma);
+            }
+        }
+        vmas.extend(fresh.vmas.iter().filter_map(|&pid| Some((pid, self.shadow.take_vmas(pid)?))));
+        Ok(vmas)
     }
 
     /// Compares the fresh parts of the copy with what procfs and the iterators say. The processes must not run.

@@ -149,7 +149,8 @@ impl Tracker {
     /// # Errors
     /// When the iterators or maps cannot be read.
     pub fn check(&mut self, pids: &[i32]) -> Result<Freshness> {
-        self.shadow.check(pids, &self.programs.maps, &mut self.iterators)
+        let spaces = self.iterators.spaces(pids)?.into_iter().collect();
+        self.shadow.check(pids, &spaces, &self.programs.maps)
     }
 
     /// Compares every fresh part of the copy with what procfs and the iterators say. The processes must not run.

@@ -110,12 +110,18 @@ impl Shadow {
         Some(&self.processes.get(&pid)?.vmas.as_ref()?.value)
     }
 
+    /// The copy of a process's mappings, which is gone from here then.
+    pub(super) fn take_vmas(&mut self, pid: i32) -> Option<Vec<VmaEntry>> {
+        Some(self.processes.get_mut(&pid)?.vmas.take()?.value)
+    }
+
     /// Reads the parts that are not fresh.
     pub(super) fn refresh(&mut self, maps: &Maps, iterators: &mut Iterators) -> Result<()> {
         let pids = maps.pids()?;
         let known: BTreeSet<i32> = pids.iter().copied().collect();
         self.processes.retain(|pid, _| known.contains(pid));
-        let stamps = stamps(&pids, maps, iterators)?;
+        let spaces = iterators.spaces(&pids)?.into_iter().collect();
+        let stamps = stamps(&pids, &spaces, maps)?;
         let mut stale = (Vec::new(), Vec::new(), Vec::new());
         for &pid in &pids {
             let (copies, now) = (self.processes.entry(pid).or_default(), &stamps[&pid]);
@@ -153,9 +159,9 @@ impl Shadow {
     }
 
     /// Which parts are true now.
-    pub(super) fn check(&self, pids: &[i32], maps: &Maps, iterators: &mut Iterators) -> Result<Freshness> {
+    pub(super) fn check(&self, pids: &[i32], spaces: &HashMap<i32, u64>, maps: &Maps) -> Result<Freshness> {
         let mut fresh = Freshness { parts: 3 * pids.len(), ..Freshness::default() };
-        for (pid, stamps) in stamps(pids, maps, iterators)? {
+        for (pid, stamps) in stamps(pids, spaces, maps)? {
             let Some(copies) = self.processes.get(&pid) else { continue };
             for (is_fresh, set) in [
                 (is_fresh(&copies.files, &stamps.files), &mut fresh.files),
@@ -194,9 +200,8 @@ impl Shadow {
 }
 
 /// What the programs say of the processes now.
-fn stamps(pids: &[i32], maps: &Maps, iterators: &mut Iterators) -> Result<HashMap<i32, Stamps>> {
+fn stamps(pids: &[i32], spaces: &HashMap<i32, u64>, maps: &Maps) -> Result<HashMap<i32, Stamps>> {
     let names = maps.names()?;
-    let spaces: HashMap<i32, u64> = iterators.spaces(pids)?.into_iter().collect();
     pids.iter().map(|&pid| Ok((pid, Stamps::of(pid, spaces.get(&pid).copied(), names, maps)?))).collect()
 }
 
