@@ -1,11 +1,14 @@
 //! A copy of a tree's state, part by part, each with the time of its last change when it was read.
 
 use super::programs::{Maps, Process};
-use crate::observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, procfs};
+use crate::{
+    kernel::proc,
+    observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, procfs},
+};
 use serde::{Deserialize, Serialize};
 use standstill_ebpf_abi::track::part;
 use standstill_images::types::SigAction;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// What is known of a tracked tree.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -34,6 +37,25 @@ type Stamp = Vec<u64>;
 /// Whether the copy of a part has this stamp.
 fn is_fresh<T>(copy: &Option<Copy<T>>, stamp: &Option<Stamp>) -> bool {
     matches!((copy, stamp), (Some(copy), Some(stamp)) if copy.stamp == *stamp)
+}
+
+/// Whether a copy of mappings is true. The last word of its stamp is about names, and about those of all files of the
+/// machine: if only that has changed, the few names concerned are looked at.
+fn are_fresh(pid: i32, copy: &Option<Copy<Vec<VmaEntry>>>, stamp: &Option<Stamp>) -> bool {
+    let (Some(copy), Some(stamp)) = (copy, stamp) else { return false };
+    let ((names_then, then), (names_now, now)) = match (copy.stamp.split_last(), stamp.split_last()) {
+        (Some(then), Some(now)) => (then, now),
+        _ => return false,
+    };
+    then == now && (names_then == names_now || names_are_true(pid, &copy.value))
+}
+
+fn names_are_true(pid: i32, vmas: &[VmaEntry]) -> bool {
+    let mut seen = HashSet::new();
+    vmas.iter().filter(|v| v.ino != 0 && seen.insert((v.dev, v.ino, &v.name))).all(|v| {
+        let link = proc::path(pid, &format!("map_files/{:x}-{:x}", v.start, v.end));
+        std::fs::read_link(link).is_ok_and(|name| name == v.name)
+    })
 }
 
 /// Stamps of one process; `None`: the part cannot be known.
@@ -127,7 +149,7 @@ impl Shadow {
             let (copies, now) = (self.processes.entry(pid).or_default(), &stamps[&pid]);
             for (is_stale, list) in [
                 (now.files.is_some() && !is_fresh(&copies.files, &now.files), &mut stale.0),
-                (now.vmas.is_some() && !is_fresh(&copies.vmas, &now.vmas), &mut stale.1),
+                (now.vmas.is_some() && !are_fresh(pid, &copies.vmas, &now.vmas), &mut stale.1),
                 (now.sigactions.is_some() && !is_fresh(&copies.sigactions, &now.sigactions), &mut stale.2),
             ] {
                 if is_stale {
@@ -165,7 +187,7 @@ impl Shadow {
             let Some(copies) = self.processes.get(&pid) else { continue };
             for (is_fresh, set) in [
                 (is_fresh(&copies.files, &stamps.files), &mut fresh.files),
-                (is_fresh(&copies.vmas, &stamps.vmas), &mut fresh.vmas),
+                (are_fresh(pid, &copies.vmas, &stamps.vmas), &mut fresh.vmas),
                 (is_fresh(&copies.sigactions, &stamps.sigactions), &mut fresh.sigactions),
             ] {
                 if is_fresh {
