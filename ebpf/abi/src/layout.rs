@@ -188,12 +188,8 @@ plain! {
         pub restart_fn: u32,
         /// `task_struct.restart_block`, the union
         pub restart: u32,
-        /// Fields of `cred` in the order of `ThreadRecord::ids`.
-        pub cred_ids: [u32; 8],
-        /// Fields of `cred` in the order of `ThreadRecord::caps`.
-        pub cred_caps: [u32; 5],
-        /// `cred.securebits`
-        pub cred_securebits: u32,
+        /// Where `ThreadRecord::cred` begins in `cred`.
+        pub cred_start: u32,
         /// `cred.group_info`
         pub cred_group_info: u32,
         /// `group_info.ngroups`
@@ -268,6 +264,8 @@ plain! {
         pub ops: u32,
         /// `vm_area_struct.vm_private_data`
         pub private_data: u32,
+        /// `vm_area_struct.anon_vma`
+        pub anon_vma: u32,
         /// `vm_area_struct.anon_name`, or [`ABSENT`]
         pub anon_name: u32,
         /// `anon_vma_name.name`, or [`ABSENT`]

@@ -75,6 +75,8 @@ pub const SYMBOL_MAX: usize = 32;
 pub const SIGNALS: usize = 64;
 /// Resource limits (`RLIM_NLIMITS`).
 pub const LIMITS: usize = 16;
+/// Bytes of `cred` from the first to the last of the fields that are read.
+pub const CRED_BYTES: usize = 100;
 /// Supplementary groups that a record has room for.
 pub const GROUPS: usize = 32;
 /// CPUs that a record has room for.
@@ -150,8 +152,6 @@ plain! {
         pub blocked: u64,
         /// `pending.signal`.
         pub pending: u64,
-        /// Inheritable, permitted, effective, bounding and ambient capabilities.
-        pub caps: [u64; 5],
         /// `atomic_flags`: the first is no_new_privs.
         pub atomic_flags: u64,
         /// `timer_slack_ns`.
@@ -184,16 +184,14 @@ plain! {
         pub exit_signal: i32,
         /// `exit_state`.
         pub exit_state: u32,
-        /// Real, effective, saved and file system user ids, then group ids, of the initial user namespace.
-        pub ids: [u32; 8],
         /// Supplementary groups, as far as there is room.
         pub groups: [u32; GROUPS],
         /// How many there are.
         pub ngroups: u32,
         /// Whether reader and thread are in the initial user namespace.
         pub initial_ids: u32,
-        /// `securebits` of the credentials.
-        pub securebits: u32,
+        /// Part of the credentials: ids, securebits and capabilities.
+        pub cred: [u8; CRED_BYTES],
         /// `comm`.
         pub comm: [u8; 16],
         /// `policy`.
@@ -318,6 +316,8 @@ plain! {
         pub pgoff: u64,
         /// `i_ino` of the file.
         pub ino: u64,
+        /// `anon_vma`; 0: the mapping never had a page of its own.
+        pub anon_vma: u64,
         /// Name of the function that names a mapping without file (`vm_ops->name`), ended by a NUL.
         pub name_fn: [u8; SYMBOL_MAX],
         /// Process.

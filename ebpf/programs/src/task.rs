@@ -4,11 +4,25 @@ use crate::kernel::{
     Address, COMMON, Meta, Output, bit, known, number_in, numbers, pid_namespace, pointer, probe, probe_word, reader,
     wanted, zero,
 };
-use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_snprintf};
+use aya_ebpf::{
+    helpers::generated::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_snprintf},
+    macros::map,
+    maps::PerCpuArray,
+};
 use standstill_ebpf_abi::{ABSENT, GROUPS, LineageRecord, ProcessRecord, SYMBOL_MAX, TaskLayout, ThreadRecord};
 
 #[unsafe(no_mangle)]
 static TASK: TaskLayout = zero();
+
+/// The function whose name was looked up last.
+#[repr(C)]
+struct Last {
+    function: u64,
+    name: [u8; SYMBOL_MAX],
+}
+
+#[map]
+static LAST: PerCpuArray<Last> = PerCpuArray::with_max_entries(1, 0);
 
 /// `struct bpf_iter__task`.
 #[repr(C)]
@@ -65,7 +79,17 @@ extern "C" fn task(ctx: &Task) -> i32 {
         r.rseq_sig = probe_word(task, known(&TASK.rseq_sig));
     }
     probe(&mut r.restart, task, known(&TASK.restart));
-    symbol(&mut r.restart_fn, pointer(task, known(&TASK.restart_fn)));
+    let function = pointer(task, known(&TASK.restart_fn));
+    if let Some(last) = LAST.get_ptr_mut(0) {
+        // SAFETY: the map's value for this CPU, which nobody else uses.
+        let last = unsafe { &mut *last };
+        // Threads that never were in such a wait have the same one, and looking up its name takes longest of all.
+        if last.function != function as u64 {
+            symbol(&mut last.name, function);
+            last.function = function as u64;
+        }
+        r.restart_fn = last.name;
+    }
     // SAFETY: nothing is passed.
     (r.monotonic_ns, r.boottime_ns) = unsafe { (bpf_ktime_get_ns(), bpf_ktime_get_boot_ns()) };
     let mut tail = 0;
@@ -107,13 +131,7 @@ fn parent(task: Address, namespace: (u64, u32)) -> i32 {
 #[inline(always)]
 fn credentials(r: &mut ThreadRecord, task: Address) {
     let cred = pointer(task, known(&COMMON.task_cred));
-    for (id, offset) in r.ids.iter_mut().zip(&TASK.cred_ids) {
-        *id = probe_word(cred, known(offset));
-    }
-    for (set, offset) in r.caps.iter_mut().zip(&TASK.cred_caps) {
-        *set = probe_word(cred, known(offset));
-    }
-    r.securebits = probe_word(cred, known(&TASK.cred_securebits));
+    probe(&mut r.cred, cred, known(&TASK.cred_start));
     let groups = pointer(cred, known(&TASK.cred_group_info));
     r.ngroups = probe_word(groups, known(&TASK.ngroups));
     if r.ngroups <= GROUPS as u32 {

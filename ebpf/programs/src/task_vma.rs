@@ -1,7 +1,7 @@
 //! `iter/task_vma`: the mappings of a process.
 
 use crate::{
-    kernel::{Address, COMMON, Meta, Output, known, load, numbers, pointer, wanted, zero},
+    kernel::{Address, COMMON, Meta, Output, known, load, numbers, pointer, probe_word, wanted, zero},
     task,
 };
 use aya_ebpf::{
@@ -42,6 +42,7 @@ extern "C" fn task_vma(ctx: &TaskVma) -> i32 {
         r.end = load(vma, known(&VMA.end));
         r.flags = load(vma, known(&VMA.flags));
         r.pgoff = load(vma, known(&VMA.pgoff));
+        r.anon_vma = probe_word(vma, known(&VMA.anon_vma));
         r.ino = 0;
         r.dev = 0;
         r.name_fn[0] = 0;

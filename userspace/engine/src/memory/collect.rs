@@ -33,13 +33,15 @@ pub(crate) fn collect(
         mappings.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
+    let mut untouched = Vec::with_capacity(mapped.len());
     for map in &mapped {
         if map.name == b"[vsyscall]" {
             continue; // not a mapping of the process but of the machine
         }
         vmas.push(record(pid, map, all)?);
+        untouched.push(map.untouched);
     }
-    let (pages, guards) = private::find(pid, &vmas)?;
+    let (pages, guards) = private::find(pid, &vmas, &untouched)?;
     let layout = match seen.and_then(|p| p.layout) {
         Some(layout) => layout,
         None => layout(pid, brk)?,

@@ -65,51 +65,76 @@ impl<'a> Copier<'a> {
         has_children: bool,
     ) -> Result<Vec<PageRun>> {
         let pid = pages.pid;
-        let with_frames = has_children || parent.is_some_and(|p| self.frames.contains_key(&p));
-        let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
+        let theirs = parent.and_then(|p| self.frames.remove(&p));
+        let open = || Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"));
+        let pagemap = (has_children || theirs.is_some()).then(open).transpose()?;
         let mut own = Frames::new();
         let mut runs = Vec::new();
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
-        for range in &pages.ranges {
-            self.zeros_count = pages.over_files.binary_search_by_key(&range.start, |r| r.start).is_ok();
-            if !with_frames {
-                self.range(pid, *range, &memory, &mut runs)?;
-                continue;
+        let over_file = |range: &Range| pages.over_files.binary_search_by_key(&range.start, |r| r.start).is_ok();
+        for cluster in clusters(&pages.ranges) {
+            let first = cluster[0].start;
+            let mut frames = Vec::new();
+            if let Some(pagemap) = &pagemap {
+                let count = (cluster[cluster.len() - 1].end - first) / PAGE;
+                frames = pagemap.frames(first, count).context(|| format!("read the pagemap of {pid}"))?;
             }
-            let count = (range.end - range.start) / PAGE;
-            let frames = pagemap.frames(range.start, count).context(|| format!("read the pagemap of {pid}"))?;
-            let theirs = parent.and_then(|p| self.frames.get(&p));
-            let shared: Vec<Option<u64>> = frames
-                .iter()
-                .enumerate()
-                .map(|(n, &frame)| {
-                    let at = theirs?.get(&(range.start + n as u64 * PAGE))?;
-                    (frame != 0 && at.0 == frame).then_some(at.1)
-                })
-                .collect();
-            let mut n = 0;
-            for same in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
-                let start = range.start + n as u64 * PAGE;
-                if same[0].is_some() {
-                    for (i, store) in same.iter().enumerate() {
-                        push(&mut runs, start + i as u64 * PAGE, 1, store.expect("chunked by is_some"));
-                    }
-                    self.counts.shared += same.len() as u64;
-                } else {
-                    let part = Range { start, end: start + same.len() as u64 * PAGE };
-                    self.range(pid, part, &memory, &mut runs)?;
+            // Neighbours that are alike are read at once, whatever mappings they are in.
+            for group in cluster.chunk_by(|a, b| a.end == b.start && over_file(a) == over_file(b)) {
+                let range = Range { start: group[0].start, end: group[group.len() - 1].end };
+                self.zeros_count = over_file(&range);
+                if pagemap.is_none() {
+                    self.range(pid, range, &memory, &mut runs)?;
+                    continue;
                 }
-                n += same.len();
+                let at = |address: u64| ((address - first) / PAGE) as usize;
+                let frames = &frames[at(range.start)..at(range.end)];
+                self.differing(pid, range, frames, theirs.as_ref(), &memory, &mut runs)?;
+                if has_children {
+                    remember(&mut own, &runs, range, frames);
+                }
             }
-            if has_children {
-                remember(&mut own, &runs, *range, &frames);
-            }
+        }
+        if let (Some(parent), Some(theirs)) = (parent, theirs) {
+            self.frames.insert(parent, theirs);
         }
         self.zeros_count = false;
         if has_children {
             self.frames.insert(pid, own);
         }
         Ok(runs)
+    }
+
+    /// Copies the pages of a range whose frames are not the parent's.
+    fn differing(
+        &mut self,
+        pid: i32,
+        range: Range,
+        frames: &[u64],
+        theirs: Option<&Frames>,
+        memory: &File,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<()> {
+        let shared = |n: usize| {
+            let at = theirs?.get(&(range.start + n as u64 * PAGE))?;
+            (frames[n] != 0 && at.0 == frames[n]).then_some(at.1)
+        };
+        let shared: Vec<Option<u64>> = (0..frames.len()).map(shared).collect();
+        let mut n = 0;
+        for same in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
+            let start = range.start + n as u64 * PAGE;
+            if same[0].is_some() {
+                for (i, store) in same.iter().flatten().enumerate() {
+                    push(runs, start + i as u64 * PAGE, 1, *store);
+                }
+                self.counts.shared += same.len() as u64;
+            } else {
+                let part = Range { start, end: start + same.len() as u64 * PAGE };
+                self.range(pid, part, memory, runs)?;
+            }
+            n += same.len();
+        }
+        Ok(())
     }
 
     fn range(&mut self, pid: i32, range: Range, memory: &File, runs: &mut Vec<PageRun>) -> Result<()> {
@@ -199,6 +224,13 @@ impl<'a> Copier<'a> {
     }
 }
 
+/// Ranges so near to each other that the page frames of all of them, and of what is between, are read at once.
+fn clusters(ranges: &[Range]) -> impl Iterator<Item = &[Range]> {
+    /// Page table entries that are read as quickly as a system call is made.
+    const NEAR: u64 = 128 * PAGE;
+    ranges.chunk_by(|a, b| b.start - a.end <= NEAR)
+}
+
 /// Reads until the buffer is full or the file ends.
 fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let mut n = 0;
@@ -245,6 +277,14 @@ mod tests {
     use super::*;
     use crate::kernel::sys::Mapping;
     use standstill_images::store::Compression;
+
+    #[test]
+    fn near_ranges_are_one_cluster() {
+        let range = |start: u64, end: u64| Range { start: start * PAGE, end: end * PAGE };
+        let ranges = [range(0, 1), range(1, 4), range(132, 133), range(262, 263)];
+        assert_eq!(clusters(&ranges).map(<[Range]>::len).collect::<Vec<_>>(), [3, 1]);
+        assert_eq!(clusters(&[]).count(), 0);
+    }
 
     #[test]
     fn zeros_are_stored_where_they_hide_a_file() {

@@ -23,11 +23,11 @@ pub(crate) struct PrivatePages {
 /// than a system call.
 const PASSED_OVER: u64 = 512 * PAGE;
 
-/// The private pages of a process with the mappings `vmas`, and its guards.
-pub(super) fn find(pid: i32, vmas: &[Vma]) -> Result<(PrivatePages, Vec<(u64, u64)>)> {
+/// The private pages of a process with the mappings `vmas`, and its guards. `untouched`: which mappings have neither.
+pub(super) fn find(pid: i32, vmas: &[Vma], untouched: &[bool]) -> Result<(PrivatePages, Vec<(u64, u64)>)> {
     let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
     let mut regions = Vec::new();
-    for span in spans(vmas) {
+    for span in spans(vmas, untouched) {
         pagemap.scan(span.start, span.end, &mut regions).context(|| format!("scan the pages of {pid}"))?;
     }
     Ok(split(pid, vmas, &regions))
@@ -38,13 +38,13 @@ fn is_private(vma: &Vma) -> bool {
     matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. })
 }
 
-/// Parts of the address space that hold all private mappings, and of the others only small ones. Gaps between mappings
-/// cost nothing.
-fn spans(vmas: &[Vma]) -> Vec<Range> {
+/// Parts of the address space that hold all private mappings but the untouched ones, and of the others only small ones.
+/// Gaps between mappings cost nothing.
+fn spans(vmas: &[Vma], untouched: &[bool]) -> Vec<Range> {
     let mut all: Vec<Range> = Vec::new();
     let mut joined = false;
-    for vma in vmas {
-        if !is_private(vma) {
+    for (vma, &untouched) in vmas.iter().zip(untouched) {
+        if untouched || !is_private(vma) {
             joined &= vma.end - vma.start <= PASSED_OVER;
             continue;
         }
@@ -124,8 +124,9 @@ mod tests {
     fn spans_leave_out_what_is_large_and_shared() {
         let at = |page: u64, pages, kind| vma(page * PAGE, pages, kind);
         let vmas = [at(0, 1, 0), at(5, 512, 3), at(600, 1, 2), at(601, 513, 3), at(2000, 1, 4), at(2001, 1, 0)];
-        assert_eq!(spans(&vmas), [range(0, 601), range(2001, 2002)]);
-        assert!(spans(&vmas[3..5]).is_empty());
+        assert_eq!(spans(&vmas, &[false; 6]), [range(0, 601), range(2001, 2002)]);
+        assert!(spans(&vmas[3..5], &[false; 2]).is_empty());
+        assert_eq!(spans(&vmas, &[false, false, true, false, false, false]), [range(0, 1), range(2001, 2002)]);
     }
 
     #[test]
@@ -138,7 +139,7 @@ mod tests {
         let guarded = unsafe { libc::madvise((start + 4 * PAGE) as *mut _, PAGE as usize, MADV_GUARD_INSTALL) } == 0;
         let pid = std::process::id() as i32;
         // As if two mappings met in the middle.
-        let (pages, guards) = find(pid, &[vma(start, 2, 2), vma(start + 2 * PAGE, 6, 0)]).unwrap();
+        let (pages, guards) = find(pid, &[vma(start, 2, 2), vma(start + 2 * PAGE, 6, 0)], &[false; 2]).unwrap();
         let at = |from, to| Range { start: start + from * PAGE, end: start + to * PAGE };
         assert_eq!(pages.over_files, [at(0, 2)]);
         // Without guards in the kernel, or without its telling them apart, there is nothing to see.

@@ -19,6 +19,8 @@ pub(crate) struct Mapped {
     pub name: Vec<u8>,
     /// Two-letter attributes (`VmFlags`).
     pub flags: Vec<[u8; 2]>,
+    /// There is certainly no page that this address space alone has, nor a guard.
+    pub untouched: bool,
 }
 
 impl Mapped {
@@ -43,6 +45,7 @@ impl From<&VmaEntry> for Mapped {
             dev: seen.dev,
             ino: seen.ino,
             name: seen.name.as_os_str().as_bytes().to_vec(),
+            untouched: seen.untouched,
             flags: USED.into_iter().filter(|letters| seen.has(letters)).copied().collect(),
         }
     }
@@ -83,7 +86,7 @@ fn header(line: &[u8]) -> Option<Mapped> {
     let dev = nix::sys::stat::makedev(hex(major)?, hex(minor)?);
     let ino = text()?.parse().ok()?;
     let name = unescape(fields.next().unwrap_or(b"").trim_ascii_start());
-    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, flags: Vec::new() })
+    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, flags: Vec::new(), untouched: false })
 }
 
 /// The kernel writes newlines of names as `\012`.

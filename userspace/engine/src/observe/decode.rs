@@ -3,12 +3,12 @@
 use super::{
     FdEntry, FileId, Lineage, ObserveError, ProcessState, RestartBlock, Result, SharedId, ThreadState, VmaEntry,
     ids::Ids,
-    layout::{Layouts, RestartLayout},
+    layout::{CredLayout, Layouts, RestartLayout},
 };
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{
-    ABSENT, Action, CPUS, FileRecord, LineageRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout, ThreadRecord,
-    VmaRecord, vma_name,
+    ABSENT, Action, CPUS, FileRecord, GROUPS, LineageRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout,
+    ThreadRecord, VmaRecord, vma_name,
 };
 use standstill_images::types::{AltStack, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{
@@ -251,6 +251,8 @@ fn itimer_real(process: &ProcessRecord, now: u64) -> Option<ITimer> {
 fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinity: Affinity<'_>) -> ThreadState {
     let restart = restart_block(record, &layouts.restart);
     let tasks = &layouts.tasks;
+    let creds = creds(record, &layouts.cred);
+    let complete = record.initial_ids != 0 && record.ngroups as usize <= GROUPS;
     let rseq = Rseq { address: record.rseq, size: record.rseq_len, signature: record.rseq_sig };
     ThreadState {
         tgid: record.tgid,
@@ -264,8 +266,8 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinit
         exit_signal: record.exit_signal,
         blocked: (tasks.restore_sigmask != ABSENT).then_some(record.blocked),
         pending: record.pending != 0,
-        securebits: record.securebits,
-        creds: creds(record),
+        securebits: creds.securebits,
+        creds: complete.then_some(creds),
         sched: sched(record, tasks, affinity),
         timerslack_ns: record.timer_slack_ns,
         seccomp: (tasks.seccomp_mode != ABSENT).then_some(record.seccomp),
@@ -278,19 +280,20 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinit
     }
 }
 
-fn creds(record: &ThreadRecord) -> Option<Creds> {
+fn creds(record: &ThreadRecord, at: &CredLayout) -> Creds {
     /// `PFA_NO_NEW_PRIVS` in `atomic_flags`.
     const NO_NEW_PRIVS: u64 = 1;
-    let [ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid] = record.ids;
-    (record.initial_ids != 0).then_some(())?;
-    Some(Creds {
+    let half = |n: u32| u32::from_ne_bytes(record.cred[n as usize..][..4].try_into().expect("four bytes"));
+    let word = |n: u32| u64::from_ne_bytes(record.cred[n as usize..][..8].try_into().expect("eight bytes"));
+    let [ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid] = at.ids.map(half);
+    Creds {
         uids: [ruid, euid, suid, fsuid],
         gids: [rgid, egid, sgid, fsgid],
-        groups: record.groups.get(..record.ngroups as usize)?.to_vec(),
-        caps: record.caps,
-        securebits: record.securebits,
+        groups: record.groups.iter().take(record.ngroups as usize).copied().collect(),
+        caps: at.caps.map(word),
+        securebits: half(at.securebits),
         no_new_privs: record.atomic_flags & NO_NEW_PRIVS != 0,
-    })
+    }
 }
 
 /// What sched_getattr(2), sched_getaffinity(2) and ioprio_get(2) give.
@@ -419,6 +422,8 @@ fn vma(record: &VmaRecord, name: PathBuf) -> VmaEntry {
     const VM_MAYSHARE: u64 = 0x80;
     /// Memory protection keys (VM_PKEY_BIT*), not an attribute smaps has letters for.
     const VM_PKEY: u64 = 0xf << 32;
+    /// Since Linux 6.19; up to then guards came with an anon_vma.
+    const VM_MAYBE_GUARD: u64 = 1 << 11;
     VmaEntry {
         tgid: record.tgid,
         start: record.start,
@@ -431,6 +436,7 @@ fn vma(record: &VmaRecord, name: PathBuf) -> VmaEntry {
         name,
         flags: record.flags as u32 & !super::VMA_LEFT_OUT,
         unusual: record.flags & !VM_PKEY & !u64::from(u32::MAX) != 0,
+        untouched: record.anon_vma == 0 && record.flags & VM_MAYBE_GUARD == 0,
     }
 }
 

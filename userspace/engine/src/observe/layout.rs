@@ -2,7 +2,7 @@
 
 use super::{ObserveError, Result, btf::Btf};
 use serde::{Deserialize, Serialize};
-use standstill_ebpf_abi::{ABSENT, CommonLayout, FileLayout, Plain, RESTART_BYTES, TaskLayout, VmaLayout};
+use standstill_ebpf_abi::{ABSENT, CRED_BYTES, CommonLayout, FileLayout, Plain, RESTART_BYTES, TaskLayout, VmaLayout};
 
 const STRUCTS: &[&str] = &[
     "anon_vma_name",
@@ -44,6 +44,7 @@ pub(super) struct Layouts {
     pub tasks: TaskLayout,
     pub vmas: VmaLayout,
     pub restart: RestartLayout,
+    pub cred: CredLayout,
     /// Size of `robust_list_head`, which get_robust_list(2) gives for every thread.
     pub robust_list_len: u64,
 }
@@ -101,6 +102,7 @@ impl Layouts {
             tasks: tasks(&btf)?,
             vmas: vmas(&btf)?,
             restart: restart(&btf)?,
+            cred: cred(&btf)?,
             robust_list_len: btf.size_of("robust_list_head")?.into(),
         })
     }
@@ -193,8 +195,6 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         // Some architectures have no restorer.
         return Err(ObserveError::MissingField { structure: "k_sigaction", field: "sa.sa_restorer" });
     }
-    let ids = ["uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"];
-    let caps = ["cap_inheritable", "cap_permitted", "cap_effective", "cap_bset", "cap_ambient"];
     let namespaces =
         ["mnt_ns", "net_ns", "ipc_ns", "uts_ns", "cgroup_ns", "time_ns", "pid_ns_for_children", "time_ns_for_children"];
     let mm = [
@@ -253,9 +253,7 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         exit_code: task("exit_code")?,
         restart_fn: task("restart_block.fn")?,
         restart: task("restart_block.futex")?,
-        cred_ids: all(btf, "cred", ids)?,
-        cred_caps: all(btf, "cred", caps)?,
-        cred_securebits: at("cred", "securebits")?,
+        cred_start: cred(btf)?.start,
         cred_group_info: at("cred", "group_info")?,
         ngroups: at("group_info", "ngroups")?,
         group_ids: at("group_info", "gid")?,
@@ -298,6 +296,7 @@ fn vmas(btf: &Btf) -> Result<VmaLayout> {
         file: vma("vm_file")?,
         ops: vma("vm_ops")?,
         private_data: vma("vm_private_data")?,
+        anon_vma: vma("anon_vma")?,
         // CONFIG_ANON_VMA_NAME.
         anon_name: vma("anon_name").unwrap_or(ABSENT),
         anon_name_name: at("anon_vma_name", "name").unwrap_or(ABSENT),
@@ -317,6 +316,23 @@ fn fmode_backing() -> u32 {
 fn kernel_version(release: &str) -> (u32, u32) {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn cred(btf: &Btf) -> Result<CredLayout> {
+    let mut ids = all(btf, "cred", ["uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"])?;
+    let caps = ["cap_inheritable", "cap_permitted", "cap_effective", "cap_bset", "cap_ambient"];
+    let mut caps = all(btf, "cred", caps)?;
+    let [mut securebits] = all(btf, "cred", ["securebits"])?;
+    let start = ids.iter().chain(&caps).copied().min().map_or(securebits, |first| first.min(securebits));
+    for (offsets, size) in [(&mut ids[..], 4), (&mut caps[..], 8), (std::slice::from_mut(&mut securebits), 4)] {
+        for offset in offsets {
+            *offset -= start;
+            if *offset as usize + size > CRED_BYTES {
+                return Err(ObserveError::MissingField { structure: "cred", field: "(near the others)" });
+            }
+        }
+    }
+    Ok(CredLayout { start, ids, securebits, caps })
 }
 
 fn restart(btf: &Btf) -> Result<RestartLayout> {

@@ -64,6 +64,7 @@ fn vma(tgid: i32, mapped: smaps::Mapped) -> VmaEntry {
         name: PathBuf::from(std::ffi::OsString::from_vec(mapped.name)),
         flags: bits.flatten().fold(0, |all, bit| all | bit),
         unusual,
+        untouched: false,
     }
 }
 

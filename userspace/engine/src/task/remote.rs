@@ -90,7 +90,7 @@ impl Remote {
         }
         let mut regs = ptrace::registers(tid)?;
         // A sequence may not contain system calls.
-        if regs.interrupted_syscall().is_some() {
+        if regs.is_in_syscall() {
             return Ok(regs);
         }
         let area = ptrace::rseq(tid)?.address;

@@ -119,6 +119,11 @@ impl Registers {
         (nr >= 0 && restarts).then_some(nr)
     }
 
+    /// Whether the stop came at the end of a system call, interrupted or not.
+    pub(crate) fn is_in_syscall(&self) -> bool {
+        self.orig_rax as i64 >= 0
+    }
+
     /// Arguments of the system call under way.
     pub(crate) fn arguments(&self) -> [u64; 6] {
         [self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9]
