@@ -50,7 +50,25 @@ pub(super) struct Layouts {
 }
 
 /// [`Layouts`] as it goes from one process to another.
-pub(super) type LayoutParts = ([Vec<u8>; 4], RestartLayout, u64);
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct LayoutParts {
+    plain: [Vec<u8>; 4],
+    restart: RestartLayout,
+    cred: CredLayout,
+    robust_list_len: u64,
+}
+
+/// Offsets in the part of `cred` that a record has.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct CredLayout {
+    /// Where that part begins in `cred`.
+    start: u32,
+    /// Real, effective, saved and file system user ids, then group ids.
+    pub ids: [u32; 8],
+    pub securebits: u32,
+    /// Inheritable, permitted, effective, bounding and ambient sets.
+    pub caps: [u32; 5],
+}
 
 /// Offsets in the union of `restart_block`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -74,7 +92,12 @@ impl Layouts {
     /// For another process.
     pub(super) fn to_parts(&self) -> LayoutParts {
         let bytes = [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes()];
-        (bytes.map(<[u8]>::to_vec), self.restart, self.robust_list_len)
+        LayoutParts {
+            plain: bytes.map(<[u8]>::to_vec),
+            restart: self.restart,
+            cred: self.cred,
+            robust_list_len: self.robust_list_len,
+        }
     }
 
     /// From another process; `None` if it is of another version.
@@ -82,14 +105,15 @@ impl Layouts {
         fn exactly<T: Plain>(bytes: &[u8]) -> Option<T> {
             T::split(bytes).and_then(|(value, rest)| rest.is_empty().then_some(value))
         }
-        let ([common, files, tasks, vmas], restart, robust_list_len) = parts;
+        let [common, files, tasks, vmas] = &parts.plain;
         Some(Self {
             common: exactly(common)?,
             files: exactly(files)?,
             tasks: exactly(tasks)?,
             vmas: exactly(vmas)?,
-            restart: *restart,
-            robust_list_len: *robust_list_len,
+            restart: parts.restart,
+            cred: parts.cred,
+            robust_list_len: parts.robust_list_len,
         })
     }
 
