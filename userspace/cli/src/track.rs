@@ -18,10 +18,8 @@ use std::{
 
 impl From<ObserveError> for Failure {
     fn from(error: ObserveError) -> Self {
-        let gone = |e: &std::io::Error| matches!(e.raw_os_error(), Some(libc::ESRCH | libc::EINVAL));
         let status = match &error {
-            ObserveError::Tracked { .. } => 3,
-            ObserveError::Io { source, .. } if gone(source) => 3,
+            ObserveError::Tracked { .. } | ObserveError::NoProcess(_) => 3,
             ObserveError::Io { .. } => 7,
             _ => 6,
         };
@@ -123,7 +121,9 @@ fn detach(args: &TrackArgs) -> Result<u8, Failure> {
                 Err(failure) => {
                     let text = [&[failure.status], failure.text.as_bytes()].concat();
                     let _ = errors.write_all(&text);
-                    tracing::error!("Error: {}", failure.text);
+                    if logging::to_file() {
+                        tracing::error!("Error: {}", failure.text);
+                    }
                     std::process::exit(failure.status.into());
                 }
             }

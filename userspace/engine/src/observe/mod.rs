@@ -353,6 +353,9 @@ pub enum ObserveError {
     /// Tracking from within another pid namespace.
     #[error("processes are tracked from the initial pid namespace only")]
     PidNamespace,
+    /// There is nobody to observe.
+    #[error("no such process: {0}")]
+    NoProcess(i32),
     /// Another process tracks the tree.
     #[error("process {root} is tracked already, by process {tracker}")]
     Tracked {

@@ -6,7 +6,7 @@
 
 use super::{Counters, Tracker, lease};
 use crate::{
-    kernel::sys,
+    kernel::{proc, sys},
     observe::{ObserveError, Result},
 };
 use nix::{
@@ -88,7 +88,12 @@ impl Serving {
     }
 
     pub(in crate::observe) fn start_in(directory: &Path, root: i32) -> Result<Self> {
-        let pidfd = sys::pidfd_open(root).map_err(ObserveError::io(format!("open a pidfd of process {root}")))?;
+        let pidfd = match sys::pidfd_open(root) {
+            Err(e) if proc::is_gone(&e) || e.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(ObserveError::NoProcess(root));
+            }
+            other => other.map_err(ObserveError::io(format!("open a pidfd of process {root}")))?,
+        };
         make_directory(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
         let lock = lock(directory, root)?;
         let socket = socket(directory, root);
