@@ -1,7 +1,13 @@
 //! The self-verifying workloads go out and come back.
 
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
 use standstill_tests::harness::left::expect_refused;
-use standstill_tests::harness::{Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_twice, full_cycle};
+use standstill_tests::harness::{
+    Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_twice, full_cycle, proc, standstill, wait_until,
+};
 
 /// Dumps and restores twice in a row, with a verdict before and after each.
 fn twice(name: &str, args: &[&str], options: fn(Run) -> Run) {
@@ -115,6 +121,54 @@ fn pending_signals_timers_and_limits() {
         target.assert_well();
     }
     target.finish(0);
+}
+
+/// A SIGSTOP that comes when its target is frozen takes effect after the restore.
+#[test]
+fn a_stop_that_is_under_way() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("clock", &[]);
+    let images = target.images("stop");
+    let frozen = |target: &Target| proc::state(target.pid()) == Some('t');
+    // The dump has looked for pending signals soon after the freeze: not every try is in between.
+    for _ in 0..50 {
+        let dump = tool.dump(target.pid(), &images).spawn();
+        while !frozen(&target) && proc::state(dump.pid()).is_some_and(|state| state != 'Z') {}
+        kill(dump.pid(), Signal::SIGSTOP).expect("hold the dump");
+        wait_until(Duration::from_secs(5), || matches!(proc::state(dump.pid()), Some('T' | 'Z')));
+        if frozen(&target) {
+            target.signal(Signal::SIGSTOP);
+        }
+        kill(dump.pid(), Signal::SIGCONT).expect("let the dump go on");
+        dump.wait().expect_success();
+        target.await_gone();
+        let image = tool.command(["inspect", "--json", "-D"]).arg(&images).run().expect_success().json();
+        let under_way = is_stop_pending(&image);
+        tool.restore(&images).arg("-d").run().expect_success();
+        if under_way {
+            target.await_stop();
+            target.assert_free();
+            target.signal(Signal::SIGCONT);
+            target.assert_well();
+            return target.finish(0);
+        }
+        target.signal(Signal::SIGCONT);
+        target.assert_well();
+    }
+    panic!("no SIGSTOP came in time to be in the image");
+}
+
+/// Whether a SIGSTOP is among the pending signals of an image.
+fn is_stop_pending(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => fields.iter().any(|(name, value)| match value {
+            Value::Array(signals) if name == "pending" => signals.iter().any(|s| s["signal"] == libc::SIGSTOP),
+            _ => is_stop_pending(value),
+        }),
+        Value::Array(values) => values.iter().any(is_stop_pending),
+        _ => false,
+    }
 }
 
 #[test]

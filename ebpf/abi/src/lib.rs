@@ -6,6 +6,7 @@
 #![no_std]
 
 mod layout;
+pub mod track;
 
 pub use layout::*;
 

@@ -2,12 +2,14 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, seq_file},
-    helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_seq_write},
+    helpers::generated::{bpf_get_current_task_btf, bpf_seq_write},
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
-use core::{mem, ptr};
+use core::mem;
 use standstill_ebpf_abi::{CommonLayout, PATH_MAX, Plain};
+
+pub use crate::access::{Address, bit, known, load, number, pointer, probe, probe_word, zero};
 
 /// Processes that are of interest, by their numbers in the reader's pid namespace.
 #[map]
@@ -25,80 +27,6 @@ const BUFFER_LEN: usize = 2 * PATH_MAX + 1024;
 
 #[unsafe(no_mangle)]
 pub static COMMON: CommonLayout = zero();
-
-/// A value of zeros: layouts before the loader fills them.
-pub const fn zero<T: Plain>() -> T {
-    // SAFETY: any bytes are a value of a Plain type.
-    unsafe { mem::zeroed() }
-}
-
-/// An address in the kernel, with its type where the verifier knows it.
-pub type Address = *const u8;
-
-/// A field of a layout.
-///
-/// A plain read would let the compiler take the zeros of the object file for the values.
-#[inline(always)]
-pub fn known(field: &'static u32) -> u32 {
-    // SAFETY: a reference is valid for reads.
-    unsafe { ptr::read_volatile(field) }
-}
-
-/// Loads a field.
-///
-/// # Safety
-/// The verifier knows the type of what `base` points to, and `offset` is that of a field of type `T` there.
-#[inline(always)]
-pub unsafe fn load<T: Copy>(base: Address, offset: u32) -> T {
-    // SAFETY: the caller's promise; the verifier checks it again, and a bad address reads as zero (BPF_PROBE_MEM).
-    unsafe { ptr::read_volatile(base.add(offset as usize).cast()) }
-}
-
-/// Reads from any kernel address into `to`; zeros if the address is not readable.
-#[inline(always)]
-pub fn probe<T: Plain>(to: &mut T, from: Address, offset: u32) {
-    probe_bytes(ptr::from_mut(to).cast(), mem::size_of::<T>() as u32, from, offset);
-}
-
-/// Reads `len` bytes from any kernel address to `to`; zeros if the address is not readable.
-#[inline(always)]
-fn probe_bytes(to: *mut u8, len: u32, from: Address, offset: u32) {
-    // SAFETY: `to` is a mutable reference to `len` bytes in both callers; the helper checks the other address.
-    unsafe { bpf_probe_read_kernel(to.cast(), len, from.wrapping_add(offset as usize).cast()) };
-}
-
-/// A number at any kernel address; 0 if the address is not readable.
-#[inline(always)]
-pub fn probe_word<T: Plain>(from: Address, offset: u32) -> T {
-    let mut word = zero::<T>();
-    probe_bytes(ptr::from_mut(&mut word).cast(), mem::size_of::<T>() as u32, from, offset);
-    word
-}
-
-/// A pointer at any kernel address; null if the address is not readable.
-#[inline(always)]
-pub fn pointer(from: Address, offset: u32) -> Address {
-    probe_word::<u64>(from, offset) as Address
-}
-
-/// Address as a number, for the verifier too, to whom pointers of a known type are no numbers.
-///
-/// `room` is in a map: storing there and reading again loses the type.
-#[inline(always)]
-pub fn number(room: &mut u64, address: Address) -> u64 {
-    let room = ptr::from_mut(room);
-    // SAFETY: `room` is a valid reference.
-    unsafe {
-        ptr::write_volatile(room.cast::<Address>(), address);
-        ptr::read_volatile(room)
-    }
-}
-
-/// A field of one bit.
-#[inline(always)]
-pub fn bit(from: Address, byte: u32, bit: u32) -> u32 {
-    (u32::from(probe_word::<u8>(from, byte)) >> (bit & 7)) & 1
-}
 
 /// `struct bpf_iter_meta`.
 #[repr(C)]

@@ -245,7 +245,9 @@ impl Target {
         // A process that is being stopped may still fork.
         for _ in 0..3 {
             for pid in self.processes() {
-                if !matches!(proc::state(pid), Some('T' | 'Z')) && kill(pid, Signal::SIGSTOP).is_ok() {
+                // Once only: a second SIGSTOP that comes after the stop stays pending.
+                let runs = !self.stopped.contains(&pid) && !matches!(proc::state(pid), Some('T' | 'Z'));
+                if runs && kill(pid, Signal::SIGSTOP).is_ok() {
                     self.stopped.push(pid);
                 }
             }

@@ -17,6 +17,8 @@ pub(crate) enum Command {
     Dump(DumpArgs),
     /// Bring a process tree back from an image
     Restore(RestoreArgs),
+    /// Watch a tree by eBPF, so that dumps know what did not change
+    Track(TrackArgs),
     /// Tell what this kernel offers, feature by feature
     Check(JsonArgs),
     /// Show what an image holds
@@ -72,6 +74,9 @@ pub(crate) struct DumpArgs {
     /// Who lists the descriptors
     #[arg(long, value_enum, default_value_t)]
     pub reader: ReaderArg,
+    /// Compare what the tree's tracker knows with the truth while the tree is frozen
+    #[arg(long)]
+    pub paranoid: bool,
     /// Print what the dump cost, phase by phase
     #[arg(long)]
     pub display_stats: bool,
@@ -103,6 +108,24 @@ pub(crate) struct RestoreArgs {
     #[arg(long)]
     pub display_stats: bool,
     /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TrackArgs {
+    /// Root of the tree to track
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    pub tree: i32,
+    /// Go on in the background once tracking has begun
+    #[arg(short = 'd', long, conflicts_with = "status")]
+    pub daemon: bool,
+    /// Ask the tree's tracker what it has seen
+    #[arg(long)]
+    pub status: bool,
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]

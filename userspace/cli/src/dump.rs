@@ -31,6 +31,7 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
             ReaderArg::Ebpf => Reader::Ebpf,
             ReaderArg::Procfs => Reader::Procfs,
         },
+        paranoid: args.paranoid,
     };
     let stats = dump(&options)?;
     if args.json {

@@ -6,6 +6,8 @@ mod dump;
 mod inspect;
 mod logging;
 mod restore;
+#[cfg(feature = "ebpf")]
+mod track;
 mod verify;
 
 use clap::{CommandFactory, Parser};
@@ -38,6 +40,12 @@ fn main() -> ExitCode {
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
         args::Command::Restore(args) => restore::run(&args),
+        #[cfg(feature = "ebpf")]
+        args::Command::Track(args) => track::run(&args),
+        #[cfg(not(feature = "ebpf"))]
+        args::Command::Track(_) => {
+            Err(Failure { status: 6, text: standstill_engine::observe::ObserveError::NotBuilt.to_string() })
+        }
         args::Command::Check(args) => check::run(&args),
         args::Command::Inspect(args) => inspect::run(&args),
         args::Command::Verify(args) => verify::run(&args),

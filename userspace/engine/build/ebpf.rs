@@ -43,8 +43,11 @@ pub(crate) fn build() {
         }
         Err(e) => give_up(&format!("cargo does not run: {e}")),
     }
-    let object = target_dir.join(TARGET).join("release/observers");
-    fs::copy(object, target_dir.with_file_name("observers.o")).expect("cargo has written the object into OUT_DIR");
+    for name in ["observers", "tracker"] {
+        let object = target_dir.join(TARGET).join("release").join(name);
+        fs::copy(object, target_dir.with_file_name(format!("{name}.o")))
+            .expect("cargo has written the object into OUT_DIR");
+    }
 }
 
 /// Fails the build with one message that names the ways out.

@@ -82,6 +82,7 @@ fn dump_to(dir: &Path, pid: i32) {
         timeout: Duration::from_secs(10),
         compression: Compression::None,
         reader: Reader::Auto,
+        paranoid: false,
     })
     .unwrap();
     // The tracer has reaped it already, unless it is not the parent.

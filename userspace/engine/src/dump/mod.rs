@@ -1,16 +1,21 @@
 //! The order of a dump; nothing but the order.
 
+mod observer;
+
+pub use observer::Reader;
+
 use crate::{
     error::{Context, Error, Result},
     image,
     kernel::{proc, sys},
     memory::{self, copy::Copier, private::PrivatePages},
     objects::{self, Collected, regular},
-    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
+    observe::FdEntry,
     restore::{environment, sessions},
     task::{Family, FrozenTree},
     tree::process,
 };
+use observer::Observer;
 use standstill_images::{
     publish::ImageDir,
     store::{Compression, PageWriter},
@@ -21,19 +26,7 @@ use std::{
     path::PathBuf,
     time::{Duration, Instant, SystemTime},
 };
-use tracing::{info, warn};
-
-/// Who lists the descriptors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reader {
-    /// The eBPF iterators where they load, procfs elsewhere.
-    #[default]
-    Auto,
-    /// The eBPF iterators or nothing.
-    Ebpf,
-    /// procfs.
-    Procfs,
-}
+use tracing::info;
 
 /// What becomes of the tree after a successful dump.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +57,8 @@ pub struct DumpOptions {
     pub compression: Compression,
     /// Who lists the descriptors.
     pub reader: Reader,
+    /// Compare what a tracker knows with the truth, under the freeze, and believe the truth.
+    pub paranoid: bool,
 }
 
 /// Measures named parts of the frozen time.
@@ -88,13 +83,9 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     let begin = Instant::now();
     check_target(options.pid)?;
     let dir = ImageDir::create(&options.dir)?;
-    let mut observer = observer(options.reader)?;
-    let (_, running) = Family::of(options.pid, observer.as_mut());
-    if let Some(iterators) = &mut observer
-        && let Err(e) = iterators.prefetch_paths(&running)
-    {
-        warn!("reading ahead: {e}");
-    }
+    let mut observer = Observer::open(options.reader, options.pid)?;
+    let (_, running) = Family::of(options.pid, observer.iterators());
+    observer.read_ahead(&running);
     let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
     if options.afterwards != Afterwards::Kill {
         // The thaw must not wait for the disk: what the memory of the machine allows is copied first and written later.
@@ -102,7 +93,7 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
         pages = pages.with_buffer_limit(expected.min(available_memory() / 2).max(MIN_BUFFER) as usize);
         pages.reserve(expected);
     }
-    let (mut family, _) = Family::of(options.pid, observer.as_mut());
+    let (mut family, _) = Family::of(options.pid, observer.iterators());
     let prepare_us = begin.elapsed().as_micros() as u64;
 
     let freezing = Instant::now();
@@ -113,7 +104,7 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     let counts = copy_pages(&tree, &mut state, &mut pages).map_err(|e| unless_dead(&tree, e))?;
     phases.end("pages");
     let mut stats = DumpStats {
-        reader: if observer.is_some() { "ebpf" } else { "procfs" }.into(),
+        reader: observer.name().into(),
         prepare_us,
         freezing_us: (frozen - freezing).as_micros() as u64,
         frozen_us: 0,
@@ -175,14 +166,9 @@ struct State {
     vdso: Vec<u8>,
 }
 
-fn collect(
-    tree: &FrozenTree,
-    options: &DumpOptions,
-    observer: &mut Option<Iterators>,
-    phases: &mut Phases,
-) -> Result<State> {
+fn collect(tree: &FrozenTree, options: &DumpOptions, observer: &mut Observer, phases: &mut Phases) -> Result<State> {
     let pids = tree.pids();
-    let seen = read(&pids, options.reader, observer)?;
+    let seen = observer.read(&pids, options.paranoid)?;
     process::refuse_sharing(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
     let entries = &seen.files;
@@ -292,58 +278,6 @@ impl State {
             shared: self.objects.shared,
         })
     }
-}
-
-fn observer(reader: Reader) -> Result<Option<Iterators>> {
-    if reader == Reader::Procfs {
-        return Ok(None);
-    }
-    match Iterators::load() {
-        Ok(iterators) => Ok(Some(iterators)),
-        Err(e) if reader == Reader::Auto => {
-            warn!("no eBPF iterators: {e}; reading procfs instead, which takes longer");
-            Ok(None)
-        }
-        Err(e) => Err(no_reader(&e)),
-    }
-}
-
-/// What a reader says of the tree.
-struct Seen {
-    files: Vec<FdEntry>,
-    /// Empty, like `processes`, if only procfs was read.
-    vmas: HashMap<i32, Vec<VmaEntry>>,
-    processes: HashMap<i32, ProcessState>,
-}
-
-impl Seen {
-    fn new(files: Vec<FdEntry>, vmas: Vec<VmaEntry>, processes: Vec<ProcessState>) -> Self {
-        let mut by_pid: HashMap<i32, Vec<VmaEntry>> = HashMap::new();
-        for vma in vmas {
-            by_pid.entry(vma.tgid).or_default().push(vma);
-        }
-        Self { files, vmas: by_pid, processes: processes.into_iter().map(|p| (p.tgid, p)).collect() }
-    }
-}
-
-/// Reads the tree by the iterators or else by procfs.
-fn read(pids: &[i32], reader: Reader, observer: &mut Option<Iterators>) -> Result<Seen> {
-    if let Some(iterators) = observer {
-        let mut all = || Ok(Seen::new(iterators.files(pids)?, iterators.vmas(pids)?, iterators.processes(pids)?));
-        match all() {
-            Ok(seen) => return Ok(seen),
-            Err(e) if reader == Reader::Auto => warn!("the eBPF iterators failed: {e}; reading procfs instead"),
-            Err(e) => return Err(no_reader(&e)),
-        }
-        *observer = None;
-    }
-    let files = observe::procfs::files(pids)
-        .map_err(|e| Error::System { call: "read procfs".into(), source: std::io::Error::other(e) })?;
-    Ok(Seen::new(files, Vec::new(), Vec::new()))
-}
-
-fn no_reader(e: &ObserveError) -> Error {
-    Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }
 }
 
 fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {

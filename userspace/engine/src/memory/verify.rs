@@ -11,7 +11,6 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     os::{fd::OwnedFd, unix::fs::FileExt},
-    path::PathBuf,
 };
 
 /// Pages of the store that follow each other where they were put.

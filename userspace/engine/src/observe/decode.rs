@@ -106,8 +106,8 @@ impl SharedIds {
 /// CPUs that each thread may run on, given by the kernel's mask.
 pub(super) type Affinity<'a> = &'a mut dyn FnMut(i32, &[u64; CPUS / 64]) -> Option<Vec<u8>>;
 
-/// The processes of a stream of `iter/task`, by number.
-pub(super) fn processes(mut stream: &[u8], layouts: &Layouts, affinity: Affinity<'_>) -> Result<Vec<ProcessState>> {
+/// The records of a stream of `iter/task`.
+fn tasks(mut stream: &[u8]) -> Result<Vec<(ThreadRecord, Option<ProcessRecord>)>> {
     let mut threads = Vec::new();
     while !stream.is_empty() {
         let bad = ObserveError::BadRecord("task");
@@ -121,6 +121,18 @@ pub(super) fn processes(mut stream: &[u8], layouts: &Layouts, affinity: Affinity
         threads.push((record, process));
         stream = rest;
     }
+    Ok(threads)
+}
+
+/// Each process of a stream of `iter/task` that has memory, and the address of its `mm_struct`.
+pub(super) fn spaces(stream: &[u8]) -> Result<Vec<(i32, u64)>> {
+    let leaders = tasks(stream)?.into_iter().filter(|(t, process)| process.is_some() && t.mm != 0);
+    Ok(leaders.map(|(t, _)| (t.tgid, t.mm)).collect())
+}
+
+/// The processes of a stream of `iter/task`, by number.
+pub(super) fn processes(stream: &[u8], layouts: &Layouts, affinity: Affinity<'_>) -> Result<Vec<ProcessState>> {
+    let mut threads = tasks(stream)?;
     threads.sort_by_key(|(t, _)| (t.tgid, t.leader == 0, t.tid));
     let mut ids = SharedIds::default();
     let mut all: Vec<ProcessState> = Vec::new();

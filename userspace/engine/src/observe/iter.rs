@@ -91,14 +91,37 @@ impl Iterators {
     /// [`ObserveError::MissingCapability`], [`ObserveError::NoBtf`], [`ObserveError::MissingField`] or
     /// [`ObserveError::Load`].
     pub fn load() -> Result<Self> {
-        Ok(Self {
-            programs: Programs::load()?,
+        Ok(Self::new(Programs::load()?))
+    }
+
+    fn new(programs: Programs) -> Self {
+        Self {
+            programs,
             ahead: Ahead::default(),
             tree: HashSet::new(),
             possible_cpus: possible_cpus(),
             restrictable: true,
             stream: Vec::new(),
-        })
+        }
+    }
+
+    /// The programs of another process, which does not use them meanwhile.
+    pub(super) fn from_programs(programs: Programs) -> Result<Self> {
+        let mut iterators = Self::new(programs);
+        iterators.learn_tree()?;
+        Ok(iterators)
+    }
+
+    /// Looks which processes the programs look at, after somebody else used them.
+    pub(super) fn learn_tree(&mut self) -> Result<()> {
+        let pids = self.programs.tree.keys().map(|pid| pid.map(|pid| pid as i32));
+        self.tree = pids.collect::<std::result::Result<_, _>>().map_err(map_failed)?;
+        Ok(())
+    }
+
+    /// For lending them.
+    pub(super) fn programs(&self) -> &Programs {
+        &self.programs
     }
 
     /// Reads the paths of all open files ahead, so that [`Self::files`] need not. The processes may run.
@@ -163,6 +186,18 @@ impl Iterators {
             let mask = &mask[..words?];
             known.entry(mask.to_vec()).or_insert_with(|| kernel::sys::sched_getaffinity(tid).ok()).clone()
         })
+    }
+
+    /// Address of each process's `mm_struct`, if it has one: a name for it, never to be shown.
+    pub(super) fn spaces(&mut self, tgids: &[i32]) -> Result<Vec<(i32, u64)>> {
+        self.run(What::Tasks, &sorted(tgids))?;
+        decode::spaces(&self.stream)
+    }
+
+    /// [`Self::processes`] and [`Self::spaces`] in one reading.
+    pub(super) fn processes_and_spaces(&mut self, tgids: &[i32]) -> Result<(Vec<ProcessState>, Vec<(i32, u64)>)> {
+        let processes = self.processes(tgids)?;
+        Ok((processes, decode::spaces(&self.stream)?))
     }
 
     /// Every task that there is in our pid namespace, in no particular order. A task that exists all the time is among

@@ -1,7 +1,8 @@
 //! The offsets that the programs need, from the running kernel's BTF.
 
 use super::{ObserveError, Result, btf::Btf};
-use standstill_ebpf_abi::{ABSENT, CRED_BYTES, CommonLayout, FileLayout, RESTART_BYTES, TaskLayout, VmaLayout};
+use serde::{Deserialize, Serialize};
+use standstill_ebpf_abi::{ABSENT, CRED_BYTES, CommonLayout, FileLayout, Plain, RESTART_BYTES, TaskLayout, VmaLayout};
 
 const STRUCTS: &[&str] = &[
     "anon_vma_name",
@@ -48,8 +49,17 @@ pub(super) struct Layouts {
     pub robust_list_len: u64,
 }
 
+/// [`Layouts`] as it goes from one process to another.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct LayoutParts {
+    plain: [Vec<u8>; 4],
+    restart: RestartLayout,
+    cred: CredLayout,
+    robust_list_len: u64,
+}
+
 /// Offsets in the part of `cred` that a record has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct CredLayout {
     /// Where that part begins in `cred`.
     start: u32,
@@ -61,7 +71,7 @@ pub(super) struct CredLayout {
 }
 
 /// Offsets in the union of `restart_block`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct RestartLayout {
     pub sleep_clock: usize,
     pub sleep_rmtp: usize,
@@ -79,6 +89,34 @@ pub(super) struct RestartLayout {
 }
 
 impl Layouts {
+    /// For another process.
+    pub(super) fn to_parts(&self) -> LayoutParts {
+        let bytes = [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes()];
+        LayoutParts {
+            plain: bytes.map(<[u8]>::to_vec),
+            restart: self.restart,
+            cred: self.cred,
+            robust_list_len: self.robust_list_len,
+        }
+    }
+
+    /// From another process; `None` if it is of another version.
+    pub(super) fn from_parts(parts: &LayoutParts) -> Option<Self> {
+        fn exactly<T: Plain>(bytes: &[u8]) -> Option<T> {
+            T::split(bytes).and_then(|(value, rest)| rest.is_empty().then_some(value))
+        }
+        let [common, files, tasks, vmas] = &parts.plain;
+        Some(Self {
+            common: exactly(common)?,
+            files: exactly(files)?,
+            tasks: exactly(tasks)?,
+            vmas: exactly(vmas)?,
+            restart: parts.restart,
+            cred: parts.cred,
+            robust_list_len: parts.robust_list_len,
+        })
+    }
+
     /// Of the running kernel.
     pub(super) fn read() -> Result<Self> {
         let btf = Btf::read(STRUCTS)?;

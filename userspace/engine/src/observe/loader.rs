@@ -3,20 +3,25 @@
 use super::{ObserveError, Result, layout::Layouts};
 use aya::{
     Btf, Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap, MapData},
-    programs::{Iter, ProgramError, ProgramFd},
+    maps::{Array, HashMap, IterableMap, Map, MapData},
+    programs::{Iter, ProgramError},
 };
 use standstill_ebpf_abi::Plain;
-use std::{fs, panic::resume_unwind, thread};
+use std::{
+    fs,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    panic::resume_unwind,
+    thread,
+};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observers.o"));
 
 /// The programs in the kernel, and the maps they look at.
 pub(super) struct Programs {
-    pub task_file: ProgramFd,
-    pub task: ProgramFd,
-    pub lineage: ProgramFd,
-    pub task_vma: ProgramFd,
+    pub task_file: OwnedFd,
+    pub task: OwnedFd,
+    pub lineage: OwnedFd,
+    pub task_vma: OwnedFd,
     /// Processes of interest.
     pub tree: HashMap<MapData, u32, u8>,
     /// Whether paths are written.
@@ -25,6 +30,32 @@ pub(super) struct Programs {
 }
 
 impl Programs {
+    /// The programs of another process, by descriptors in the order of [`Self::fds`].
+    pub(super) fn from_fds(mut fds: impl Iterator<Item = OwnedFd>, layouts: Layouts) -> Result<Self> {
+        let mut next = || fds.next().ok_or(ObserveError::BadRecord("tracker"));
+        let (task_file, task, lineage, task_vma) = (next()?, next()?, next()?, next()?);
+        let mut map = |name| {
+            let map = next().map(|fd| MapData::from_fd(fd).and_then(Map::from_map_data))?;
+            map.map_err(|e| failed(name, e))
+        };
+        Ok(Self {
+            task_file,
+            task,
+            lineage,
+            task_vma,
+            tree: map("TREE")?.try_into().map_err(|e| failed("TREE", e))?,
+            paths: map("PATHS")?.try_into().map_err(|e| failed("PATHS", e))?,
+            layouts,
+        })
+    }
+
+    /// Descriptors of programs and maps.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 6] {
+        let programs = [&self.task_file, &self.task, &self.lineage, &self.task_vma].map(AsFd::as_fd);
+        let [task_file, task, lineage, task_vma] = programs;
+        [task_file, task, lineage, task_vma, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
+    }
+
     pub(super) fn load() -> Result<Self> {
         check_capabilities()?;
         // Reading BTF takes longest. aya does it once for the loader and wants it again for each program to load.
@@ -56,17 +87,17 @@ impl Programs {
 }
 
 /// Loads one program for an iterator.
-fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<ProgramFd> {
-    let mut load = || -> std::result::Result<ProgramFd, ProgramError> {
+fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<OwnedFd> {
+    let mut load = || -> std::result::Result<OwnedFd, ProgramError> {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         let iter: &mut Iter = program.try_into()?;
         iter.load(iterator, btf)?;
-        Ok(iter.fd()?.try_clone()?)
+        Ok(iter.fd()?.as_fd().try_clone_to_owned()?)
     };
     load().map_err(|e| failed(name, e))
 }
 
-fn map<T>(
+pub(super) fn map<T>(
     ebpf: &mut Ebpf,
     name: &'static str,
     convert: impl FnOnce(aya::maps::Map) -> std::result::Result<T, aya::maps::MapError>,
@@ -76,7 +107,7 @@ fn map<T>(
 }
 
 /// An error of aya in our words, with the errors it was caused by and the end of the verifier's log.
-fn failed(program: &'static str, error: impl Into<Box<dyn std::error::Error>>) -> ObserveError {
+pub(super) fn failed(program: &'static str, error: impl Into<Box<dyn std::error::Error>>) -> ObserveError {
     let error = error.into();
     let mut source = Some(&*error);
     while let Some(e) = source {
@@ -100,7 +131,7 @@ const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 
 /// Says which capability is missing, instead of a bare EPERM.
-fn check_capabilities() -> Result<()> {
+pub(super) fn check_capabilities() -> Result<()> {
     let path = "/proc/self/status";
     let status = fs::read_to_string(path).map_err(ObserveError::io(format!("read {path}")))?;
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

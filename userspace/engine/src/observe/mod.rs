@@ -25,20 +25,25 @@ pub mod procfs;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
+#[cfg(feature = "ebpf")]
+mod track;
 
 pub use iter::Iterators;
+#[cfg(feature = "ebpf")]
+pub use track::{Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
 
+use serde::{Deserialize, Serialize};
 use standstill_images::types::{AltStack, Bytes, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{io, path::PathBuf};
 
 /// Identity of an open file description within one reading: same description, same number.
 ///
 /// Numbered from 0 by first appearance in the order of (process, descriptor).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId(pub u32);
 
 /// A descriptor and the open file description (`struct file`) behind it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdEntry {
     /// Process.
     pub tgid: i32,
@@ -238,7 +243,7 @@ pub struct ProcessState {
 }
 
 /// A mapping.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmaEntry {
     /// Process.
     pub tgid: i32,
@@ -371,6 +376,20 @@ pub enum ObserveError {
         "the kernel refuses BPF: CAP_BPF and CAP_PERFMON count in the initial user namespace only, and not under lockdown"
     )]
     NotPermitted,
+    /// Tracking from within another pid namespace.
+    #[error("processes are tracked from the initial pid namespace only")]
+    PidNamespace,
+    /// There is nobody to observe.
+    #[error("no such process: {0}")]
+    NoProcess(i32),
+    /// Another process tracks the tree.
+    #[error("process {root} is tracked already, by process {tracker}")]
+    Tracked {
+        /// Root of the tree.
+        root: i32,
+        /// The tracker.
+        tracker: i32,
+    },
     /// The programs, or one of them, do not load.
     #[error("the eBPF programs do not load ({program}): {reason}")]
     Load {

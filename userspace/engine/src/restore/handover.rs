@@ -8,7 +8,7 @@ use crate::{
         arch, proc,
         ptrace::{self, Wait},
     },
-    tree::thread,
+    tree::{signals, thread},
 };
 use standstill_images::types::{LiveTask, Restart, Task, TaskState, Thread};
 use std::io;
@@ -30,11 +30,15 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         for (thread, result) in live.threads.iter().zip(results) {
             set_state(thread, result)?;
         }
-        if let TaskState::Stopped(signal) = task.state {
+        let stop = match task.state {
             // A handler would catch the other stop signals.
-            let caught = live.sigactions.iter().any(|a| a.signal == signal);
+            TaskState::Stopped(signal) if live.sigactions.iter().all(|a| a.signal != signal) => Some(signal),
+            TaskState::Stopped(_) => Some(libc::SIGSTOP),
+            _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
+        };
+        if let Some(signal) = stop {
             // SAFETY: kill takes no memory; the process is ours and stopped.
-            unsafe { libc::kill(task.pid, if caught { libc::SIGSTOP } else { signal }) };
+            unsafe { libc::kill(task.pid, signal) };
         }
     }
     // From here on nothing can fail but the detaching itself, and tasks run.

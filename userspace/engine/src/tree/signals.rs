@@ -6,7 +6,7 @@ use crate::{
     restore::program::Program,
     task::Remote,
 };
-use standstill_images::types::SigAction;
+use standstill_images::types::{LiveTask, SigAction};
 
 /// Size of the kernel's sigset_t, as the rt_sig* calls want it.
 const SIGSET: u64 = 8;
@@ -66,10 +66,21 @@ pub(crate) fn restore_block(program: &mut Program) {
     program.call("block signals", libc::SYS_rt_sigprocmask, &args);
 }
 
-/// Queues signals for the process `pid` or, given a `tid`, for one thread.
+fn number(info: &[u8]) -> i32 {
+    i32::from_ne_bytes(info[..4].try_into().expect("siginfo_t begins with si_signo"))
+}
+
+/// Whether a SIGSTOP is under way: it came when the process was frozen. It cannot be blocked, so the restorer does not
+/// queue it.
+pub(crate) fn is_about_to_stop(live: &LiveTask) -> bool {
+    let mut pending = live.pending.iter().chain(live.threads.iter().flat_map(|t| &t.pending));
+    pending.any(|info| number(info) == libc::SIGSTOP)
+}
+
+/// Queues signals, all but SIGSTOP, for the process `pid` or, given a `tid`, for one thread.
 pub(crate) fn restore_pending(pid: i32, tid: Option<i32>, pending: &[Vec<u8>], program: &mut Program) {
-    for info in pending {
-        let signal = i32::from_ne_bytes(info[..4].try_into().expect("siginfo_t begins with si_signo"));
+    for info in pending.iter().filter(|info| number(info) != libc::SIGSTOP) {
+        let signal = number(info);
         let block = program.data(info);
         let label = format!("queue signal {signal}");
         match tid {

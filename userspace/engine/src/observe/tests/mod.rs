@@ -3,7 +3,9 @@
 mod attributes;
 mod figures;
 mod files;
+mod restless;
 mod threads;
+mod track;
 mod victim;
 mod vmas;
 

@@ -37,12 +37,15 @@ impl Victim {
     /// Starts a victim; `script` is for [`act`].
     pub(super) fn start(script: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        // Not ours: where that is a file, others write to it while the victim is looked at.
+        let errors = dir.path().join("errors");
         let mut leader = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "observe::tests::victim::victim", "--nocapture", "--test-threads=1"])
             .env(SCRIPT, script)
             .current_dir(dir.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(fs::File::create(&errors).unwrap())
             .process_group(0)
             .spawn()
             .unwrap();
@@ -62,7 +65,7 @@ impl Victim {
                 _ => {}
             }
         }
-        assert!(ready, "the victim of {script:?} failed");
+        assert!(ready, "the victim of {script:?} failed: {}", fs::read_to_string(&errors).unwrap_or_default());
         Self { leader, pids, words, dir }
     }
 
@@ -95,6 +98,7 @@ fn victim() {
     match script.split_once(' ') {
         Some(("fds", kinds)) => fds(kinds),
         Some(("many", kinds)) => super::figures::many(kinds),
+        Some(("restless", script)) => super::restless::act(script),
         Some(("attributes", _)) => super::attributes::act(),
         Some(("threads", _)) => super::threads::act(),
         Some(("mappings", _)) => super::vmas::act(),

@@ -1,0 +1,159 @@
+//! Who tells the dump about the tree: the tree's tracker, iterators of our own, or procfs.
+
+use crate::{
+    error::{Error, Result},
+    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
+};
+use std::collections::HashMap;
+use tracing::{info, warn};
+
+/// Who lists the descriptors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reader {
+    /// The tree's tracker if it has one, the eBPF iterators where they load, procfs elsewhere.
+    #[default]
+    Auto,
+    /// The eBPF iterators or nothing.
+    Ebpf,
+    /// procfs.
+    Procfs,
+}
+
+/// A way to know the tree.
+pub(super) struct Observer {
+    source: Source,
+    reader: Reader,
+}
+
+enum Source {
+    #[cfg(feature = "ebpf")]
+    Tracker(Box<observe::Lease>),
+    Iterators(Box<Iterators>),
+    Procfs,
+}
+
+/// What a reader says of the tree.
+pub(super) struct Seen {
+    pub files: Vec<FdEntry>,
+    /// Empty, like `processes`, if only procfs was read.
+    pub vmas: HashMap<i32, Vec<VmaEntry>>,
+    pub processes: HashMap<i32, ProcessState>,
+}
+
+impl Seen {
+    fn new(files: Vec<FdEntry>, vmas: HashMap<i32, Vec<VmaEntry>>, processes: Vec<ProcessState>) -> Self {
+        Self { files, vmas, processes: processes.into_iter().map(|p| (p.tgid, p)).collect() }
+    }
+}
+
+fn by_process(vmas: Vec<VmaEntry>) -> HashMap<i32, Vec<VmaEntry>> {
+    let mut by_pid: HashMap<i32, Vec<VmaEntry>> = HashMap::new();
+    for vma in vmas {
+        by_pid.entry(vma.tgid).or_default().push(vma);
+    }
+    by_pid
+}
+
+impl Observer {
+    /// The best one there is for the tree of `root`.
+    pub(super) fn open(reader: Reader, root: i32) -> Result<Self> {
+        Ok(Self { source: source(reader, root)?, reader })
+    }
+
+    /// Its name for people.
+    pub(super) fn name(&self) -> &'static str {
+        match &self.source {
+            #[cfg(feature = "ebpf")]
+            Source::Tracker(_) => "tracker",
+            Source::Iterators(_) => "ebpf",
+            Source::Procfs => "procfs",
+        }
+    }
+
+    /// The iterators, if it has any.
+    pub(super) fn iterators(&mut self) -> Option<&mut Iterators> {
+        match &mut self.source {
+            #[cfg(feature = "ebpf")]
+            Source::Tracker(lease) => Some(lease.iterators()),
+            Source::Iterators(iterators) => Some(iterators),
+            Source::Procfs => None,
+        }
+    }
+
+    /// Reads the paths of open files while the tree runs.
+    pub(super) fn read_ahead(&mut self, pids: &[i32]) {
+        if let Some(iterators) = self.iterators()
+            && let Err(e) = iterators.prefetch_paths(pids)
+        {
+            warn!("reading ahead: {e}");
+        }
+    }
+
+    /// Reads the tree, or falls back to procfs.
+    pub(super) fn read(&mut self, pids: &[i32], paranoid: bool) -> Result<Seen> {
+        let seen = match &mut self.source {
+            #[cfg(feature = "ebpf")]
+            Source::Tracker(lease) => tracked(lease, pids, paranoid),
+            Source::Iterators(iterators) => observed(iterators, pids),
+            Source::Procfs => return from_procfs(pids),
+        };
+        match seen {
+            Err(e) if self.reader == Reader::Auto => {
+                warn!("the eBPF iterators failed: {e}; reading procfs instead");
+                self.source = Source::Procfs;
+                from_procfs(pids)
+            }
+            other => other.map_err(|e| no_reader(&e)),
+        }
+    }
+}
+
+fn source(reader: Reader, root: i32) -> Result<Source> {
+    if reader == Reader::Procfs {
+        return Ok(Source::Procfs);
+    }
+    #[cfg(feature = "ebpf")]
+    match observe::Lease::take(root) {
+        Ok(Some(lease)) => return Ok(Source::Tracker(Box::new(lease))),
+        Ok(None) => {}
+        Err(e) => warn!("the tracker of process {root} is of no use: {e}"),
+    }
+    #[cfg(not(feature = "ebpf"))]
+    let _ = root;
+    match Iterators::load() {
+        Ok(iterators) => Ok(Source::Iterators(Box::new(iterators))),
+        Err(e) if reader == Reader::Auto => {
+            warn!("no eBPF iterators: {e}; reading procfs instead, which takes longer");
+            Ok(Source::Procfs)
+        }
+        Err(e) => Err(no_reader(&e)),
+    }
+}
+
+fn no_reader(e: &ObserveError) -> Error {
+    Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }
+}
+
+#[cfg(feature = "ebpf")]
+fn tracked(lease: &mut observe::Lease, pids: &[i32], paranoid: bool) -> observe::Result<Seen> {
+    let (processes, mut fresh) = lease.check(pids)?;
+    info!(fresh = format!("{:.0} %", 100.0 * fresh.share()), "what the tracker knows is checked");
+    if paranoid {
+        for difference in lease.compare(&fresh)? {
+            warn!("the tracker is wrong about process {}: {}: {}", difference.pid, difference.part, difference.what);
+            fresh.vmas.remove(&difference.pid);
+        }
+    }
+    let vmas = lease.vmas(pids, &fresh)?.into_iter().collect();
+    Ok(Seen::new(lease.iterators().files(pids)?, vmas, processes))
+}
+
+fn observed(iterators: &mut Iterators, pids: &[i32]) -> observe::Result<Seen> {
+    Ok(Seen::new(iterators.files(pids)?, by_process(iterators.vmas(pids)?), iterators.processes(pids)?))
+}
+
+fn from_procfs(pids: &[i32]) -> Result<Seen> {
+    let files = observe::procfs::files(pids)
+        .map_err(|e| Error::System { call: "read procfs".into(), source: std::io::Error::other(e) })?;
+    Ok(Seen::new(files, HashMap::new(), Vec::new()))
+}

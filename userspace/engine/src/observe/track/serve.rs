@@ -1,0 +1,246 @@
+//! A tracker that lends what it knows to others: a small process for each tree.
+//!
+//! It listens on `/run/standstill/track-PID.sock`, for root only. Who connects asks one question by a line: `status`
+//! gets a line of JSON; `lease` gets programs, maps and the copy, and until it hangs up the tracker reads nothing itself,
+//! because the programs have room for one reader only.
+
+use super::{Counters, Tracker, lease};
+use crate::{
+    kernel::{proc, sys},
+    observe::{ObserveError, Result},
+};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+use tracing::{debug, info, warn};
+
+/// Where trackers are found.
+pub(super) const DIRECTORY: &str = "/run/standstill";
+/// A tree that changes all the time is read this often at most.
+const LEAST_PAUSE: Duration = Duration::from_millis(50);
+/// Reading takes at most one part in so many of the time.
+const READING_SHARE: u32 = 25;
+/// A client that does not say what it wants within this time is dropped.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The socket of the tracker of a tree.
+pub(super) fn socket(directory: &Path, root: i32) -> PathBuf {
+    directory.join(format!("track-{root}.sock"))
+}
+
+/// What a tracker tells about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Root of the tree.
+    pub root: i32,
+    /// The tracker's own process.
+    pub tracker: i32,
+    /// Tracked processes.
+    pub processes: usize,
+    /// Seconds since tracking began.
+    pub seconds: u64,
+    /// What happened since.
+    pub counters: Counters,
+}
+
+/// A tracker that serves others. Its files are gone when it is dropped.
+#[derive(Debug)]
+pub struct Serving {
+    tracker: Tracker,
+    root: OwnedFd,
+    listener: UnixListener,
+    socket: PathBuf,
+    since: Instant,
+    /// Held as long as the tracker lives; a dead tracker's is free.
+    _lock: Flock<File>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // The lock file stays: who has it open may be about to lock it.
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+impl Serving {
+    /// Begins to track a process and its descendants, for everybody of root.
+    ///
+    /// # Errors
+    /// [`ObserveError::Tracked`] if another tracker does; those of [`Tracker::start`]; those of /run/standstill.
+    pub fn start(root: i32) -> Result<Self> {
+        Self::start_in(Path::new(DIRECTORY), root)
+    }
+
+    pub(in crate::observe) fn start_in(directory: &Path, root: i32) -> Result<Self> {
+        let pidfd = match sys::pidfd_open(root) {
+            Err(e) if proc::is_gone(&e) || e.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(ObserveError::NoProcess(root));
+            }
+            other => other.map_err(ObserveError::io(format!("open a pidfd of process {root}")))?,
+        };
+        make_directory(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
+        let lock = lock(directory, root)?;
+        let socket = socket(directory, root);
+        let tracker = Tracker::start(root)?;
+        let listen = || {
+            // Whoever left it there is dead: we have the lock.
+            match fs::remove_file(&socket) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+            let listener = UnixListener::bind(&socket)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        let listener = listen().map_err(ObserveError::io(format!("listen on {}", socket.display())))?;
+        // Reading the kernel's types took tens of MiB that are not needed again.
+        // SAFETY: malloc_trim takes no memory and may be called at any time.
+        unsafe { libc::malloc_trim(0) };
+        Ok(Self { tracker, root: pidfd, listener, socket, since: Instant::now(), _lock: lock })
+    }
+
+    /// Serves until the root of the tree ends or `stop` becomes readable.
+    ///
+    /// # Errors
+    /// When the programs or their maps fail.
+    pub fn run(&mut self, stop: BorrowedFd<'_>) -> Result<()> {
+        let mut next_reading = Instant::now();
+        loop {
+            let wait = next_reading.saturating_duration_since(Instant::now());
+            let mut fds = vec![
+                PollFd::new(stop, PollFlags::POLLIN),
+                PollFd::new(self.root.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            ];
+            let mut timeout = PollTimeout::NONE;
+            if wait.is_zero() {
+                fds.push(PollFd::new(self.tracker.as_fd(), PollFlags::POLLIN));
+            } else {
+                timeout = PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            }
+            match poll(&mut fds, timeout) {
+                Err(nix::errno::Errno::EINTR) => continue,
+                other => other.map_err(|e| ObserveError::io("poll")(e.into()))?,
+            };
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            if ready[0] || ready[1] {
+                info!(root = self.tracker.root(), ended = ready[1], "tracking ends");
+                return Ok(());
+            }
+            if ready[2]
+                && let Ok((client, _)) = self.listener.accept()
+                && let Err(e) = self.serve(&client)
+            {
+                debug!("a client got no answer: {e}");
+            }
+            if ready.get(3) == Some(&true) {
+                let begin = Instant::now();
+                self.tracker.refresh()?;
+                next_reading = Instant::now() + (begin.elapsed() * READING_SHARE).max(LEAST_PAUSE);
+            }
+        }
+    }
+
+    fn serve(&mut self, client: &UnixStream) -> io::Result<()> {
+        let peer = getsockopt(client, PeerCredentials)?;
+        // SAFETY: geteuid always succeeds and takes no memory.
+        let own = unsafe { libc::geteuid() };
+        if peer.uid() != 0 && peer.uid() != own {
+            warn!(pid = peer.pid(), uid = peer.uid(), "refused a client");
+            return Ok(());
+        }
+        client.set_nonblocking(false)?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.set_write_timeout(Some(PATIENCE))?;
+        let mut wish = String::new();
+        BufReader::new(client.take(64)).read_line(&mut wish)?;
+        match wish.trim_end() {
+            "status" => {
+                let status = self.status().map_err(io::Error::other)?;
+                let mut line = serde_json::to_string(&status).map_err(io::Error::other)?;
+                line.push('\n');
+                (&mut &*client).write_all(line.as_bytes())
+            }
+            "lease" => {
+                self.tracker.refresh().map_err(io::Error::other)?;
+                lease::grant(&self.tracker, client)?;
+                // Until the client is done, or dead.
+                client.set_read_timeout(None)?;
+                let _ = (&mut &*client).read(&mut [0]);
+                self.tracker.iterators.learn_tree().map_err(io::Error::other)
+            }
+            other => {
+                debug!("a client wants {other:?}");
+                Ok(())
+            }
+        }
+    }
+
+    fn status(&self) -> Result<Status> {
+        Ok(Status {
+            root: self.tracker.root(),
+            tracker: std::process::id() as i32,
+            processes: self.tracker.programs.maps.pids()?.len(),
+            seconds: self.since.elapsed().as_secs(),
+            counters: self.tracker.counters()?,
+        })
+    }
+}
+
+/// The directory, which nobody else may enter: what is in it is believed.
+fn make_directory(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other?,
+    }
+    let meta = fs::symlink_metadata(path)?;
+    // SAFETY: geteuid always succeeds and takes no memory.
+    let own = unsafe { libc::geteuid() };
+    if !meta.is_dir() || meta.uid() != own || meta.mode() & 0o077 != 0 {
+        return Err(io::Error::other("it is there, but not a directory for its owner only"));
+    }
+    Ok(())
+}
+
+/// Takes the place of the tree's only tracker.
+fn lock(directory: &Path, root: i32) -> Result<Flock<File>> {
+    let path = directory.join(format!("track-{root}.lock"));
+    let failed = || ObserveError::io(format!("lock {}", path.display()));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed())?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(mut lock) => {
+            let pid = std::process::id().to_string();
+            lock.set_len(0).and_then(|()| lock.write_all(pid.as_bytes())).map_err(failed())?;
+            Ok(lock)
+        }
+        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            Err(ObserveError::Tracked { root, tracker: pid.trim().parse().unwrap_or(0) })
+        }
+        Err((_, e)) => Err(failed()(e.into())),
+    }
+}
