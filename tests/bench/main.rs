@@ -1,6 +1,7 @@
 //! The driver behind `scripts/bench`: how long a target stands still, and what dump and restore take.
 
 mod cases;
+mod cost;
 mod measure;
 mod options;
 mod report;
@@ -35,6 +36,15 @@ fn main() -> ExitCode {
         if let Some(path) = &options.criu {
             tools.push(("criu", Tool::at(path)));
         }
+    }
+    if options.tracking_cost {
+        return match cost::print(&tools[0].1, &options.dir, options.runs) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("bench: error: {error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     let mut report = Report::new(options.runs);
     for case in cases::ALL.iter().filter(|case| options.wants(case.name)) {

@@ -11,6 +11,8 @@ Usage: scripts/bench [options]
 
   --criu PATH   also measure CRIU, in turn with Standstill, and print ratios
   --tracker     also measure dumps of a target that has a tracker
+  --tracking-cost
+                measure only what a tracker costs its target: redis under load, and make -j2
   --case NAME   only this case (may be repeated): heap-64m heap-1g fds-1000 fds-15000
                 vmas-20000 threads-100 threads-1000 processes-300
   --runs N      runs of each case (default 5)
@@ -29,6 +31,7 @@ idle     longest pause of the clock loop without a dump, for as long as a dump t
 pub(crate) struct Options {
     pub(crate) criu: Option<PathBuf>,
     pub(crate) tracker: bool,
+    pub(crate) tracking_cost: bool,
     pub(crate) runs: usize,
     pub(crate) json: Option<PathBuf>,
     pub(crate) dir: PathBuf,
@@ -38,7 +41,15 @@ pub(crate) struct Options {
 impl Options {
     /// Reads the command line; none when help was asked for.
     pub(crate) fn parse() -> Result<Option<Self>, String> {
-        let mut options = Self { criu: None, tracker: false, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
+        let mut options = Self {
+            criu: None,
+            tracker: false,
+            tracking_cost: false,
+            runs: 5,
+            json: None,
+            dir: "/var/tmp".into(),
+            cases: Vec::new(),
+        };
         let mut args = std::env::args().skip(1);
         while let Some(name) = args.next() {
             if matches!(name.as_str(), "-h" | "--help") {
@@ -46,6 +57,10 @@ impl Options {
             }
             if name == "--tracker" {
                 options.tracker = true;
+                continue;
+            }
+            if name == "--tracking-cost" {
+                options.tracking_cost = true;
                 continue;
             }
             let value = args.next().ok_or_else(|| format!("{name}: unknown, or its value is missing"))?;

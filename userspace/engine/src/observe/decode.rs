@@ -12,6 +12,7 @@ use standstill_ebpf_abi::{
 };
 use standstill_images::types::{AltStack, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{
+    collections::HashMap,
     ffi::OsStr,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -124,10 +125,33 @@ fn tasks(mut stream: &[u8]) -> Result<Vec<(ThreadRecord, Option<ProcessRecord>)>
     Ok(threads)
 }
 
-/// Each process of a stream of `iter/task` that has memory, and the address of its `mm_struct`.
-pub(super) fn spaces(stream: &[u8]) -> Result<Vec<(i32, u64)>> {
-    let leaders = tasks(stream)?.into_iter().filter(|(t, process)| process.is_some() && t.mm != 0);
-    Ok(leaders.map(|(t, _)| (t.tgid, t.mm)).collect())
+/// Addresses of what a process has, as names for them that are never shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Belongings {
+    /// Its memory.
+    pub mm: u64,
+    /// The descriptor table of all its threads; `None` if they have several.
+    pub files: Option<u64>,
+    /// Its signal handlers.
+    pub sighand: u64,
+}
+
+/// The belongings of each living process of a stream of `iter/task`.
+pub(super) fn belongings(stream: &[u8]) -> Result<HashMap<i32, Belongings>> {
+    let tasks = tasks(stream)?;
+    let mut all: HashMap<i32, Belongings> = HashMap::new();
+    for (leader, _) in tasks.iter().filter(|(t, process)| process.is_some() && t.mm != 0) {
+        let files = Some(leader.files);
+        all.insert(leader.tgid, Belongings { mm: leader.mm, files, sighand: leader.sighand });
+    }
+    for (thread, _) in tasks.iter().filter(|(t, _)| t.exit_state == 0) {
+        if let Some(process) = all.get_mut(&thread.tgid)
+            && process.files != Some(thread.files)
+        {
+            process.files = None;
+        }
+    }
+    Ok(all)
 }
 
 /// The processes of a stream of `iter/task`, by number.

@@ -1,7 +1,8 @@
 //! Reads a tree through BPF iterators.
 
 use super::{
-    FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry, decode,
+    FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry,
+    decode::{self, Belongings},
     ids::Ids,
     loader::Programs,
     procfs::{self, Descriptors},
@@ -188,16 +189,19 @@ impl Iterators {
         })
     }
 
-    /// Address of each process's `mm_struct`, if it has one: a name for it, never to be shown.
-    pub(super) fn spaces(&mut self, tgids: &[i32]) -> Result<Vec<(i32, u64)>> {
+    /// What each process has, and may share with others.
+    pub(super) fn belongings(&mut self, tgids: &[i32]) -> Result<HashMap<i32, Belongings>> {
         self.run(What::Tasks, &sorted(tgids))?;
-        decode::spaces(&self.stream)
+        decode::belongings(&self.stream)
     }
 
-    /// [`Self::processes`] and [`Self::spaces`] in one reading.
-    pub(super) fn processes_and_spaces(&mut self, tgids: &[i32]) -> Result<(Vec<ProcessState>, Vec<(i32, u64)>)> {
+    /// [`Self::processes`] and [`Self::belongings`] in one reading.
+    pub(super) fn processes_and_belongings(
+        &mut self,
+        tgids: &[i32],
+    ) -> Result<(Vec<ProcessState>, HashMap<i32, Belongings>)> {
         let processes = self.processes(tgids)?;
-        Ok((processes, decode::spaces(&self.stream)?))
+        Ok((processes, decode::belongings(&self.stream)?))
     }
 
     /// Every task that there is in our pid namespace, in no particular order. A task that exists all the time is among

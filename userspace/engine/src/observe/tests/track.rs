@@ -76,6 +76,22 @@ fn the_copy_of_a_restless_tree_is_never_wrong() {
     assert!(shares > 0.0);
 }
 
+#[test]
+fn what_others_share_is_never_fresh() {
+    let victim = Victim::start("sharing .");
+    let root = victim.pids[0];
+    let Some(mut tracker) = tracker(root) else { return };
+    for _ in 0..20 {
+        tracker.refresh().unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        let tree = freeze(root);
+        let (fresh, differences) = tracker.paranoid(&tree.pids()).unwrap();
+        assert_eq!(tree.pids().len(), 2);
+        assert_eq!(differences, []);
+        assert!(fresh.files.is_empty() && fresh.sigactions.is_empty(), "{fresh:?}");
+    }
+}
+
 /// A tracker that runs beside the test until it is told to stop.
 struct Beside {
     stop: Option<std::io::PipeWriter>,

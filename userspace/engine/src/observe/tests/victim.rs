@@ -98,6 +98,7 @@ fn victim() {
     match script.split_once(' ') {
         Some(("fds", kinds)) => fds(kinds),
         Some(("many", kinds)) => super::figures::many(kinds),
+        Some(("sharing", _)) => super::restless::share(),
         Some(("restless", script)) => super::restless::act(script),
         Some(("attributes", _)) => super::attributes::act(),
         Some(("threads", _)) => super::threads::act(),

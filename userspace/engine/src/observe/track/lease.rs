@@ -138,8 +138,8 @@ impl Lease {
     /// # Errors
     /// When the iterators or maps cannot be read.
     pub fn check(&mut self, pids: &[i32]) -> Result<(Vec<ProcessState>, Freshness)> {
-        let (processes, spaces) = self.iterators.processes_and_spaces(pids)?;
-        let fresh = self.shadow.check(pids, &spaces.into_iter().collect(), &self.maps)?;
+        let (processes, belongings) = self.iterators.processes_and_belongings(pids)?;
+        let fresh = self.shadow.check(pids, &belongings, &self.maps)?;
         Ok((processes, fresh))
     }
 

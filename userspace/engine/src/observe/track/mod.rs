@@ -119,8 +119,8 @@ impl Tracker {
             let children = proc::children(pid, &tids).unwrap_or_default();
             queue.extend(children.into_iter().filter(|&child| seen.insert(child)));
         }
-        for (_, mm) in self.iterators.spaces(&queue)? {
-            self.programs.maps.track_space(mm)?;
+        for process in self.iterators.belongings(&queue)?.values() {
+            self.programs.maps.track_space(process.mm)?;
         }
         Ok(())
     }
@@ -149,8 +149,8 @@ impl Tracker {
     /// # Errors
     /// When the iterators or maps cannot be read.
     pub fn check(&mut self, pids: &[i32]) -> Result<Freshness> {
-        let spaces = self.iterators.spaces(pids)?.into_iter().collect();
-        self.shadow.check(pids, &spaces, &self.programs.maps)
+        let belongings = self.iterators.belongings(pids)?;
+        self.shadow.check(pids, &belongings, &self.programs.maps)
     }
 
     /// Compares every fresh part of the copy with what procfs and the iterators say. The processes must not run.

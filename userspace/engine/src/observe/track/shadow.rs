@@ -3,7 +3,7 @@
 use super::programs::{Maps, Process};
 use crate::{
     kernel::proc,
-    observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, procfs},
+    observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, decode::Belongings, procfs},
 };
 use serde::{Deserialize, Serialize};
 use standstill_ebpf_abi::track::part;
@@ -67,14 +67,11 @@ struct Stamps {
 }
 
 impl Stamps {
-    fn of(pid: i32, mm: Option<u64>, names: u64, maps: &Maps) -> Result<Self> {
+    fn of(pid: i32, mm: u64, names: u64, maps: &Maps) -> Result<Self> {
         let Some(process) = maps.process(pid)? else { return Ok(Self::default()) };
         let at = |process: &Process, part: u16| process[1 + part.trailing_zeros() as usize];
         let stamp = |part| vec![process[0], at(&process, part)];
-        let space = match mm {
-            Some(mm) => maps.space(mm)?.map(|changed| [mm, changed, names]),
-            None => None,
-        };
+        let space = maps.space(mm)?.map(|changed| [mm, changed, names]);
         Ok(Self {
             files: Some(stamp(part::FILES)),
             vmas: space.map(|space| [stamp(part::MEMORY), space.to_vec()].concat()),
@@ -142,8 +139,7 @@ impl Shadow {
         let pids = maps.pids()?;
         let known: BTreeSet<i32> = pids.iter().copied().collect();
         self.processes.retain(|pid, _| known.contains(pid));
-        let spaces = iterators.spaces(&pids)?.into_iter().collect();
-        let stamps = stamps(&pids, &spaces, maps)?;
+        let stamps = stamps(&pids, &iterators.belongings(&pids)?, maps)?;
         let mut stale = (Vec::new(), Vec::new(), Vec::new());
         for &pid in &pids {
             let (copies, now) = (self.processes.entry(pid).or_default(), &stamps[&pid]);
@@ -163,6 +159,8 @@ impl Shadow {
         }
         let vmas = if stale.1.is_empty() { Vec::new() } else { iterators.vmas(&stale.1).unwrap_or_default() };
         for (pid, vmas) in by_process(&stale.1, vmas.into_iter().map(|v| (v.tgid, v)).collect()) {
+            // Page faults touch mappings without a lock that would be noticed.
+            let vmas = vmas.into_iter().map(|v| VmaEntry { untouched: false, ..v }).collect();
             self.keep(pid, |c| &mut c.vmas, &stamps[&pid].vmas, vmas);
         }
         let states = if stale.2.is_empty() { Vec::new() } else { iterators.processes(&stale.2).unwrap_or_default() };
@@ -181,9 +179,9 @@ impl Shadow {
     }
 
     /// Which parts are true now.
-    pub(super) fn check(&self, pids: &[i32], spaces: &HashMap<i32, u64>, maps: &Maps) -> Result<Freshness> {
+    pub(super) fn check(&self, pids: &[i32], all: &HashMap<i32, Belongings>, maps: &Maps) -> Result<Freshness> {
         let mut fresh = Freshness { parts: 3 * pids.len(), ..Freshness::default() };
-        for (pid, stamps) in stamps(pids, spaces, maps)? {
+        for (pid, stamps) in stamps(pids, all, maps)? {
             let Some(copies) = self.processes.get(&pid) else { continue };
             for (is_fresh, set) in [
                 (is_fresh(&copies.files, &stamps.files), &mut fresh.files),
@@ -222,9 +220,23 @@ impl Shadow {
 }
 
 /// What the programs say of the processes now.
-fn stamps(pids: &[i32], spaces: &HashMap<i32, u64>, maps: &Maps) -> Result<HashMap<i32, Stamps>> {
+fn stamps(pids: &[i32], all: &HashMap<i32, Belongings>, maps: &Maps) -> Result<HashMap<i32, Stamps>> {
     let names = maps.names()?;
-    pids.iter().map(|&pid| Ok((pid, Stamps::of(pid, spaces.get(&pid).copied(), names, maps)?))).collect()
+    // Whoever shares a table changes it for others, and the programs note that at one process only.
+    let count = |of: fn(&Belongings) -> u64| {
+        let mut owners: HashMap<u64, usize> = HashMap::new();
+        all.values().for_each(|process| *owners.entry(of(process)).or_default() += 1);
+        owners
+    };
+    let (tables, handlers) = (count(|p| p.files.unwrap_or(0)), count(|p| p.sighand));
+    let stamps = |pid| {
+        let Some(process) = all.get(&pid) else { return Ok(Stamps::default()) };
+        let mut stamps = Stamps::of(pid, process.mm, names, maps)?;
+        stamps.files = stamps.files.filter(|_| process.files.is_some_and(|table| tables[&table] == 1));
+        stamps.sigactions = stamps.sigactions.filter(|_| handlers[&process.sighand] == 1);
+        Ok(stamps)
+    };
+    pids.iter().map(|&pid| Ok((pid, stamps(pid)?))).collect()
 }
 
 fn read_files(iterators: &mut Iterators, pids: &[i32]) -> Vec<(i32, FdEntry)> {
