@@ -22,6 +22,8 @@ mod layout;
 #[cfg(feature = "ebpf")]
 mod loader;
 pub mod procfs;
+#[cfg(feature = "ebpf")]
+mod restart;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
