@@ -26,12 +26,15 @@ fn main() -> ExitCode {
     };
     let _turn = Turn::take();
     let mut tools = vec![("standstill", Tool::get())];
-    if let Some(path) = &options.criu {
-        tools.push(("criu", Tool::at(path)));
-    }
     if tools[0].1.is_criu() {
         tools[0].0 = "criu";
-        tools.truncate(1);
+    } else {
+        if options.tracker {
+            tools.push((measure::TRACKED, Tool::get()));
+        }
+        if let Some(path) = &options.criu {
+            tools.push(("criu", Tool::at(path)));
+        }
     }
     let mut report = Report::new(options.runs);
     for case in cases::ALL.iter().filter(|case| options.wants(case.name)) {
@@ -40,7 +43,7 @@ fn main() -> ExitCode {
             for number in 0..tools.len() {
                 let (name, tool) = &tools[(number + run) % tools.len()];
                 eprintln!("{}: {name}, run {} of {}", case.name, run + 1, options.runs);
-                report.add(case.name, name, measure::run(case, tool, &options.dir));
+                report.add(case.name, name, measure::run(case, name, tool, &options.dir));
             }
         }
     }

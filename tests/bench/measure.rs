@@ -27,12 +27,25 @@ pub(crate) struct Figures {
     pub(crate) image_bytes: u64,
 }
 
+/// Name of Standstill with a tracker.
+pub(crate) const TRACKED: &str = "tracked";
+
+/// Gives the target a tracker that ends with it, if the name asks for one.
+fn track(target: &Target, name: &str, tool: &Tool) -> Result<(), String> {
+    if name == TRACKED {
+        succeed(tool.command(["track", "-d", "-t", &target.pid().to_string()]).run())?;
+        thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
+}
+
 /// Measures a fresh target; says why when that did not work.
-pub(crate) fn run(case: &Case, tool: &Tool, dir: &Path) -> Result<Figures, String> {
+pub(crate) fn run(case: &Case, name: &str, tool: &Tool, dir: &Path) -> Result<Figures, String> {
     let setting = Setting { base: dir.to_owned(), ..Setting::default() };
     let args: Vec<&str> = case.args.iter().copied().chain(["--clock-us", CLOCK_US]).collect();
     let mut target = Target::launch(&setting, "clock", &args);
     settle(dir);
+    track(&target, name, tool)?;
 
     target.reset_meter();
     let outcome = succeed(tool.dump(target.pid(), &target.images("running")).arg("--leave-running").run())?;

@@ -10,8 +10,9 @@ Measures how long a target stands still during a dump, and what dump and restore
 Usage: scripts/bench [options]
 
   --criu PATH   also measure CRIU, in turn with Standstill, and print ratios
+  --tracker     also measure dumps of a target that has a tracker
   --case NAME   only this case (may be repeated): heap-64m heap-1g fds-1000 fds-15000
-                threads-100 threads-1000 processes-300
+                vmas-20000 threads-100 threads-1000 processes-300
   --runs N      runs of each case (default 5)
   --json FILE   write every single figure to a file
   --dir DIR     directory for targets and images (default /var/tmp)
@@ -27,6 +28,7 @@ idle     longest pause of the clock loop without a dump, for as long as a dump t
 /// What the command line asks for.
 pub(crate) struct Options {
     pub(crate) criu: Option<PathBuf>,
+    pub(crate) tracker: bool,
     pub(crate) runs: usize,
     pub(crate) json: Option<PathBuf>,
     pub(crate) dir: PathBuf,
@@ -36,11 +38,15 @@ pub(crate) struct Options {
 impl Options {
     /// Reads the command line; none when help was asked for.
     pub(crate) fn parse() -> Result<Option<Self>, String> {
-        let mut options = Self { criu: None, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
+        let mut options = Self { criu: None, tracker: false, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
         let mut args = std::env::args().skip(1);
         while let Some(name) = args.next() {
             if matches!(name.as_str(), "-h" | "--help") {
                 return Ok(None);
+            }
+            if name == "--tracker" {
+                options.tracker = true;
+                continue;
             }
             let value = args.next().ok_or_else(|| format!("{name}: unknown, or its value is missing"))?;
             match name.as_str() {

@@ -102,8 +102,10 @@ impl Report {
             for series in &group {
                 series.write_row(&mut text);
             }
-            if let [ours, theirs] = group.as_slice() {
-                write_ratios(&mut text, ours, theirs);
+            if let Some((theirs, ours)) = group.split_last()
+                && theirs.tool == "criu"
+            {
+                ours.iter().for_each(|ours| write_ratios(&mut text, ours, theirs));
             }
         }
         text
@@ -127,7 +129,7 @@ impl Series {
 }
 
 fn write_ratios(text: &mut String, ours: &Series, theirs: &Series) {
-    _ = write!(text, "{:<14} {:<11}", "", "criu/ours");
+    _ = write!(text, "{:<14} {:<11}", "", format!("criu/{}", &ours.tool[..6]));
     for (_, values) in COLUMNS {
         _ = write!(text, " {:>22}", ratio(values(ours), values(theirs)));
     }

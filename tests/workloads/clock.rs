@@ -1,6 +1,7 @@
-//! The pause meter, with ballast: heap, open files, threads and processes. The benchmark's target.
+//! The pause meter, with ballast: heap, open files, mappings, threads and processes. The benchmark's target.
 //!
-//! Options: `--heap-mib N`, `--fds N`, `--threads N`, `--processes N`, `--clock-us N` (sleep of the clock loop).
+//! Options: `--heap-mib N`, `--fds N`, `--vmas N`, `--threads N`, `--processes N`, `--clock-us N` (sleep of
+//! the clock loop).
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -26,6 +27,7 @@ fn main() {
     fork_processes(args.value("processes", 1), &mut control);
     let heap = Heap::new(args.value("heap-mib", 0));
     let files = Files::new(&args.dir(), args.value("fds", 0));
+    let mappings = Mappings::new(args.value("vmas", 0));
     let threads = Threads::start(args.value("threads", 1), &checker);
     let meter = Meter::start(Duration::from_micros(args.value("clock-us", 1000)));
     let before = SelfState::of_process().without(&["parent"]);
@@ -34,6 +36,7 @@ fn main() {
         SelfState::of_process().check(&checker, "clock", &before);
         heap.check(&checker, request);
         files.check(&checker, request);
+        mappings.check(&checker, request);
         threads.check(&checker, request);
     });
 }
@@ -83,6 +86,37 @@ impl Heap {
         }
         let sample = now_us() as usize % words.len();
         checker.equal("a word of the heap", &words[sample], &Self::PATTERN.word(sample as u64));
+    }
+}
+
+/// Pages that are mappings of their own, because the protections of neighbours differ.
+struct Mappings(Option<Mapping>);
+
+impl Mappings {
+    const PATTERN: Pattern = Pattern::new(0x76_6d61_7321);
+
+    fn new(count: usize) -> Self {
+        if count == 0 {
+            return Self(None);
+        }
+        let mapping = Mapping::private(count * 4096).expect("map the pages");
+        for (number, page) in mapping.words_mut().chunks_exact_mut(512).enumerate() {
+            page[0] = Self::PATTERN.word(number as u64);
+            if number % 2 == 0 {
+                // SAFETY: the page is one of the mapping's, and nobody writes to it from here on.
+                let result = unsafe { libc::mprotect(page.as_mut_ptr().cast(), 4096, libc::PROT_READ) };
+                assert_eq!(result, 0, "protect a page");
+            }
+        }
+        Self(Some(mapping))
+    }
+
+    fn check(&self, checker: &Checker, request: Request) {
+        if let Some(mapping) = self.0.filter(|_| request.thorough()) {
+            let wrong =
+                (0u64..).zip(mapping.words().chunks_exact(512)).find(|(n, page)| page[0] != Self::PATTERN.word(*n));
+            checker.equal("first wrong page of the mappings", &wrong.map(|(n, _)| n), &None);
+        }
     }
 }
 
