@@ -38,7 +38,8 @@ pub(crate) struct Options {
 impl Options {
     /// Reads the command line; none when help was asked for.
     pub(crate) fn parse() -> Result<Option<Self>, String> {
-        let mut options = Self { criu: None, tracker: false, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
+        let mut options =
+            Self { criu: None, tracker: false, runs: 5, json: None, dir: "/var/tmp".into(), cases: Vec::new() };
         let mut args = std::env::args().skip(1);
         while let Some(name) = args.next() {
             if matches!(name.as_str(), "-h" | "--help") {
