@@ -22,6 +22,8 @@ mod layout;
 #[cfg(feature = "ebpf")]
 mod loader;
 pub mod procfs;
+#[cfg(feature = "ebpf")]
+mod restart;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
@@ -268,7 +270,8 @@ pub struct VmaEntry {
     /// Whether it has attributes beyond these (shadow stack, sealed, droppable, userfaultfd minor faults, …); smaps names
     /// them.
     pub unusual: bool,
-    /// Whether there is certainly no page that this address space alone has, nor a guard; false: nobody knows.
+    /// Whether there is certainly no page that this address space alone has, nor a guard; false: nobody knows. True only
+    /// as long as the process stands still.
     pub untouched: bool,
 }
 

@@ -157,10 +157,10 @@ impl Shadow {
         for (pid, files) in by_process(&stale.0, read_files(iterators, &stale.0)) {
             self.keep(pid, |c| &mut c.files, &stamps[&pid].files, files);
         }
-        let vmas = if stale.1.is_empty() { Vec::new() } else { iterators.vmas(&stale.1).unwrap_or_default() };
+        let mut vmas = if stale.1.is_empty() { Vec::new() } else { iterators.vmas(&stale.1).unwrap_or_default() };
+        // The first write to a mapping is no system call: nothing would tell that this is not so any more.
+        vmas.iter_mut().for_each(|v| v.untouched = false);
         for (pid, vmas) in by_process(&stale.1, vmas.into_iter().map(|v| (v.tgid, v)).collect()) {
-            // Page faults touch mappings without a lock that would be noticed.
-            let vmas = vmas.into_iter().map(|v| VmaEntry { untouched: false, ..v }).collect();
             self.keep(pid, |c| &mut c.vmas, &stamps[&pid].vmas, vmas);
         }
         let states = if stale.2.is_empty() { Vec::new() } else { iterators.processes(&stale.2).unwrap_or_default() };
