@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::{fs, io};
+use std::{fs, io, io::Read};
 
 use super::{Checker, proc_stat_fields};
 
@@ -122,8 +122,17 @@ fn fact(facts: &mut BTreeMap<String, String>, name: &str, value: impl Debug) {
     facts.insert(name.to_owned(), format!("{value:?}"));
 }
 
+/// Reads a file of procfs by one system call: what is read by and by can be torn by a dump in between, because a
+/// thread gets its signal mask back last of all.
+fn read_at_once(path: &str) -> io::Result<String> {
+    let mut text = vec![0; 1 << 16];
+    let length = fs::File::open(path)?.read(&mut text)?;
+    text.truncate(length);
+    String::from_utf8(text).map_err(io::Error::other)
+}
+
 fn status_facts(facts: &mut BTreeMap<String, String>) {
-    let status = fs::read_to_string("/proc/thread-self/status").expect("read status");
+    let status = read_at_once("/proc/thread-self/status").expect("read status");
     for (name, value) in status.lines().filter_map(|line| line.split_once(':')) {
         if STATUS_LINES.contains(&name) {
             fact(facts, name, value.trim());

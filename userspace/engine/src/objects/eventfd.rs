@@ -19,7 +19,7 @@ pub(super) fn dump(entry: &FdEntry) -> Result<FileKind> {
     Ok(FileKind::EventFd { count, semaphore })
 }
 
-pub(super) fn create(count: u64, semaphore: bool, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+pub(crate) fn create(count: u64, semaphore: bool, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
     let fd = numbers.lowest();
     let flags = flags as i32 & libc::O_NONBLOCK | if semaphore { libc::EFD_SEMAPHORE } else { 0 };
     program.call_expecting("eventfd", libc::SYS_eventfd2, &[0.into(), flags.into()], fd);

@@ -6,7 +6,7 @@
 use super::{files::Numbers, program::Program};
 use crate::{
     error::{Error, Result},
-    objects::{self, Referenced, epoll},
+    objects::{self, Referenced, epoll, eventfd},
 };
 use standstill_images::types::{EpollTarget, FdTable, FileKind, OpenFile, OpenFileId};
 use std::{
@@ -78,6 +78,19 @@ pub(crate) struct Distribution<'a> {
     lent: i32,
     /// Table that registers the targets of each epoll set.
     epoll_owner: HashMap<OpenFileId, u32>,
+    /// Files that are opened once their process is complete.
+    late: BTreeSet<OpenFileId>,
+}
+
+/// Whether a file says something about a task, which has to exist and to be as it was: procfs makes the text of such a
+/// file when the offset is set.
+fn is_about_a_task(file: &OpenFile) -> bool {
+    let path = match &file.kind {
+        FileKind::Regular(f) => &f.path,
+        FileKind::Directory { path, .. } => path,
+        _ => return false,
+    };
+    path.0.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
 impl<'a> Distribution<'a> {
@@ -128,7 +141,9 @@ impl<'a> Distribution<'a> {
         let widest = groups.values().map(Vec::len).max().unwrap_or(0);
         // Twice as many as there are ends: the ends themselves may have been made at some of these numbers.
         let scratch = (0..if widest > 1 { 2 * widest } else { 0 }).map(|_| high.take()).collect::<Result<_>>()?;
-        Ok(Self { files, groups, inherited, scratch, lent: high.take()?, epoll_owner })
+        let late = files.values().filter(|f| is_about_a_task(f) && !inherited.contains_key(&f.id));
+        let late = late.map(|f| f.id).collect();
+        Ok(Self { files, groups, inherited, scratch, lent: high.take()?, epoll_owner, late })
     }
 
     /// The root's part: makes what several tasks have.
@@ -180,7 +195,10 @@ impl<'a> Distribution<'a> {
                 numbers.occupy(d.fd);
             } else if done.insert(key) {
                 let group = &self.groups[&key];
-                let mut made = objects::create(group, refs, numbers, program)?;
+                let mut made = match self.late.contains(&d.file) {
+                    true => vec![eventfd::create(0, false, 0, numbers, program)], // it keeps the numbers
+                    false => objects::create(group, refs, numbers, program)?,
+                };
                 let targets = |file: &OpenFile| places.get(&file.id).map_or(&[][..], Vec::as_slice);
                 let in_the_way = group.len() > 1
                     && group
@@ -195,6 +213,35 @@ impl<'a> Distribution<'a> {
                 }
             }
         }
+        self.register(table, &places, program);
+        Ok(())
+    }
+
+    /// The last part, once the process is as it was: the files that tell about tasks.
+    pub(crate) fn make_late(
+        &self,
+        table: &FdTable,
+        refs: &Referenced<'_>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<()> {
+        let mut done = BTreeSet::new();
+        for d in table.fds.iter().filter(|d| self.late.contains(&d.file) && done.insert(d.file)) {
+            let made = objects::create(&[&self.files[&d.file]], refs, numbers, program)?[0];
+            let places: Vec<_> =
+                table.fds.iter().filter(|other| other.file == d.file).map(|d| (d.fd, d.cloexec)).collect();
+            place(made, &places, numbers, program);
+        }
+        Ok(())
+    }
+
+    /// Whether a table has files for [`Self::make_late`].
+    pub(crate) fn has_late(&self, table: &FdTable) -> bool {
+        table.fds.iter().any(|d| self.late.contains(&d.file))
+    }
+
+    /// Registers the targets of epoll sets.
+    fn register(&self, table: &FdTable, places: &BTreeMap<OpenFileId, Vec<(i32, bool)>>, program: &mut Program) {
         for d in &table.fds {
             let FileKind::Epoll { targets } = &self.files[&d.file].kind else { continue };
             if self.epoll_owner.get(&d.file) != Some(&table.id) || places[&d.file][0].0 != d.fd {
@@ -207,7 +254,6 @@ impl<'a> Distribution<'a> {
                 epoll::add(d.fd, target, from, now.map(|o| o.cloexec), self.lent, program);
             }
         }
-        Ok(())
     }
 }
 

@@ -246,7 +246,7 @@ impl<'a> Planner<'a> {
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
         let threads = self.threads(live, &mut program);
-        let waits = self.attributes(task, live, &mut program);
+        let waits = self.attributes(task, live, &mut numbers, &mut program)?;
         self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits });
         self.tasks[slot].threads.extend(threads);
         self.tasks[slot].syscall_at = self.vdso.syscall_instruction(task.pid, space)?;
@@ -410,6 +410,7 @@ impl<'a> Planner<'a> {
         for run in close.chunk_by(|a, b| a + 1 == *b) {
             let (first, last) = (run[0], run[run.len() - 1]);
             program.call("close inherited descriptors", libc::SYS_close_range, &[first.into(), last.into(), 0.into()]);
+            run.iter().for_each(|&fd| numbers.release(fd));
         }
         Ok(())
     }
@@ -440,11 +441,17 @@ impl<'a> Planner<'a> {
     }
 
     /// What comes last for the leader: everything that needs all threads, or after which privileges are gone.
-    fn attributes(&self, task: &Task, live: &LiveTask, program: &mut Program) -> bool {
+    fn attributes(&self, task: &Task, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<bool> {
         let leader = &live.threads[0];
         thread::restore(leader, &self.env.sched, program);
-        process::restore(live, self.env.personality, program);
         signals::restore_actions(&live.sigactions, program);
+        let table = &self.image.tables[&live.fd_table];
+        if self.files.has_late(table) {
+            signals::restore_mask(leader.blocked, program);
+            self.files.make_late(table, &self.references(), numbers, program)?;
+            signals::restore_block(program);
+        }
+        process::restore(live, self.env.personality, program);
         timers::restore_posix_timers(&live.posix_timers, program);
         timers::restore_itimers(&live.itimers, program);
         signals::restore_pending(task.pid, None, &live.pending, program);
@@ -455,7 +462,7 @@ impl<'a> Planner<'a> {
             program.call("set dumpable", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE.into(), live.dumpable.into()]);
         }
         thread::restore_pdeath_signal(leader, program);
-        Self::done(leader, program)
+        Ok(Self::done(leader, program))
     }
 
     fn done(t: &standstill_images::types::Thread, program: &mut Program) -> bool {

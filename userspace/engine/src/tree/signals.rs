@@ -59,6 +59,14 @@ pub(crate) fn pending(tid: i32, shared: bool) -> Result<Vec<Vec<u8>>> {
     ptrace::pending(tid, shared).context(|| format!("read the pending signals of {tid}"))
 }
 
+/// Takes on a thread's own mask for a while, as what tells about it shall show it. Nothing is queued yet, and the tracer
+/// keeps away what others send.
+pub(crate) fn restore_mask(blocked: u64, program: &mut Program) {
+    let mask = program.words(&[blocked]);
+    let args = [libc::SIG_SETMASK.into(), mask, 0.into(), SIGSET.into()];
+    program.call("set the signal mask", libc::SYS_rt_sigprocmask, &args);
+}
+
 /// Blocks all signals but the restorer's own breakpoint trap: what is queued next stays queued.
 pub(crate) fn restore_block(program: &mut Program) {
     let mask = program.words(&[!(1 << (libc::SIGTRAP - 1))]);
