@@ -1,0 +1,308 @@
+//! How long a dump would take: amounts times measured costs, corrected by what earlier dumps took. Pure.
+
+use super::sample::{Part, Prediction};
+use serde::{Deserialize, Serialize};
+use standstill_images::types::{DumpCounts, DumpStats};
+
+/// What one of each costs, in nanoseconds, as measured on this machine and this tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Costs {
+    /// Listing a process's threads and children.
+    pub list_process: f64,
+    /// Seizing, interrupting and waiting for a thread.
+    pub seize_thread: f64,
+    /// The reader's passes.
+    pub read_process: f64,
+    pub read_descriptor: f64,
+    pub read_mapping: f64,
+    /// Records of open files: those that the reader knows all of, and those that are asked one by one.
+    pub plain_file: f64,
+    pub asked_file: f64,
+    /// Records of processes, threads and mappings.
+    pub process: f64,
+    pub thread: f64,
+    pub mapping: f64,
+    /// Looking whether a page holds something.
+    pub scan_page: f64,
+    /// Copying: a range of pages, a page of it, and comparing a page with the parent's.
+    pub copy_range: f64,
+    pub copy_page: f64,
+    pub compare_page: f64,
+    /// Detaching a thread.
+    pub thaw_thread: f64,
+    /// Bytes in the image for a thread.
+    pub thread_bytes: f64,
+}
+
+/// How much there is of what costs something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Amounts {
+    pub counts: DumpCounts,
+    /// Private pages that are read.
+    pub copied: u64,
+    /// Those of them that end in the image.
+    pub stored: u64,
+}
+
+impl From<&DumpStats> for Amounts {
+    fn from(stats: &DumpStats) -> Self {
+        Self { counts: stats.counts, copied: stats.pages_stored + stats.pages_zero, stored: stats.pages_stored }
+    }
+}
+
+/// The phases of the freeze under the names that the dump gives them, and the term of each.
+pub(super) const PHASES: [(&str, Term); 6] = [
+    ("freezing", |n, c| count(n.counts.processes) * c.list_process + count(n.counts.threads) * c.seize_thread),
+    ("descriptors", |n, c| {
+        count(n.counts.processes) * c.read_process
+            + count(n.counts.descriptors) * c.read_descriptor
+            + count(n.counts.mappings) * c.read_mapping
+    }),
+    ("files", |n, c| {
+        count(n.counts.files.saturating_sub(n.counts.asked)) * c.plain_file + count(n.counts.asked) * c.asked_file
+    }),
+    ("tasks", |n, c| {
+        count(n.counts.processes) * c.process
+            + count(n.counts.threads) * c.thread
+            + count(n.counts.mappings) * c.mapping
+            + count(n.counts.pages) * c.scan_page
+    }),
+    ("pages", |n, c| {
+        count(n.counts.ranges) * c.copy_range
+            + count(n.copied) * c.copy_page
+            + count(n.counts.compared) * c.compare_page
+    }),
+    ("thaw", |n, c| count(n.counts.threads) * c.thaw_thread),
+];
+
+/// Nanoseconds of a phase.
+type Term = fn(&Amounts, &Costs) -> f64;
+
+fn count(n: u64) -> f64 {
+    n as f64
+}
+
+/// What a dump on this machine took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Observed {
+    /// Root of the tree.
+    pub root: i32,
+    /// Who read: the costs of one reader say nothing of another.
+    pub reader: String,
+    pub amounts: Amounts,
+    /// Microseconds by phase, with the names of [`PHASES`].
+    pub phases: Vec<(String, u64)>,
+}
+
+impl Observed {
+    pub(super) fn new(root: i32, stats: &DumpStats) -> Self {
+        let mut phases = vec![("freezing".to_owned(), stats.freezing_us)];
+        phases.extend(stats.phases.iter().filter(|(name, _)| PHASES.iter().any(|(known, _)| known == name)).cloned());
+        Self { root, reader: stats.reader.clone(), amounts: stats.into(), phases }
+    }
+}
+
+/// Without a dump of a similar size, the measured costs count like so many of one.
+const PRIOR: f64 = 0.3;
+/// How alike two terms must be, as a standard deviation of their logarithms.
+const LIKENESS: f64 = 0.7;
+/// The same tree says more than another one.
+const SAME_TREE: f64 = 4.0;
+/// Corrections beyond are taken for accidents: a machine that slept, a disk that was full.
+const LARGEST: f64 = 5.0;
+/// A phase shorter than this varies too much to be compared.
+const NOISE_NS: f64 = 20_000.0;
+
+/// Predicts a dump by `reader`.
+pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs, history: &[Observed]) -> Prediction {
+    let likes: Vec<&Observed> = history.iter().filter(|o| o.reader == reader).collect();
+    let parts: Vec<Part> = PHASES
+        .iter()
+        .map(|&(phase, term)| {
+            let ns = term(amounts, costs);
+            let correction = correction(root, phase, term, ns, costs, &likes);
+            Part { phase: phase.into(), us: (ns * correction / 1000.0).round() as u64, correction }
+        })
+        .collect();
+    Prediction {
+        freeze_us: parts.iter().map(|p| p.us).sum(),
+        image_bytes: image_bytes(amounts, costs),
+        parts,
+        dumps: likes.len(),
+        age: 0.0,
+    }
+}
+
+/// By how much dumps of about this size took longer than the costs said: a mean of the ratios, weighted by likeness and
+/// age.
+fn correction(root: i32, phase: &str, term: Term, ns: f64, costs: &Costs, history: &[&Observed]) -> f64 {
+    let (mut sum, mut weights) = (0.0, PRIOR);
+    for (age, observed) in history.iter().rev().enumerate() {
+        let Some((_, us)) = observed.phases.iter().find(|(name, _)| name == phase) else { continue };
+        let (took, expected) = ((*us * 1000) as f64 + NOISE_NS, term(&observed.amounts, costs) + NOISE_NS);
+        let distance = (expected / (ns + NOISE_NS)).ln() / LIKENESS;
+        let mut weight = (-distance * distance / 2.0).exp() * 0.8f64.powi(age as i32);
+        if observed.root == root {
+            weight *= SAME_TREE;
+        }
+        sum += weight * (took / expected).clamp(1.0 / LARGEST, LARGEST).ln();
+        weights += weight;
+    }
+    (sum / weights).exp()
+}
+
+/// Bytes of records, roughly: postcard's numbers are as long as they must be.
+fn image_bytes(amounts: &Amounts, costs: &Costs) -> u64 {
+    let n = &amounts.counts;
+    let records = 10_000 + n.processes * 1500 + n.descriptors * 6 + n.files * 90 + n.mappings * 36 + n.ranges * 12;
+    amounts.stored * 4096 + records + (count(n.threads) * costs.thread_bytes) as u64
+}
+
+/// Splits measured times into what each range and each page costs: least squares, nothing below zero. Samples are
+/// (ranges, pages, nanoseconds).
+pub(super) fn fit(samples: &[(f64, f64, f64)]) -> (f64, f64) {
+    let sum = |f: fn(&(f64, f64, f64)) -> f64| samples.iter().map(f).sum::<f64>();
+    let (rr, pp, rp) = (sum(|s| s.0 * s.0), sum(|s| s.1 * s.1), sum(|s| s.0 * s.1));
+    let (rt, pt) = (sum(|s| s.0 * s.2), sum(|s| s.1 * s.2));
+    let determinant = rr * pp - rp * rp;
+    let only_pages = if pp > 0.0 { pt / pp } else { 0.0 };
+    // All alike: nothing tells one from the other.
+    if determinant <= 1e-9 * rr * pp {
+        return (0.0, only_pages);
+    }
+    let (range, page) = ((rt * pp - pt * rp) / determinant, (pt * rr - rt * rp) / determinant);
+    match (range < 0.0, page < 0.0) {
+        (true, _) => (0.0, only_pages),
+        (_, true) => (rt / rr, 0.0),
+        _ => (range, page),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn costs() -> Costs {
+        Costs {
+            list_process: 1e5,
+            seize_thread: 1e4,
+            read_process: 2e4,
+            read_descriptor: 300.0,
+            read_mapping: 250.0,
+            plain_file: 200.0,
+            asked_file: 5000.0,
+            process: 1e5,
+            thread: 2e4,
+            mapping: 1000.0,
+            scan_page: 5.0,
+            copy_range: 1000.0,
+            copy_page: 500.0,
+            compare_page: 100.0,
+            thaw_thread: 3000.0,
+            thread_bytes: 3000.0,
+        }
+    }
+
+    fn amounts() -> impl Strategy<Value = Amounts> {
+        (1u64..500, 1u64..2000, 0u64..30_000, 1u64..40_000, 0u64..1 << 20, 0u64..5000).prop_map(
+            |(processes, threads, descriptors, mappings, pages, ranges)| Amounts {
+                counts: DumpCounts {
+                    processes,
+                    threads: processes + threads,
+                    descriptors,
+                    files: descriptors / 2,
+                    asked: descriptors / 4,
+                    mappings,
+                    ranges,
+                    pages,
+                    compared: pages / 3,
+                },
+                copied: pages,
+                stored: pages / 2,
+            },
+        )
+    }
+
+    /// A dump that took `factor` times what the costs say.
+    fn dump(root: i32, amounts: &Amounts, factor: f64) -> Observed {
+        let took = |(name, term): &(&str, Term)| (name.to_string(), (term(amounts, &costs()) * factor / 1e3) as u64);
+        Observed { root, reader: "ebpf".into(), amounts: *amounts, phases: PHASES.iter().map(took).collect() }
+    }
+
+    #[test]
+    fn the_phases_add_up() {
+        let counts = DumpCounts { processes: 2, threads: 3, ..Default::default() };
+        let amounts = Amounts { counts, copied: 1000, stored: 900 };
+        let p = predict(1, "ebpf", &amounts, &costs(), &[]);
+        let us = |phase: &str| p.parts.iter().find(|part| part.phase == phase).unwrap().us;
+        assert_eq!(us("freezing"), 230);
+        assert_eq!(us("pages"), 500);
+        assert_eq!(us("thaw"), 9);
+        assert_eq!(p.freeze_us, p.parts.iter().map(|part| part.us).sum::<u64>());
+        assert!(p.image_bytes > 900 * 4096 && p.image_bytes < 950 * 4096, "{}", p.image_bytes);
+    }
+
+    #[test]
+    fn a_dump_of_another_size_or_reader_changes_little() {
+        let small = Amounts { copied: 100, stored: 100, ..Default::default() };
+        let large = Amounts { copied: 300_000, stored: 300_000, ..Default::default() };
+        let plain = predict(1, "ebpf", &large, &costs(), &[]).freeze_us as f64;
+        let other_size = predict(1, "ebpf", &large, &costs(), &[dump(1, &small, 4.0)]).freeze_us as f64;
+        assert!((other_size / plain - 1.0).abs() < 0.05, "{plain} {other_size}");
+        let mut procfs = dump(1, &large, 4.0);
+        procfs.reader = "procfs".into();
+        let other_reader = predict(1, "ebpf", &large, &costs(), &[procfs]).freeze_us as f64;
+        assert_eq!(other_reader, plain);
+    }
+
+    #[test]
+    fn ranges_and_pages_are_told_apart() {
+        let sample = |r: f64, p: f64| (r, p, 1000.0 * r + 500.0 * p);
+        let (range, page) = fit(&[sample(10.0, 10.0), sample(1.0, 256.0), sample(4.0, 100.0)]);
+        assert!((range - 1000.0).abs() < 1e-3 && (page - 500.0).abs() < 1e-3);
+        assert_eq!(fit(&[sample(1.0, 4.0), sample(1.0, 4.0)]), (0.0, 750.0));
+        assert_eq!(fit(&[]), (0.0, 0.0));
+    }
+
+    proptest! {
+        #[test]
+        fn more_of_anything_never_takes_less(a in amounts(), b in amounts()) {
+            let sum = Amounts {
+                counts: DumpCounts {
+                    processes: a.counts.processes + b.counts.processes,
+                    threads: a.counts.threads + b.counts.threads,
+                    descriptors: a.counts.descriptors + b.counts.descriptors,
+                    files: a.counts.files + b.counts.files,
+                    asked: a.counts.asked + b.counts.asked,
+                    mappings: a.counts.mappings + b.counts.mappings,
+                    ranges: a.counts.ranges + b.counts.ranges,
+                    pages: a.counts.pages + b.counts.pages,
+                    compared: a.counts.compared + b.counts.compared,
+                },
+                copied: a.copied + b.copied,
+                stored: a.stored + b.stored,
+            };
+            let of = |n: &Amounts| predict(1, "ebpf", n, &costs(), &[]);
+            prop_assert!(of(&sum).freeze_us >= of(&a).freeze_us);
+            prop_assert!(of(&sum).image_bytes >= of(&a).image_bytes);
+        }
+
+        #[test]
+        fn dumps_of_the_same_tree_correct_within_a_tenth(n in amounts(), factor in 0.3f64..3.5) {
+            let history: Vec<_> = (0..4).map(|_| dump(7, &n, factor)).collect();
+            let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us as f64;
+            let corrected = predict(7, "ebpf", &n, &costs(), &history).freeze_us as f64;
+            prop_assert!((corrected / (plain * factor) - 1.0).abs() < 0.1, "{plain} {corrected} {factor}");
+        }
+
+        #[test]
+        fn nothing_makes_it_absurd(n in amounts(), us in any::<u32>(), zero in any::<bool>()) {
+            let mut odd = dump(7, &n, 1.0);
+            odd.phases.iter_mut().for_each(|(_, took)| *took = if zero { 0 } else { us.into() });
+            let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us;
+            let corrected = predict(7, "ebpf", &n, &costs(), &[odd]).freeze_us;
+            prop_assert!(corrected <= plain * 5 + 10 && corrected * 6 + 10 >= plain, "{plain} {corrected}");
+        }
+    }
+}
