@@ -7,6 +7,7 @@ mod inspect;
 mod logging;
 mod restore;
 mod verify;
+mod watch;
 
 use clap::{CommandFactory, Parser};
 use standstill_engine::Error;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
         args::Command::Restore(args) => restore::run(&args),
+        args::Command::Watch(args) => watch::run(&args),
         args::Command::Check(args) => check::run(&args),
         args::Command::Inspect(args) => inspect::run(&args),
         args::Command::Verify(args) => verify::run(&args),

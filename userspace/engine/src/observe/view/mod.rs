@@ -169,7 +169,7 @@ impl Viewer {
         let begin = Instant::now();
         let pids = running_tree(self.root);
         let seen = processes::read(&pids);
-        if !seen.contains_key(&self.root) || self.has_ended()? {
+        if !seen.contains_key(&self.root) || self.wait_for_end(Duration::ZERO) {
             return Ok(View::Ended);
         }
         let pids: Vec<i32> = seen.keys().copied().collect();
@@ -195,11 +195,12 @@ impl Viewer {
         Ok(View::Running(Box::new(sample)))
     }
 
-    /// A pidfd becomes readable when its process has ended, also before its parent has noticed.
-    fn has_ended(&self) -> Result<bool> {
+    /// Waits, at most so long, for the end of the tree's root; whether it has come. Its parent need not have noticed.
+    pub fn wait_for_end(&self, limit: Duration) -> bool {
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
         let mut fds = [PollFd::new(self.end.as_fd(), PollFlags::POLLIN)];
-        let ready = poll(&mut fds, PollTimeout::ZERO).context(|| format!("poll the pidfd of {}", self.root))?;
-        Ok(ready > 0)
+        // A signal ends the wait early.
+        poll(&mut fds, limit).is_ok_and(|ready| ready > 0)
     }
 
     fn read_memory(&mut self, pids: &[i32], events: &mut Events) {
