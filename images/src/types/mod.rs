@@ -175,7 +175,12 @@ mod tests {
 
     #[test]
     fn old_stats_have_no_counts() {
-        let old = DumpStatsV1 { reader: "ebpf".into(), frozen_us: 7, phases: vec![("files".into(), 3)], ..Default::default() };
+        let old = DumpStatsV1 {
+            reader: "ebpf".into(),
+            frozen_us: 7,
+            phases: vec![("files".into(), 3)],
+            ..Default::default()
+        };
         let mut writer = RecordWriter::new();
         writer.push(&old).unwrap();
         let bytes = writer.finish();

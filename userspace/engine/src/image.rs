@@ -7,8 +7,8 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageIndex, PageReader, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory, OpenFile,
-        OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
+        AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{

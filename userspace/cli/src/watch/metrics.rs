@@ -210,7 +210,13 @@ fn rates(registry: &mut Registry, sample: &Sample) {
 fn prediction(registry: &mut Registry, sample: &Sample) {
     let Some(p) = &sample.prediction else { return };
     let seconds = |us: u64| us as f64 / 1e6;
-    gauge(registry, "predicted_freeze", "How long a dump would stop the tree", Some(Unit::Seconds), seconds(p.freeze_us));
+    gauge(
+        registry,
+        "predicted_freeze",
+        "How long a dump would stop the tree",
+        Some(Unit::Seconds),
+        seconds(p.freeze_us),
+    );
     gauge(registry, "predicted_image", "How large an image would be", Some(Unit::Bytes), p.image_bytes as f64);
     let family = Floats::default();
     for part in &p.parts {

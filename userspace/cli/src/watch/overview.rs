@@ -72,11 +72,21 @@ fn tree(sample: &Sample, lines: &mut Vec<Line<'_>>) {
     lines.push(Line::from("The tree".bold()));
     lines.push(Line::from(format!(
         "  {:<10} {:>10}   {:<11} {:>10}   {:<9} {:>12}",
-        "processes", t.processes, "descriptors", t.descriptors, "resident", HumanBytes(t.resident).to_string()
+        "processes",
+        t.processes,
+        "descriptors",
+        t.descriptors,
+        "resident",
+        HumanBytes(t.resident).to_string()
     )));
     lines.push(Line::from(format!(
         "  {:<10} {:>10}   {:<11} {:>10}   {:<9} {:>12}",
-        "threads", t.threads, "mappings", t.mappings, "anonymous", HumanBytes(t.anonymous).to_string()
+        "threads",
+        t.threads,
+        "mappings",
+        t.mappings,
+        "anonymous",
+        HumanBytes(t.anonymous).to_string()
     )));
 }
 

@@ -140,8 +140,7 @@ fn memory(sample: &Sample, sort: usize) -> Vec<Vec<String>> {
 fn descriptors(sample: &Sample, sort: usize) -> Vec<Vec<String>> {
     let orders: [fn(&DescriptorRow, &DescriptorRow) -> Ordering; 2] =
         [|a, b| b.count.cmp(&a.count), |a, b| (&a.kind, &a.state).cmp(&(&b.kind, &b.state))];
-    let row = |d: &DescriptorRow| {
-        vec![d.count.to_string(), plain(&d.kind), plain(d.state.as_deref().unwrap_or_default())]
-    };
+    let row =
+        |d: &DescriptorRow| vec![d.count.to_string(), plain(&d.kind), plain(d.state.as_deref().unwrap_or_default())];
     ordered(&sample.descriptors, sort, &orders).into_iter().map(row).collect()
 }

@@ -114,8 +114,19 @@ fn kind(name: &Name) -> &str {
 
 /// States of TCP: include/net/tcp_states.h.
 const TCP_STATES: [&str; 13] = [
-    "unknown", "established", "syn-sent", "syn-recv", "fin-wait-1", "fin-wait-2", "time-wait", "closed", "close-wait",
-    "last-ack", "listen", "closing", "syn-recv",
+    "unknown",
+    "established",
+    "syn-sent",
+    "syn-recv",
+    "fin-wait-1",
+    "fin-wait-2",
+    "time-wait",
+    "closed",
+    "close-wait",
+    "last-ack",
+    "listen",
+    "closing",
+    "syn-recv",
 ];
 
 /// What the network namespaces of the processes say about their sockets.
@@ -219,7 +230,8 @@ mod tests {
 
     #[test]
     fn lines_of_sockets() {
-        let tcp = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1 0 100";
+        let tcp =
+            "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1 0 100";
         assert_eq!(inet(tcp), Some((4242, Some("listen".into()))));
         let line = "0000000000000000: 00000002 00000000 00010000 0001 01 77 /run/x";
         assert_eq!(unix(line), Some((77, Some("listen".into()))));

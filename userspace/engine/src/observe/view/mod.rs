@@ -27,9 +27,7 @@ mod rehearse;
 mod sample;
 mod specimen;
 
-pub use sample::{
-    DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals,
-};
+pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals};
 
 use super::Iterators;
 use crate::{
@@ -40,10 +38,10 @@ use crate::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use predict::{Amounts, Costs};
 use rates::{Counter, Events};
-use rehearse::{Found, Member};
+use rehearse::{Found, Member, Pages};
 use standstill_images::types::DumpStats;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt,
     os::fd::{AsFd, OwnedFd},
     time::{Duration, Instant, SystemTime},
@@ -57,6 +55,8 @@ const MEMORY_PAUSE: Duration = Duration::from_secs(2);
 const PREDICTION_PAUSE: Duration = Duration::from_millis(900);
 /// What our own processes cost changes with the load of the machine only.
 const SPECIMEN_PAUSE: Duration = Duration::from_secs(10);
+/// The middle one of so many measurements counts.
+const MEASURED: usize = 5;
 
 /// What a look at a tree shows.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,7 +108,10 @@ pub struct Viewer {
     memory: Paced<memory::Mapped>,
     descriptors: Paced<(descriptors::Names, Vec<DescriptorRow>)>,
     specimen: Paced<Option<Costs>>,
-    rehearsal: Paced<Option<(Amounts, Costs)>>,
+    rehearsal: Paced<Option<Amounts>>,
+    /// As measured last: something else may run at any of these times.
+    costs: VecDeque<Costs>,
+    pages: Pages,
     prediction_note: Option<String>,
 }
 
@@ -152,6 +155,8 @@ impl Viewer {
             descriptors: Paced::new(),
             specimen: Paced::new(),
             rehearsal: Paced::new(),
+            costs: VecDeque::new(),
+            pages: Pages::new(),
             prediction_note: None,
         })
     }
@@ -250,9 +255,13 @@ impl Viewer {
         let Some(own) = self.specimen.value else { return };
         let members = self.members();
         let begin = Instant::now();
-        match rehearse::rehearse(&members, &mut self.iterators) {
+        match rehearse::rehearse(&members, &mut self.iterators, &mut self.pages) {
             Ok(Found { amounts, costs, descriptors }) => {
-                self.rehearsal.set(Some((amounts, merge(own, costs))), begin, PREDICTION_PAUSE);
+                self.costs.push_back(merge(own, costs));
+                if self.costs.len() > MEASURED {
+                    self.costs.pop_front();
+                }
+                self.rehearsal.set(Some(amounts), begin, PREDICTION_PAUSE);
                 self.prediction_note = None;
                 self.take_descriptors(descriptors::names(&descriptors), begin, events);
             }
@@ -295,9 +304,9 @@ impl Viewer {
             resident: sum(|r| r.resident),
             anonymous: sum(|r| r.anonymous),
         };
-        let prediction = self.rehearsal.value.as_ref().map(|(amounts, costs)| Prediction {
+        let prediction = self.rehearsal.value.as_ref().map(|amounts| Prediction {
             age: self.rehearsal.age(),
-            ..predict::predict(self.root, self.reader(), amounts, costs, &history::load())
+            ..predict::predict(self.root, self.reader(), amounts, &Costs::median(self.costs.iter()), &history::load())
         });
         Sample {
             root: self.root,
@@ -324,6 +333,7 @@ fn merge(own: Costs, tree: Costs) -> Costs {
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
+        find_vdso: tree.find_vdso,
         mapping: tree.mapping,
         scan_page: tree.scan_page,
         copy_range: tree.copy_range,

@@ -4,34 +4,58 @@ use super::sample::{Part, Prediction};
 use serde::{Deserialize, Serialize};
 use standstill_images::types::{DumpCounts, DumpStats};
 
-/// What one of each costs, in nanoseconds, as measured on this machine and this tree.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Costs {
+/// Makes a structure of numbers of which each can be the middle one of several.
+macro_rules! costs {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What one of each costs, in nanoseconds, as measured on this machine and this tree.
+        #[derive(Clone, Copy, Debug, Default, PartialEq)]
+        pub(super) struct Costs {
+            $($(#[$doc])* pub $name: f64,)*
+        }
+
+        impl Costs {
+            /// The middle one of each.
+            pub(super) fn median<'a>(all: impl Iterator<Item = &'a Self> + Clone) -> Self {
+                Self { $($name: middle(all.clone().map(|c| c.$name).collect()),)* }
+            }
+        }
+    };
+}
+
+costs! {
     /// Listing a process's threads and children.
-    pub list_process: f64,
+    list_process,
     /// Seizing, interrupting and waiting for a thread.
-    pub seize_thread: f64,
+    seize_thread,
     /// The reader's passes.
-    pub read_process: f64,
-    pub read_descriptor: f64,
-    pub read_mapping: f64,
+    read_process,
+    read_descriptor,
+    read_mapping,
+    /// Looking for the vdso, for each mapping.
+    find_vdso,
     /// Records of open files: those that the reader knows all of, and those that are asked one by one.
-    pub plain_file: f64,
-    pub asked_file: f64,
+    plain_file,
+    asked_file,
     /// Records of processes, threads and mappings.
-    pub process: f64,
-    pub thread: f64,
-    pub mapping: f64,
+    process,
+    thread,
+    mapping,
     /// Looking whether a page holds something.
-    pub scan_page: f64,
+    scan_page,
     /// Copying: a range of pages, a page of it, and comparing a page with the parent's.
-    pub copy_range: f64,
-    pub copy_page: f64,
-    pub compare_page: f64,
+    copy_range,
+    copy_page,
+    compare_page,
     /// Detaching a thread.
-    pub thaw_thread: f64,
+    thaw_thread,
     /// Bytes in the image for a thread.
-    pub thread_bytes: f64,
+    thread_bytes,
+}
+
+/// The middle one; of no values, zero.
+pub(super) fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// How much there is of what costs something.
@@ -59,7 +83,9 @@ pub(super) const PHASES: [(&str, Term); 6] = [
             + count(n.counts.mappings) * c.read_mapping
     }),
     ("files", |n, c| {
-        count(n.counts.files.saturating_sub(n.counts.asked)) * c.plain_file + count(n.counts.asked) * c.asked_file
+        count(n.counts.mappings) * c.find_vdso
+            + count(n.counts.files.saturating_sub(n.counts.asked)) * c.plain_file
+            + count(n.counts.asked) * c.asked_file
     }),
     ("tasks", |n, c| {
         count(n.counts.processes) * c.process
@@ -190,6 +216,7 @@ mod tests {
             read_process: 2e4,
             read_descriptor: 300.0,
             read_mapping: 250.0,
+            find_vdso: 600.0,
             plain_file: 200.0,
             asked_file: 5000.0,
             process: 1e5,
@@ -241,6 +268,13 @@ mod tests {
         assert_eq!(us("thaw"), 9);
         assert_eq!(p.freeze_us, p.parts.iter().map(|part| part.us).sum::<u64>());
         assert!(p.image_bytes > 900 * 4096 && p.image_bytes < 950 * 4096, "{}", p.image_bytes);
+    }
+
+    #[test]
+    fn one_slow_measurement_does_not_count() {
+        let slow = Costs { thread: 1e9, ..costs() };
+        assert_eq!(Costs::median([costs(), slow, costs()].iter()), costs());
+        assert_eq!(Costs::median([].iter()), Costs::default());
     }
 
     #[test]

@@ -68,7 +68,9 @@ impl Counter {
 }
 
 fn add(a: &Events, b: &Events) -> Events {
-    let maybe = |a: Option<u64>, b: Option<u64>| if a.is_none() && b.is_none() { None } else { Some(a.unwrap_or(0) + b.unwrap_or(0)) };
+    let maybe = |a: Option<u64>, b: Option<u64>| {
+        if a.is_none() && b.is_none() { None } else { Some(a.unwrap_or(0) + b.unwrap_or(0)) }
+    };
     Events {
         forks: a.forks + b.forks,
         threads: a.threads + b.threads,
@@ -115,7 +117,8 @@ pub(super) fn processes(before: &BTreeMap<i32, Seen>, after: &BTreeMap<i32, Seen
             }
         }
     }
-    events.exits = before.iter().filter(|(pid, then)| !after.get(pid).is_some_and(|now| same(then, now))).count() as u64;
+    events.exits =
+        before.iter().filter(|(pid, then)| !after.get(pid).is_some_and(|now| same(then, now))).count() as u64;
     events
 }
 

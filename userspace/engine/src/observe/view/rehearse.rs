@@ -15,6 +15,7 @@ use crate::{
     },
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, VmaEntry},
+    restore::environment,
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -54,14 +55,16 @@ pub(super) struct Member {
 ///
 /// # Errors
 /// When the tree has memory that cannot be dumped, or changes too quickly to be read.
-pub(super) fn rehearse(members: &[Member], iterators: &mut Option<Iterators>) -> Result<Found> {
+pub(super) fn rehearse(members: &[Member], iterators: &mut Option<Iterators>, pages: &mut Pages) -> Result<Found> {
     let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let mut found = Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new() };
     let vmas = read(&pids, iterators, &mut found)?;
     let (spaces, shared) = spaces(members, &vmas, &mut found)?;
+    let begin = Instant::now();
+    black_box(environment::vdso(pids[0])?);
+    found.costs.find_vdso = each(nanoseconds(begin), found.amounts.counts.mappings);
     count(members, &spaces, &mut found);
-    let mut buffer = vec![0u8; READ * PAGE as usize];
-    let zeros = copy(&spaces, &mut buffer, &mut found.costs)?;
+    let zeros = pages.copy(&spaces, &mut found.costs);
     let same = compare(members, &spaces, &mut found.costs)?;
     let amounts = &mut found.amounts;
     amounts.copied = (amounts.counts.pages as f64 * (1.0 - same)) as u64 + shared;
@@ -78,11 +81,7 @@ fn each(total: f64, count: u64) -> f64 {
 }
 
 /// The reader's passes; the mappings by process, if it tells.
-fn read(
-    pids: &[i32],
-    iterators: &mut Option<Iterators>,
-    found: &mut Found,
-) -> Result<HashMap<i32, Vec<VmaEntry>>> {
+fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<HashMap<i32, Vec<VmaEntry>>> {
     let failed = |e: observe::ObserveError| match e {
         // It was there when the list was made.
         observe::ObserveError::Io { source, .. } if proc::is_gone(&source) => changed(pids[0]),
@@ -171,9 +170,8 @@ fn count(members: &[Member], spaces: &[PrivatePages], found: &mut Found) {
     let mut known = HashSet::new();
     let files: Vec<&FdEntry> = found.descriptors.iter().filter(|e| known.insert(e.file)).collect();
     // As `objects::dump` decides: these three need no question of their own.
-    let plain = |e: &&&FdEntry| {
-        matches!(e.mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK)
-    };
+    let plain =
+        |e: &&&FdEntry| matches!(e.mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK);
     found.amounts.counts = DumpCounts {
         processes: members.len() as u64,
         threads: members.iter().map(|m| m.threads).sum(),
@@ -194,41 +192,56 @@ fn related(members: &[Member]) -> HashSet<i32> {
     children.flat_map(|m| [m.pid, m.ppid]).collect()
 }
 
-/// Reads some of the pages, as the dump does. Which share holds only zeros.
-fn copy(spaces: &[PrivatePages], buffer: &mut [u8], costs: &mut Costs) -> Result<f64> {
-    let slices = choose(spaces);
-    let (mut samples, mut zeros, mut read) = (Vec::new(), 0, 0);
-    let mut memory: Option<(i32, File)> = None;
-    let mut rest = buffer;
-    for (pid, range) in slices {
-        if memory.as_ref().is_none_or(|(open, _)| *open != pid) {
-            let Ok(file) = File::open(proc::path(pid, "mem")) else { continue };
-            memory = Some((pid, file));
-        }
-        let Some((_, file)) = &memory else { continue };
-        let length = (range.end - range.start) as usize;
-        if length > rest.len() {
-            break;
-        }
-        let (slice, later) = rest.split_at_mut(length);
-        rest = later;
-        let begin = Instant::now();
-        // The page can be gone by now; what is read of the others counts.
-        let Ok(n) = file.read_at(slice, range.start) else { continue };
-        let pages = slice[..n].chunks_exact(PAGE as usize);
-        zeros += pages.clone().filter(|page| is_zero(page)).count();
-        samples.push((1.0, pages.len() as f64, nanoseconds(begin)));
-        read += pages.len();
+/// Reads some of the pages of a tree, others each time.
+pub(super) struct Pages {
+    /// In use already: a dump does not wait for page faults either.
+    buffer: Vec<u8>,
+    round: usize,
+}
+
+impl Pages {
+    pub(super) fn new() -> Self {
+        // Not zeros, which would be memory that the kernel has yet to find.
+        Self { buffer: vec![0xff; READ * PAGE as usize], round: 0 }
     }
-    // What comes first pays for cold caches that a dump, which reads everything, hardly has.
-    samples.sort_by(|a, b| (a.2 / a.1).total_cmp(&(b.2 / b.1)));
-    samples.truncate(samples.len() - samples.len() / 10);
-    (costs.copy_range, costs.copy_page) = fit(&samples);
-    Ok(each(zeros as f64, read as u64))
+
+    /// Reads pages as the dump does. Which share holds only zeros.
+    fn copy(&mut self, spaces: &[PrivatePages], costs: &mut Costs) -> f64 {
+        let slices = choose(spaces, self.round);
+        self.round += 1;
+        let (mut samples, mut zeros, mut read) = (Vec::new(), 0, 0);
+        let mut memory: Option<(i32, File)> = None;
+        let mut rest = self.buffer.as_mut_slice();
+        for (pid, range) in slices {
+            if memory.as_ref().is_none_or(|(open, _)| *open != pid) {
+                let Ok(file) = File::open(proc::path(pid, "mem")) else { continue };
+                memory = Some((pid, file));
+            }
+            let Some((_, file)) = &memory else { continue };
+            let length = (range.end - range.start) as usize;
+            if length > rest.len() {
+                break;
+            }
+            let (slice, later) = rest.split_at_mut(length);
+            rest = later;
+            let begin = Instant::now();
+            // The page can be gone by now; what is read of the others counts.
+            let Ok(n) = file.read_at(slice, range.start) else { continue };
+            let pages = slice[..n].chunks_exact(PAGE as usize);
+            zeros += pages.clone().filter(|page| is_zero(page)).count();
+            samples.push((1.0, pages.len() as f64, nanoseconds(begin)));
+            read += pages.len();
+        }
+        // What was interrupted by somebody else's work.
+        samples.sort_by(|a, b| (a.2 / a.1).total_cmp(&(b.2 / b.1)));
+        samples.truncate(samples.len() - samples.len() / 10);
+        (costs.copy_range, costs.copy_page) = fit(&samples);
+        each(zeros as f64, read as u64)
+    }
 }
 
 /// Slices of ranges all over the tree, as many as there is room for.
-fn choose(spaces: &[PrivatePages]) -> Vec<(i32, Range)> {
+fn choose(spaces: &[PrivatePages], round: usize) -> Vec<(i32, Range)> {
     let all: Vec<(i32, Range)> = spaces
         .iter()
         .flat_map(|s| s.ranges.iter().map(|r| (s.pid, *r)))
@@ -239,7 +252,8 @@ fn choose(spaces: &[PrivatePages]) -> Vec<(i32, Range)> {
         .collect();
     let pages: u64 = all.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
     let step = (pages as usize).div_ceil(READ).max(1);
-    all.into_iter().step_by(step).collect()
+    // What was read the last time is in the processor's caches now.
+    all.into_iter().skip(round % step).step_by(step).collect()
 }
 
 /// Which share of the private pages is the parent's too; what comparing one costs.
@@ -302,20 +316,23 @@ mod tests {
     fn slices_are_from_all_over() {
         let range = |start: u64, pages: u64| Range { start, end: start + pages * PAGE };
         let space = |ranges| PrivatePages { pid: 7, ranges, over_files: Vec::new() };
-        let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])]);
+        let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])], 5);
         assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 256, 44]);
-        let many = choose(&[space(vec![range(0, 1 << 20)])]);
+        let many = choose(&[space(vec![range(0, 1 << 20)])], 0);
         let pages: u64 = many.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
         assert!(pages as usize <= READ && pages as usize > READ / 2, "{pages}");
         assert!(many.last().unwrap().1.start > (1 << 31), "{many:?}");
-        assert_eq!(choose(&[]), []);
+        let others = choose(&[space(vec![range(0, 1 << 20)])], 1);
+        assert!(others.iter().all(|slice| !many.contains(slice)));
+        assert_eq!(choose(&[], 3), []);
     }
 
     #[test]
     fn a_small_tree() {
         let specimen = super::super::specimen::Specimen::start(2, 0).unwrap();
+        let mut pages = Pages::new();
         let mut ours = Member { threads: 3, ..member(specimen.pid, 0) };
-        let found = rehearse(&[ours], &mut None).unwrap();
+        let found = rehearse(&[ours], &mut None, &mut pages).unwrap();
         let counts = found.amounts.counts;
         assert_eq!((counts.processes, counts.threads, counts.compared), (1, 3, 0));
         assert!(counts.mappings > 10 && counts.pages > 20 && counts.descriptors > 2, "{counts:?}");
@@ -323,6 +340,6 @@ mod tests {
         assert!(found.amounts.stored <= found.amounts.copied && found.amounts.copied >= counts.pages / 2);
         drop(specimen);
         ours.threads = 1;
-        assert!(matches!(rehearse(&[ours], &mut None), Err(Error::System { .. })));
+        assert!(matches!(rehearse(&[ours], &mut None, &mut pages), Err(Error::System { .. })));
     }
 }

@@ -1,7 +1,7 @@
 //! Processes of our own to freeze, for finding out what freezing, reading and thawing a process and a thread cost here
 //! and now. The steps are those of a dump itself, so that the costs follow whatever becomes of them.
 
-use super::predict::Costs;
+use super::predict::{Costs, middle};
 use crate::{
     error::{Context, Result},
     kernel::sys::Mapping,
@@ -36,7 +36,7 @@ const CHILDREN: u64 = 12;
 /// Files of each sort.
 const FILES: usize = 16;
 /// The middle one of so many measurements counts: something else may run in between.
-const REPEATS: usize = 3;
+const REPEATS: usize = 5;
 const STACK: u64 = 16 << 10;
 
 /// A small tree that does nothing. It ends when this is dropped, or when we die: then its pipe is closed.
@@ -225,9 +225,10 @@ fn read(pids: &[i32], iterators: &mut Option<Iterators>) -> Result<(Vec<FdEntry>
     let what = || "read a specimen".into();
     let other = io::Error::other::<observe::ObserveError>;
     Ok(match iterators {
-        Some(iterators) => {
-            (iterators.files(pids).map_err(other).context(what)?, iterators.processes(pids).map_err(other).context(what)?)
-        }
+        Some(iterators) => (
+            iterators.files(pids).map_err(other).context(what)?,
+            iterators.processes(pids).map_err(other).context(what)?,
+        ),
         None => (observe::procfs::files(pids).map_err(other).context(what)?, Vec::new()),
     })
 }
@@ -245,11 +246,7 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
     let _files = files().context(made)?;
     let median = |specimen: &Specimen, iterators: &mut Option<Iterators>| -> Result<Times> {
         let all = (0..REPEATS).map(|_| measure(specimen, iterators)).collect::<Result<Vec<_>>>()?;
-        let middle = |of: fn(&Times) -> f64| {
-            let mut values: Vec<f64> = all.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            values[REPEATS / 2]
-        };
+        let middle = |of: fn(&Times) -> f64| middle(all.iter().map(of).collect());
         Ok(Times {
             freeze: middle(|t| t.freeze),
             thaw: middle(|t| t.thaw),
