@@ -172,8 +172,9 @@ impl Viewer {
     /// When nothing can be read at all.
     pub fn sample(&mut self) -> Result<View> {
         let begin = Instant::now();
-        let pids = running_tree(self.root);
-        let seen = processes::read(&pids);
+        // Parents before their children, as in a dump.
+        let order = running_tree(self.root);
+        let seen = processes::read(&order);
         if !seen.contains_key(&self.root) || self.wait_for_end(Duration::ZERO) {
             return Ok(View::Ended);
         }
@@ -184,7 +185,7 @@ impl Viewer {
         };
         self.processes = seen;
         if self.rehearsal.is_due() {
-            self.rehearse(&mut events);
+            self.rehearse(&order, &mut events);
         }
         self.read_memory(&pids, &mut events);
         self.read_descriptors(&pids, &mut events);
@@ -241,7 +242,7 @@ impl Viewer {
     }
 
     /// Measures what a dump would cost.
-    fn rehearse(&mut self, events: &mut Events) {
+    fn rehearse(&mut self, order: &[i32], events: &mut Events) {
         if self.specimen.is_due() {
             let begin = Instant::now();
             match specimen::costs(&mut self.iterators) {
@@ -253,7 +254,7 @@ impl Viewer {
             }
         }
         let Some(own) = self.specimen.value else { return };
-        let members = self.members();
+        let members = self.members(order);
         let begin = Instant::now();
         match rehearse::rehearse(&members, &mut self.iterators, &mut self.pages) {
             Ok(Found { amounts, costs, descriptors }) => {
@@ -279,9 +280,7 @@ impl Viewer {
         }
     }
 
-    /// Parents before their children, as in a dump.
-    fn members(&self) -> Vec<Member> {
-        let order = running_tree(self.root);
+    fn members(&self, order: &[i32]) -> Vec<Member> {
         let member = |pid| {
             let row = &self.processes.get(pid)?.row;
             Some(Member { pid: row.pid, ppid: row.ppid, threads: row.threads })

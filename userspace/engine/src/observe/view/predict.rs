@@ -74,35 +74,48 @@ impl From<&DumpStats> for Amounts {
     }
 }
 
-/// The phases of the freeze under the names that the dump gives them, and the term of each.
-pub(super) const PHASES: [(&str, Term); 6] = [
-    ("freezing", |n, c| count(n.counts.processes) * c.list_process + count(n.counts.threads) * c.seize_thread),
+/// The phases of the freeze under the names that the dump gives them, and the terms of each.
+pub(super) const PHASES: [(&str, Terms); 6] = [
+    ("freezing", |n, c| {
+        [count(n.counts.processes) * c.list_process, count(n.counts.threads) * c.seize_thread, 0.0, 0.0]
+    }),
     ("descriptors", |n, c| {
-        count(n.counts.processes) * c.read_process
-            + count(n.counts.descriptors) * c.read_descriptor
-            + count(n.counts.mappings) * c.read_mapping
+        [
+            count(n.counts.processes) * c.read_process,
+            count(n.counts.descriptors) * c.read_descriptor,
+            count(n.counts.mappings) * c.read_mapping,
+            0.0,
+        ]
     }),
     ("files", |n, c| {
-        count(n.counts.mappings) * c.find_vdso
-            + count(n.counts.files.saturating_sub(n.counts.asked)) * c.plain_file
-            + count(n.counts.asked) * c.asked_file
+        [
+            count(n.counts.mappings) * c.find_vdso,
+            count(n.counts.files.saturating_sub(n.counts.asked)) * c.plain_file,
+            count(n.counts.asked) * c.asked_file,
+            0.0,
+        ]
     }),
     ("tasks", |n, c| {
-        count(n.counts.processes) * c.process
-            + count(n.counts.threads) * c.thread
-            + count(n.counts.mappings) * c.mapping
-            + count(n.counts.pages) * c.scan_page
+        [
+            count(n.counts.processes) * c.process,
+            count(n.counts.threads) * c.thread,
+            count(n.counts.mappings) * c.mapping,
+            count(n.counts.pages) * c.scan_page,
+        ]
     }),
     ("pages", |n, c| {
-        count(n.counts.ranges) * c.copy_range
-            + count(n.copied) * c.copy_page
-            + count(n.counts.compared) * c.compare_page
+        [
+            count(n.counts.ranges) * c.copy_range,
+            count(n.copied) * c.copy_page,
+            count(n.counts.compared) * c.compare_page,
+            0.0,
+        ]
     }),
-    ("thaw", |n, c| count(n.counts.threads) * c.thaw_thread),
+    ("thaw", |n, c| [count(n.counts.threads) * c.thaw_thread, 0.0, 0.0, 0.0]),
 ];
 
-/// Nanoseconds of a phase.
-type Term = fn(&Amounts, &Costs) -> f64;
+/// Nanoseconds of the parts of a phase.
+type Terms = fn(&Amounts, &Costs) -> [f64; 4];
 
 fn count(n: u64) -> f64 {
     n as f64
@@ -128,12 +141,12 @@ impl Observed {
     }
 }
 
-/// Without a dump of a similar size, the measured costs count like so many of one.
+/// Without a dump of a similar tree, the measured costs count like so many of one.
 const PRIOR: f64 = 0.3;
-/// How alike two terms must be, as a standard deviation of their logarithms.
-const LIKENESS: f64 = 0.7;
 /// The same tree says more than another one.
 const SAME_TREE: f64 = 4.0;
+/// Each dump says so much more than the one before.
+const AGING: f64 = 0.8;
 /// Corrections beyond are taken for accidents: a machine that slept, a disk that was full.
 const LARGEST: f64 = 5.0;
 /// A phase shorter than this varies too much to be compared.
@@ -142,14 +155,12 @@ const NOISE_NS: f64 = 20_000.0;
 /// Predicts a dump by `reader`.
 pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs, history: &[Observed]) -> Prediction {
     let likes: Vec<&Observed> = history.iter().filter(|o| o.reader == reader).collect();
-    let parts: Vec<Part> = PHASES
-        .iter()
-        .map(|&(phase, term)| {
-            let ns = term(amounts, costs);
-            let correction = correction(root, phase, term, ns, costs, &likes);
-            Part { phase: phase.into(), us: (ns * correction / 1000.0).round() as u64, correction }
-        })
-        .collect();
+    let part = |(phase, terms): (&str, Terms)| {
+        let ns = terms(amounts, costs);
+        let correction = correction(root, phase, terms, &ns, costs, &likes);
+        Part { phase: phase.into(), us: (ns.iter().sum::<f64>() * correction / 1e3).round() as u64, correction }
+    };
+    let parts: Vec<Part> = PHASES.into_iter().map(part).collect();
     Prediction {
         freeze_us: parts.iter().map(|p| p.us).sum(),
         image_bytes: image_bytes(amounts, costs),
@@ -159,22 +170,28 @@ pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs,
     }
 }
 
-/// By how much dumps of about this size took longer than the costs said: a mean of the ratios, weighted by likeness and
+/// By how much dumps of similar trees took longer than the costs said: a mean of the ratios, weighted by likeness and
 /// age.
-fn correction(root: i32, phase: &str, term: Term, ns: f64, costs: &Costs, history: &[&Observed]) -> f64 {
+fn correction(root: i32, phase: &str, terms: Terms, ns: &[f64; 4], costs: &Costs, history: &[&Observed]) -> f64 {
     let (mut sum, mut weights) = (0.0, PRIOR);
     for (age, observed) in history.iter().rev().enumerate() {
         let Some((_, us)) = observed.phases.iter().find(|(name, _)| name == phase) else { continue };
-        let (took, expected) = ((*us * 1000) as f64 + NOISE_NS, term(&observed.amounts, costs) + NOISE_NS);
-        let distance = (expected / (ns + NOISE_NS)).ln() / LIKENESS;
-        let mut weight = (-distance * distance / 2.0).exp() * 0.8f64.powi(age as i32);
+        let expected = terms(&observed.amounts, costs);
+        let ratio = ((*us * 1000) as f64 + NOISE_NS) / (expected.iter().sum::<f64>() + NOISE_NS);
+        let mut weight = likeness(&expected, ns).powi(2) * AGING.powi(age as i32);
         if observed.root == root {
             weight *= SAME_TREE;
         }
-        sum += weight * (took / expected).clamp(1.0 / LARGEST, LARGEST).ln();
+        sum += weight * ratio.clamp(1.0 / LARGEST, LARGEST).ln();
         weights += weight;
     }
     (sum / weights).exp()
+}
+
+/// How much of two phases is the same, in amount and in kind: from 0 to 1.
+fn likeness(a: &[f64; 4], b: &[f64; 4]) -> f64 {
+    let sum = |of: fn(f64, f64) -> f64| a.iter().zip(b).map(|(a, b)| of(*a, *b)).sum::<f64>() + NOISE_NS;
+    sum(f64::min) / sum(f64::max)
 }
 
 /// Bytes of records, roughly: postcard's numbers are as long as they must be.
@@ -253,8 +270,9 @@ mod tests {
 
     /// A dump that took `factor` times what the costs say.
     fn dump(root: i32, amounts: &Amounts, factor: f64) -> Observed {
-        let took = |(name, term): &(&str, Term)| (name.to_string(), (term(amounts, &costs()) * factor / 1e3) as u64);
-        Observed { root, reader: "ebpf".into(), amounts: *amounts, phases: PHASES.iter().map(took).collect() }
+        let us = |terms: Terms| (terms(amounts, &costs()).iter().sum::<f64>() * factor / 1e3) as u64;
+        let took = |(name, terms): (&str, Terms)| (name.to_owned(), us(terms));
+        Observed { root, reader: "ebpf".into(), amounts: *amounts, phases: PHASES.into_iter().map(took).collect() }
     }
 
     #[test]
@@ -288,6 +306,13 @@ mod tests {
         procfs.reader = "procfs".into();
         let other_reader = predict(1, "ebpf", &large, &costs(), &[procfs]).freeze_us as f64;
         assert_eq!(other_reader, plain);
+    }
+
+    #[test]
+    fn the_same_time_for_something_else_is_not_alike() {
+        assert_eq!(likeness(&[1e9, 0.0, 0.0, 0.0], &[1e9, 0.0, 0.0, 0.0]), 1.0);
+        assert!(likeness(&[1e9, 0.0, 0.0, 0.0], &[0.0, 1e9, 0.0, 0.0]) < 1e-3);
+        assert!((likeness(&[2e9, 0.0, 0.0, 0.0], &[1e9, 0.0, 0.0, 0.0]) - 0.5).abs() < 1e-3);
     }
 
     #[test]
