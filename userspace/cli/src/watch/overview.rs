@@ -102,7 +102,7 @@ fn changes(sample: &Sample, lines: &mut Vec<Line<'_>>) {
 /// A rate in at most five characters.
 fn short(rate: f64) -> String {
     match rate {
-        r if r == 0.0 => "0".into(),
+        0.0 => "0".into(),
         r if r < 9.95 => format!("{r:.1}"),
         r if r < 99_999.5 => format!("{r:.0}"),
         r => format!("{:.0}k", (r / 1e3).min(9999.0)),

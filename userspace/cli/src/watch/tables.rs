@@ -28,6 +28,9 @@ const fn column(title: &'static str, width: Constraint, sort: Option<usize>, num
     Column { title, width, sort, number }
 }
 
+/// For the column that takes what the others leave.
+const REST: Constraint = Constraint::Fill(1);
+
 const PROCESSES: [Column; 8] = [
     column("PID", Constraint::Length(8), Some(0), true),
     column("PPID", Constraint::Length(8), None, true),
@@ -36,7 +39,7 @@ const PROCESSES: [Column; 8] = [
     column("FDS", Constraint::Length(6), Some(4), true),
     column("RESIDENT", Constraint::Length(11), Some(1), true),
     column("ANONYMOUS", Constraint::Length(11), Some(2), true),
-    column("NAME", Constraint::Fill(1), None, false),
+    column("NAME", REST, None, false),
 ];
 
 const MEMORY: [Column; 6] = [
@@ -45,13 +48,13 @@ const MEMORY: [Column; 6] = [
     column("VIRTUAL", Constraint::Length(11), Some(2), true),
     column("RESIDENT", Constraint::Length(11), Some(0), true),
     column("DIRTY", Constraint::Length(11), Some(1), true),
-    column("NAME", Constraint::Fill(1), None, false),
+    column("NAME", REST, None, false),
 ];
 
 const DESCRIPTORS: [Column; 3] = [
     column("COUNT", Constraint::Length(10), Some(0), true),
     column("KIND", Constraint::Length(20), Some(1), false),
-    column("STATE", Constraint::Fill(1), None, false),
+    column("STATE", REST, None, false),
 ];
 
 pub(super) fn render(app: &mut App, area: Rect, buffer: &mut Buffer) {
@@ -71,9 +74,29 @@ pub(super) fn render(app: &mut App, area: Rect, buffer: &mut Buffer) {
         cell(format!("{}{mark}", c.title), c.number)
     };
     let header = Row::new(columns.iter().map(title)).style(Style::new().bold());
+    let room = room(columns, area.width);
+    let shown = |text: String, c: &Column| cell(if c.width == REST { tail(text, room) } else { text }, c.number);
     let rows = rows.into_iter().skip(top).take(height);
-    let rows = rows.map(|row| Row::new(row.into_iter().zip(columns).map(|(text, c)| cell(text, c.number))));
+    let rows = rows.map(|row| Row::new(row.into_iter().zip(columns).map(|(text, c)| shown(text, c))));
     Table::new(rows, columns.iter().map(|c| c.width)).header(header).render(area, buffer);
+}
+
+/// Width of the column that takes the rest.
+fn room(columns: &[Column], width: u16) -> usize {
+    let fixed = |c: &Column| if let Constraint::Length(n) = c.width { n } else { 0 };
+    // Columns are one apart.
+    let others = columns.iter().map(fixed).sum::<u16>() + columns.len() as u16 - 1;
+    width.saturating_sub(others).into()
+}
+
+/// The end of a text that is too long: that of a path says most.
+fn tail(text: String, width: usize) -> String {
+    let length = text.chars().count();
+    if length <= width {
+        return text;
+    }
+    let rest: String = text.chars().skip(length + 1 - width.max(1)).collect();
+    format!("…{rest}")
 }
 
 fn cell(text: String, number: bool) -> Cell<'static> {
@@ -143,4 +166,18 @@ fn descriptors(sample: &Sample, sort: usize) -> Vec<Vec<String>> {
     let row =
         |d: &DescriptorRow| vec![d.count.to_string(), plain(&d.kind), plain(d.state.as_deref().unwrap_or_default())];
     ordered(&sample.descriptors, sort, &orders).into_iter().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_paths_show_their_ends() {
+        assert_eq!(tail("/usr/lib/libc.so.6".into(), 10), "…libc.so.6");
+        assert_eq!(tail("short".into(), 5), "short");
+        assert_eq!(tail("ähm".into(), 0), "…");
+        assert_eq!(room(&MEMORY, 80), 80 - 9 - 6 - 3 * 11 - 5);
+        assert_eq!(room(&MEMORY, 3), 0);
+    }
 }

@@ -37,6 +37,7 @@ fn add(text: &str, rows: &mut HashMap<(MappingKind, String), MappingRow>) -> u64
     let mut current = None;
     for line in text.lines() {
         if line.as_bytes().first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
+            current = None;
             let Some((kind, name)) = classify(line) else { continue };
             let row = rows.entry((kind, name.clone())).or_insert(MappingRow {
                 kind,
@@ -72,8 +73,11 @@ fn classify(line: &str) -> Option<(MappingKind, String)> {
     if permissions.len() != 4 || !device.contains(':') {
         return None;
     }
+    if name == "[vsyscall]" {
+        return None; // not a mapping of the process but of the machine
+    }
     let plain = |kind, name: &str| Some((kind, name.to_owned()));
-    let is_shared_memory = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/dev/shm/", "/i915 (deleted)"];
+    let is_shared_memory = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/dev/shm/"];
     match name {
         "[heap]" => plain(MappingKind::Heap, name),
         "[stack]" => plain(MappingKind::Stack, name),
@@ -104,6 +108,7 @@ mod tests {
         assert_eq!(kind(&line("rw-s", "7", "/dev/shm/x")), Some(MappingKind::Shared));
         assert_eq!(kind(&line("r--p", "7", "/usr/lib/x y.so")), Some(MappingKind::File));
         assert_eq!(kind(&line("r-xp", "0", "[vdso]")), Some(MappingKind::Kernel));
+        assert_eq!(kind(&line("--xp", "0", "[vsyscall]")), None);
         assert_eq!(kind("deadbeef"), None);
     }
 
