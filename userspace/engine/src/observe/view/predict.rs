@@ -146,7 +146,9 @@ const PRIOR: f64 = 0.3;
 /// The same tree says more than another one.
 const SAME_TREE: f64 = 4.0;
 /// Each dump says so much more than the one before.
-const AGING: f64 = 0.8;
+const AGING: f64 = 0.9;
+/// Ratios that are this many times larger or smaller than the middle one count as if they were not.
+const SPREAD: f64 = 1.3;
 /// Corrections beyond are taken for accidents: a machine that slept, a disk that was full.
 const LARGEST: f64 = 5.0;
 /// A phase shorter than this varies too much to be compared.
@@ -171,9 +173,9 @@ pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs,
 }
 
 /// By how much dumps of similar trees took longer than the costs said: a mean of the ratios, weighted by likeness and
-/// age.
+/// age. A single dump that was disturbed must not count for much, so those far from the middle are drawn nearer to it.
 fn correction(root: i32, phase: &str, terms: Terms, ns: &[f64; 4], costs: &Costs, history: &[&Observed]) -> f64 {
-    let (mut sum, mut weights) = (0.0, PRIOR);
+    let mut ratios = vec![(0.0, PRIOR)];
     for (age, observed) in history.iter().rev().enumerate() {
         let Some((_, us)) = observed.phases.iter().find(|(name, _)| name == phase) else { continue };
         let expected = terms(&observed.amounts, costs);
@@ -182,10 +184,24 @@ fn correction(root: i32, phase: &str, terms: Terms, ns: &[f64; 4], costs: &Costs
         if observed.root == root {
             weight *= SAME_TREE;
         }
-        sum += weight * ratio.clamp(1.0 / LARGEST, LARGEST).ln();
-        weights += weight;
+        ratios.push((ratio.clamp(1.0 / LARGEST, LARGEST).ln(), weight));
     }
-    (sum / weights).exp()
+    let middle = weighted_middle(&mut ratios);
+    let near = |ln: f64| ln.clamp(middle - SPREAD.ln(), middle + SPREAD.ln());
+    let total: f64 = ratios.iter().map(|(_, weight)| weight).sum();
+    (ratios.iter().map(|(ln, weight)| near(*ln) * weight).sum::<f64>() / total).exp()
+}
+
+/// The value below and above which there is as much weight.
+fn weighted_middle(values: &mut [(f64, f64)]) -> f64 {
+    values.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let half = values.iter().map(|(_, weight)| weight).sum::<f64>() / 2.0;
+    let mut below = 0.0;
+    let found = values.iter().find(|(_, weight)| {
+        below += weight;
+        below >= half
+    });
+    found.map_or(0.0, |(value, _)| *value)
 }
 
 /// How much of two phases is the same, in amount and in kind: from 0 to 1.
@@ -201,9 +217,19 @@ fn image_bytes(amounts: &Amounts, costs: &Costs) -> u64 {
     amounts.stored * 4096 + records + (count(n.threads) * costs.thread_bytes) as u64
 }
 
-/// Splits measured times into what each range and each page costs: least squares, nothing below zero. Samples are
-/// (ranges, pages, nanoseconds).
+/// Splits measured times into what each range and each page costs. Samples are (ranges, pages, nanoseconds). The quarter
+/// that took longest for what it is was interrupted by somebody else's work.
 pub(super) fn fit(samples: &[(f64, f64, f64)]) -> (f64, f64) {
+    let (range, page) = least_squares(samples);
+    let excess = |s: &(f64, f64, f64)| s.2 / (range * s.0 + page * s.1).max(1.0);
+    let mut kept = samples.to_vec();
+    kept.sort_by(|a, b| excess(a).total_cmp(&excess(b)));
+    kept.truncate(samples.len() - samples.len() / 4);
+    least_squares(&kept)
+}
+
+/// Least squares, nothing below zero.
+fn least_squares(samples: &[(f64, f64, f64)]) -> (f64, f64) {
     let sum = |f: fn(&(f64, f64, f64)) -> f64| samples.iter().map(f).sum::<f64>();
     let (rr, pp, rp) = (sum(|s| s.0 * s.0), sum(|s| s.1 * s.1), sum(|s| s.0 * s.1));
     let (rt, pt) = (sum(|s| s.0 * s.2), sum(|s| s.1 * s.2));
@@ -309,6 +335,16 @@ mod tests {
     }
 
     #[test]
+    fn one_dump_that_was_disturbed_counts_little() {
+        let n = Amounts { copied: 100_000, stored: 100_000, ..Default::default() };
+        let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us as f64;
+        let history = [dump(7, &n, 1.0), dump(7, &n, 1.1), dump(7, &n, 4.0)];
+        let corrected = predict(7, "ebpf", &n, &costs(), &history).freeze_us as f64;
+        assert!((1.0..1.25).contains(&(corrected / plain)), "{plain} {corrected}");
+        assert_eq!(weighted_middle(&mut []), 0.0);
+    }
+
+    #[test]
     fn the_same_time_for_something_else_is_not_alike() {
         assert_eq!(likeness(&[1e9, 0.0, 0.0, 0.0], &[1e9, 0.0, 0.0, 0.0]), 1.0);
         assert!(likeness(&[1e9, 0.0, 0.0, 0.0], &[0.0, 1e9, 0.0, 0.0]) < 1e-3);
@@ -322,6 +358,10 @@ mod tests {
         assert!((range - 1000.0).abs() < 1e-3 && (page - 500.0).abs() < 1e-3);
         assert_eq!(fit(&[sample(1.0, 4.0), sample(1.0, 4.0)]), (0.0, 750.0));
         assert_eq!(fit(&[]), (0.0, 0.0));
+        let mut disturbed = vec![sample(1.0, 64.0); 15];
+        disturbed.push((1.0, 64.0, 4e6));
+        let (range, page) = fit(&disturbed);
+        assert!((range + 64.0 * page - 33_000.0).abs() < 1.0, "{range} {page}");
     }
 
     proptest! {

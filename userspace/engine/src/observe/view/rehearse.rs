@@ -30,7 +30,7 @@ use std::{
 /// So many pages are read to find out what reading costs: more than a processor's caches hold of them.
 const READ: usize = 4096;
 /// At most so many in one go.
-const SLICE: u64 = 256;
+const SLICE: u64 = 64;
 /// So many page frames of a process are compared.
 const COMPARED: u64 = 1024;
 
@@ -232,9 +232,6 @@ impl Pages {
             samples.push((1.0, pages.len() as f64, nanoseconds(begin)));
             read += pages.len();
         }
-        // What was interrupted by somebody else's work.
-        samples.sort_by(|a, b| (a.2 / a.1).total_cmp(&(b.2 / b.1)));
-        samples.truncate(samples.len() - samples.len() / 10);
         (costs.copy_range, costs.copy_page) = fit(&samples);
         each(zeros as f64, read as u64)
     }
@@ -317,7 +314,7 @@ mod tests {
         let range = |start: u64, pages: u64| Range { start, end: start + pages * PAGE };
         let space = |ranges| PrivatePages { pid: 7, ranges, over_files: Vec::new() };
         let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])], 5);
-        assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 256, 44]);
+        assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 64, 64, 64, 64, 44]);
         let many = choose(&[space(vec![range(0, 1 << 20)])], 0);
         let pages: u64 = many.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
         assert!(pages as usize <= READ && pages as usize > READ / 2, "{pages}");
