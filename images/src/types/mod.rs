@@ -89,6 +89,62 @@ pub struct DumpStats {
     pub pages_zero: u64,
     /// Pages that share a stored page with another process.
     pub pages_shared: u64,
+    /// How much there was to do.
+    pub counts: DumpCounts,
+}
+
+/// How much of what takes time a dump had to do with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpCounts {
+    /// Living processes.
+    pub processes: u64,
+    /// Their threads.
+    pub threads: u64,
+    /// Open descriptors.
+    pub descriptors: u64,
+    /// Open file descriptions behind them.
+    pub files: u64,
+    /// Those of them whose state had to be asked for one by one: pipes, sockets, eventfds, …
+    pub asked: u64,
+    /// Mappings.
+    pub mappings: u64,
+    /// Contiguous ranges of private pages.
+    pub ranges: u64,
+    /// Private pages.
+    pub pages: u64,
+    /// Those of them in processes that have a parent or children in the tree, whose page frames were compared.
+    pub compared: u64,
+}
+
+/// [`DumpStats`] before it had counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpStatsV1 {
+    reader: String,
+    prepare_us: u64,
+    freezing_us: u64,
+    frozen_us: u64,
+    phases: Vec<(String, u64)>,
+    total_us: u64,
+    pages_stored: u64,
+    pages_zero: u64,
+    pages_shared: u64,
+}
+
+impl From<DumpStatsV1> for DumpStats {
+    fn from(old: DumpStatsV1) -> Self {
+        Self {
+            reader: old.reader,
+            prepare_us: old.prepare_us,
+            freezing_us: old.freezing_us,
+            frozen_us: old.frozen_us,
+            phases: old.phases,
+            total_us: old.total_us,
+            pages_stored: old.pages_stored,
+            pages_zero: old.pages_zero,
+            pages_shared: old.pages_shared,
+            counts: DumpCounts::default(),
+        }
+    }
 }
 
 macro_rules! records {
@@ -107,6 +163,30 @@ records! {
     FdTable = 4 v 1;
     OpenFile = 5 v 1;
     SharedMemory = 6 v 1;
-    DumpStats = 8 v 1;
+    DumpStatsV1 = 8 v 1;
+    DumpStats = 8 v 2;
     Pipe = 9 v 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Record, RecordReader, RecordWriter};
+
+    #[test]
+    fn old_stats_have_no_counts() {
+        let old = DumpStatsV1 {
+            reader: "ebpf".into(),
+            frozen_us: 7,
+            phases: vec![("files".into(), 3)],
+            ..Default::default()
+        };
+        let mut writer = RecordWriter::new();
+        writer.push(&old).unwrap();
+        let bytes = writer.finish();
+        let record = RecordReader::new("old".as_ref(), &bytes[..]).unwrap().next().unwrap().unwrap();
+        assert_eq!((record.kind(), record.version()), (DumpStats::KIND, 1));
+        let stats = DumpStats::from(record.decode::<DumpStatsV1>().unwrap());
+        assert_eq!((stats.frozen_us, stats.phases, stats.counts), (7, old.phases, DumpCounts::default()));
+    }
 }

@@ -10,6 +10,7 @@ mod pidfd;
 pub mod proc;
 mod snapshot;
 mod target;
+mod tmux;
 mod tool;
 mod turn;
 
@@ -18,5 +19,6 @@ pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};
 pub use target::{Setting, Target, workload};
+pub use tmux::Tmux;
 pub use tool::{Outcome, Run, Running, Tool};
 pub use turn::{Turn, say, skip, standstill, wait_until};

@@ -1,7 +1,9 @@
 //! Command line. Flags that CRIU has too have its names and meanings.
 
+use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use standstill_engine::Reader;
+use std::{path::PathBuf, time::Duration};
 
 /// Checkpoint and restore running Linux process trees
 #[derive(Debug, Parser)]
@@ -19,6 +21,8 @@ pub(crate) enum Command {
     Restore(RestoreArgs),
     /// Watch a tree by eBPF, so that dumps know what did not change
     Track(TrackArgs),
+    /// Show a running tree: processes, memory, descriptors, and how long a dump would stop it
+    Watch(WatchArgs),
     /// Tell what this kernel offers, feature by feature
     Check(JsonArgs),
     /// Show what an image holds
@@ -133,6 +137,50 @@ pub(crate) struct TrackArgs {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct WatchArgs {
+    /// Root of the tree to show
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    pub tree: i32,
+    /// Time between two looks: 500ms, 1s, 2m
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub interval: Duration,
+    /// Print a JSON object a line instead of a view
+    #[arg(long)]
+    pub json: bool,
+    /// Show one look, after an interval, and exit
+    #[arg(long)]
+    pub once: bool,
+    /// Show nothing: only serve metrics
+    #[arg(long, requires = "metrics", conflicts_with_all = ["json", "once"])]
+    pub quiet: bool,
+    /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a port alone means loopback
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<Address>,
+    /// Who reads descriptors and mappings
+    #[arg(long, value_enum, default_value_t)]
+    pub reader: ReaderArg,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// A time with a unit; a number alone is seconds.
+fn interval(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "ms" => 1e-3,
+        "s" | "" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err("units are ms, s, m and h".into()),
+    };
+    let seconds = digits.parse::<f64>().map_err(|_| "not a number with a unit, as 500ms or 2s")? * unit;
+    if !(0.1..=86_400.0).contains(&seconds) {
+        return Err("between 100ms and 24h".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct ImageArgs {
     /// Directory of the image
     #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
@@ -169,4 +217,29 @@ pub(crate) enum ReaderArg {
     Ebpf,
     /// procfs
     Procfs,
+}
+
+impl From<ReaderArg> for Reader {
+    fn from(arg: ReaderArg) -> Self {
+        match arg {
+            ReaderArg::Auto => Self::Auto,
+            ReaderArg::Ebpf => Self::Ebpf,
+            ReaderArg::Procfs => Self::Procfs,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals() {
+        for (text, ms) in [("500ms", 500), ("1s", 1000), ("2", 2000), ("1.5s", 1500), ("2m", 120_000)] {
+            assert_eq!(interval(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "s", "0", "1ms", "-1s", "1d", "inf", "nan", "99999999h", "ä"] {
+            assert!(interval(text).is_err(), "{text}");
+        }
+    }
 }

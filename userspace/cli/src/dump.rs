@@ -2,10 +2,10 @@
 
 use crate::{
     Failure,
-    args::{Compress, DumpArgs, ReaderArg},
+    args::{Compress, DumpArgs},
     logging,
 };
-use standstill_engine::{Afterwards, DumpOptions, Reader, dump};
+use standstill_engine::{Afterwards, DumpOptions, dump};
 use standstill_images::{store::Compression, types::DumpStats};
 use std::time::Duration;
 
@@ -26,11 +26,7 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
             Compress::Lz4 => Compression::Lz4,
             Compress::Zstd => Compression::Zstd(1),
         },
-        reader: match args.reader {
-            ReaderArg::Auto => Reader::Auto,
-            ReaderArg::Ebpf => Reader::Ebpf,
-            ReaderArg::Procfs => Reader::Procfs,
-        },
+        reader: args.reader.into(),
         paranoid: args.paranoid,
     };
     let stats = dump(&options)?;

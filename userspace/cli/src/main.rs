@@ -9,6 +9,7 @@ mod restore;
 #[cfg(feature = "ebpf")]
 mod track;
 mod verify;
+mod watch;
 
 use clap::{CommandFactory, Parser};
 use standstill_engine::Error;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         args::Command::Track(_) => {
             Err(Failure { status: 6, text: standstill_engine::observe::ObserveError::NotBuilt.to_string() })
         }
+        args::Command::Watch(args) => watch::run(&args),
         args::Command::Check(args) => check::run(&args),
         args::Command::Inspect(args) => inspect::run(&args),
         args::Command::Verify(args) => verify::run(&args),

@@ -7,8 +7,8 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageIndex, PageReader, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Backing, DumpStats, FdTable, FdTableId, FileKind, Inventory, OpenFile,
-        OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
+        AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
@@ -89,6 +89,9 @@ impl Image {
             let record = record?;
             match record.kind() {
                 Inventory::KIND => twice |= inventory.replace(record.decode::<Inventory>()?).is_some(),
+                DumpStats::KIND if record.version() == DumpStatsV1::VERSION => {
+                    twice |= stats.replace(record.decode::<DumpStatsV1>()?.into()).is_some();
+                }
                 DumpStats::KIND => twice |= stats.replace(record.decode::<DumpStats>()?).is_some(),
                 PageStoreIndex::KIND => twice |= pages.replace(record.decode::<PageStoreIndex>()?).is_some(),
                 Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),

@@ -3,14 +3,15 @@
 mod observer;
 
 pub use observer::Reader;
+pub(crate) use observer::no_reader;
 
 use crate::{
     error::{Context, Error, Result},
     image,
-    kernel::{proc, sys},
+    kernel::{PAGE, proc, sys},
     memory::{self, copy::Copier, private::PrivatePages},
     objects::{self, Collected, regular},
-    observe::FdEntry,
+    observe::{self, FdEntry},
     restore::{environment, sessions},
     task::{Family, FrozenTree},
     tree::process,
@@ -19,7 +20,9 @@ use observer::Observer;
 use standstill_images::{
     publish::ImageDir,
     store::{Compression, PageWriter},
-    types::{AddressSpace, Backing, Descriptor, DumpStats, FdTable, FileKind, Inventory, Task, Vma},
+    types::{
+        AddressSpace, Backing, Descriptor, DumpCounts, DumpStats, FdTable, FileKind, Inventory, OpenFileId, Task, Vma,
+    },
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -113,6 +116,7 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
         pages_stored: counts.stored,
         pages_zero: counts.zero,
         pages_shared: counts.shared,
+        counts: DumpCounts::default(),
     };
     // A tree that goes on has waited long enough; one that is killed must not run before its image is safe.
     let tree = match options.afterwards {
@@ -137,10 +141,14 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
         stats.frozen_us = frozen.elapsed().as_micros() as u64;
     }
     stats.phases = phases.phases;
+    stats.counts = state.counts();
     stats.total_us = begin.elapsed().as_micros() as u64;
     image::publish(dir, &state.into_records(options)?, &index, &stats)?;
     if let Some(tree) = tree {
         tree.kill();
+    } else {
+        // A dump that kills writes under the freeze: its times say nothing of one that does not.
+        observe::view::remember(options.pid, &stats);
     }
     info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
     Ok(stats)
@@ -257,6 +265,30 @@ fn copy_pages(tree: &FrozenTree, state: &mut State, pages: &mut PageWriter) -> R
 }
 
 impl State {
+    /// How much there was to do.
+    fn counts(&self) -> DumpCounts {
+        let pids: HashSet<i32> = self.tasks.iter().map(|t| t.pid).collect();
+        let parents: HashMap<i32, i32> = self.tasks.iter().map(|t| (t.pid, t.ppid)).collect();
+        let with_children: HashSet<i32> = parents.values().copied().collect();
+        let related = |pid: i32| with_children.contains(&pid) || parents.get(&pid).is_some_and(|p| pids.contains(p));
+        let living = || self.tasks.iter().filter_map(|t| t.live.as_ref());
+        let pages = |of: &PrivatePages| of.ranges.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
+        // Mapped files have descriptions too, for which nobody is asked.
+        let open: HashSet<OpenFileId> = self.tables.iter().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();
+        let asked = self.objects.files.iter().filter(|f| open.contains(&f.id) && objects::is_asked(&f.kind));
+        DumpCounts {
+            processes: living().count() as u64,
+            threads: living().map(|l| l.threads.len() as u64).sum(),
+            descriptors: self.tables.iter().map(|t| t.fds.len() as u64).sum(),
+            files: open.len() as u64,
+            asked: asked.count() as u64,
+            mappings: self.spaces.iter().map(|s| s.vmas.len() as u64).sum(),
+            ranges: self.private.iter().map(|p| p.ranges.len() as u64).sum(),
+            pages: self.private.iter().map(pages).sum(),
+            compared: self.private.iter().filter(|p| related(p.pid)).map(pages).sum(),
+        }
+    }
+
     fn into_records(self, options: &DumpOptions) -> Result<image::Records> {
         let uname = nix::sys::utsname::uname().context(|| "uname".into())?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -310,8 +342,20 @@ fn available_memory() -> u64 {
     proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
+/// Pids of the tree while it runs: a hint.
+pub(crate) fn running_tree(root: i32) -> Vec<i32> {
+    let mut pids = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = pids.get(next) {
+        next += 1;
+        let tids = proc::threads(pid).unwrap_or_default();
+        pids.extend(proc::children(pid, &tids).unwrap_or_default());
+    }
+    pids
+}
+
 /// Refuses what can never be a target.
-fn check_target(pid: i32) -> Result<()> {
+pub(crate) fn check_target(pid: i32) -> Result<()> {
     const PF_KTHREAD: u64 = 0x0020_0000;
     if !sys::page_size_is_supported() {
         return Err(Error::Missing { what: "a kernel with pages of 4 KiB".into(), remedy: "use such a kernel".into() });

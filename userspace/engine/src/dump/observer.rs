@@ -130,7 +130,7 @@ fn source(reader: Reader, root: i32) -> Result<Source> {
     }
 }
 
-fn no_reader(e: &ObserveError) -> Error {
+pub(crate) fn no_reader(e: &ObserveError) -> Error {
     Error::Missing { what: format!("the eBPF reader ({e})"), remedy: "use --reader procfs".into() }
 }
 

@@ -53,6 +53,9 @@ pub(crate) struct Stat {
     pub pgid: i32,
     pub sid: i32,
     pub flags: u64,
+    pub threads: u64,
+    /// Clock ticks since boot.
+    pub start_time: u64,
     pub start_code: u64,
     pub end_code: u64,
     pub start_stack: u64,
@@ -95,6 +98,8 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
         pgid: field(5)?.parse().ok()?,
         sid: field(6)?.parse().ok()?,
         flags: address(9)?,
+        threads: address(20)?,
+        start_time: address(22)?,
         start_code: address(26)?,
         end_code: address(27)?,
         start_stack: address(28)?,

@@ -266,7 +266,8 @@ fn remember(own: &mut Frames, runs: &[PageRun], range: Range, frames: &[u64]) {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether a page holds only zeros.
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     // The first word decides for most pages; the rest is compared as fast as memcmp goes.
     static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
     page[..8] == ZEROS[..8] && page == ZEROS

@@ -145,6 +145,11 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
     Ok(())
 }
 
+/// Whether the record of such a file took a question of its own: what the reader lists does not say enough.
+pub(crate) fn is_asked(kind: &FileKind) -> bool {
+    !matches!(kind, FileKind::Regular(_) | FileKind::Directory { .. } | FileKind::Device { .. })
+}
+
 fn owner(entry: &FdEntry, all: &mut Collected) -> Result<FileOwner> {
     let fd = all.duplicate(entry)?;
     let mut owner = [0i32; 2];

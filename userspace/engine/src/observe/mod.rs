@@ -29,6 +29,7 @@ mod sys;
 mod tests;
 #[cfg(feature = "ebpf")]
 mod track;
+pub mod view;
 
 pub use iter::Iterators;
 #[cfg(feature = "ebpf")]

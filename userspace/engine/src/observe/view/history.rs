@@ -1,0 +1,140 @@
+//! What the last dumps on this machine took, in a small file under `/run/standstill`: gone after a reboot, and no loss.
+
+use super::predict::Observed;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+/// Readable and writable for its owner only: the pids and sizes of others are nobody's business.
+const DIRECTORY: &str = "/run/standstill";
+const NAME: &str = "dumps.json";
+/// So many are kept.
+const KEPT: usize = 32;
+/// A file that is larger is not ours.
+const LARGEST: u64 = 1 << 20;
+
+/// The file's content. Other versions are left out: what they measured under the same names may be something else.
+#[derive(Serialize, Deserialize)]
+struct Content {
+    version: String,
+    dumps: Vec<Observed>,
+}
+
+fn version() -> String {
+    env!("CARGO_PKG_VERSION").into()
+}
+
+/// The last dumps, the oldest first; none if there is no such file, or one that makes no sense.
+pub(super) fn load() -> Vec<Observed> {
+    read(&Path::new(DIRECTORY).join(NAME))
+}
+
+/// Notes a dump.
+pub(super) fn append(dump: Observed) -> io::Result<()> {
+    append_in(Path::new(DIRECTORY), dump)
+}
+
+fn read(path: &Path) -> Vec<Observed> {
+    let text = || -> io::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        File::open(path)?.take(LARGEST).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    let content = text().ok().and_then(|text| serde_json::from_slice::<Content>(&text).ok());
+    content.filter(|c| c.version == version()).map_or_else(Vec::new, |c| c.dumps)
+}
+
+fn append_in(directory: &Path, dump: Observed) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other?,
+    }
+    let meta = fs::symlink_metadata(directory)?;
+    if !meta.is_dir() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(io::Error::other("the directory is somebody else's, or open to others"));
+    }
+    let file = |name: &str| directory.join(name);
+    let create = |path: PathBuf| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path);
+    // Two dumps may end at once. The lock is on a file of its own, because the other is replaced.
+    let lock = create(file("dumps.lock"))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
+    let mut dumps = read(&file(NAME));
+    dumps.push(dump);
+    dumps.drain(..dumps.len().saturating_sub(KEPT));
+    let partial = file("dumps.json.partial");
+    create(partial.clone())?.write_all(&serde_json::to_vec(&Content { version: version(), dumps })?)?;
+    fs::rename(partial, file(NAME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn dump(root: i32) -> Observed {
+        Observed { root, reader: "ebpf".into(), phases: vec![("pages".into(), 7)], ..Default::default() }
+    }
+
+    fn setup() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("standstill");
+        (dir, inside)
+    }
+
+    #[test]
+    fn the_last_dumps_are_kept() {
+        let (_dir, inside) = setup();
+        (0..KEPT as i32 + 5).for_each(|n| append_in(&inside, dump(n)).unwrap());
+        let kept = read(&inside.join(NAME));
+        assert_eq!((kept.len(), kept[0].root, kept.last().unwrap()), (KEPT, 5, &dump(KEPT as i32 + 4)));
+        assert_eq!(fs::metadata(&inside).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(inside.join(NAME)).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_not_used() {
+        let (_dir, inside) = setup();
+        DirBuilder::new().mode(0o777).create(&inside).unwrap();
+        fs::set_permissions(&inside, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        assert!(append_in(&inside, dump(1)).is_err());
+        fs::remove_dir(&inside).unwrap();
+        std::os::unix::fs::symlink("/tmp", &inside).unwrap();
+        assert!(append_in(&inside, dump(1)).is_err());
+    }
+
+    #[test]
+    fn another_version_says_nothing() {
+        let (_dir, inside) = setup();
+        append_in(&inside, dump(1)).unwrap();
+        let path = inside.join(NAME);
+        let text = fs::read_to_string(&path).unwrap().replace(&version(), "99.0.0");
+        fs::write(&path, text).unwrap();
+        assert_eq!(read(&path), []);
+        append_in(&inside, dump(2)).unwrap();
+        assert_eq!(read(&path), [dump(2)]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn damage_is_no_harm(at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()) {
+            let (_dir, inside) = setup();
+            append_in(&inside, dump(1)).unwrap();
+            let path = inside.join(NAME);
+            let mut bytes = fs::read(&path).unwrap();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes.truncate(if cut { at } else { bytes.len() });
+            fs::write(&path, bytes).unwrap();
+            read(&path);
+            append_in(&inside, dump(3)).unwrap();
+            let read = read(&path);
+            prop_assert_eq!(read.last(), Some(&dump(3)));
+        }
+    }
+}

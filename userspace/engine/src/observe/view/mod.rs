@@ -1,0 +1,388 @@
+//! What people want to know of a running tree, once a second: processes, memory, descriptors, how much changes, and
+//! what a dump would cost now.
+//!
+//! ```no_run
+//! # use standstill_engine::observe::view::{View, Viewer};
+//! let mut viewer = Viewer::new(4711)?;
+//! while let View::Running(sample) = viewer.sample()? {
+//!     if let Some(p) = &sample.prediction {
+//!         println!("if frozen now: {} us, {} bytes", p.freeze_us, p.image_bytes);
+//!     }
+//!     std::thread::sleep(std::time::Duration::from_secs(1));
+//! }
+//! # Ok::<(), standstill_engine::Error>(())
+//! ```
+//!
+//! The tree is not disturbed: it is read by the iterators or procfs, and what nobody may try on a running process
+//! (ptrace) is measured with processes of our own. What is expensive is read less often, so that all of it takes a few
+//! hundredths of one processor at most ([`SHARE`]).
+
+mod descriptors;
+mod history;
+mod memory;
+mod predict;
+mod processes;
+mod rates;
+mod rehearse;
+mod sample;
+mod specimen;
+
+pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals};
+
+use super::Iterators;
+use crate::{
+    dump::{Reader, check_target, no_reader, running_tree},
+    error::{Context, Error, Result},
+    kernel::sys,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use predict::{Amounts, Costs};
+use rates::{Counter, Events};
+use rehearse::{Found, Member, Pages};
+use standstill_images::types::DumpStats;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fmt,
+    os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant, SystemTime},
+};
+use tracing::debug;
+
+/// Each expensive reading takes at most one part in so many of the time.
+const SHARE: u32 = 50;
+/// It is not worth reading these more often.
+const MEMORY_PAUSE: Duration = Duration::from_secs(2);
+const PREDICTION_PAUSE: Duration = Duration::from_millis(900);
+/// What our own processes cost changes with the load of the machine only.
+const SPECIMEN_PAUSE: Duration = Duration::from_secs(10);
+/// The middle one of so many measurements counts.
+const MEASURED: usize = 5;
+
+/// What a look at a tree shows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum View {
+    /// It runs.
+    Running(Box<Sample>),
+    /// Its root has ended.
+    Ended,
+}
+
+/// Something that was read, and when it may be read again.
+struct Paced<T> {
+    value: T,
+    read: Instant,
+    due: Instant,
+}
+
+impl<T: Default> Paced<T> {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { value: T::default(), read: now, due: now }
+    }
+
+    fn is_due(&self) -> bool {
+        Instant::now() >= self.due
+    }
+
+    /// Takes a new value that was read since `begin`.
+    fn set(&mut self, value: T, begin: Instant, pause: Duration) {
+        self.value = value;
+        self.read = Instant::now();
+        self.due = self.read + pause.max((self.read - begin) * SHARE);
+    }
+
+    fn age(&self) -> f64 {
+        self.read.elapsed().as_secs_f64()
+    }
+}
+
+/// Looks at a tree again and again.
+pub struct Viewer {
+    root: i32,
+    end: OwnedFd,
+    iterators: Option<Iterators>,
+    reader_note: Option<String>,
+    counter: Counter,
+    last: Option<(Instant, Events)>,
+    processes: BTreeMap<i32, processes::Seen>,
+    memory: Paced<memory::Mapped>,
+    descriptors: Paced<(descriptors::Names, Vec<DescriptorRow>)>,
+    specimen: Paced<Option<Costs>>,
+    rehearsal: Paced<Option<Amounts>>,
+    /// As measured last: something else may run at any of these times.
+    costs: VecDeque<Costs>,
+    pages: Pages,
+    prediction_note: Option<String>,
+}
+
+impl fmt::Debug for Viewer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Viewer").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+impl Viewer {
+    /// Begins to look at a process and its descendants.
+    ///
+    /// # Errors
+    /// When there is no such process, or it can never be dumped.
+    pub fn new(root: i32) -> Result<Self> {
+        Self::with_reader(root, Reader::Auto)
+    }
+
+    /// The same, read by eBPF or procfs only.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when the iterators do not load although nothing else is wanted.
+    pub fn with_reader(root: i32, reader: Reader) -> Result<Self> {
+        check_target(root)?;
+        let end = sys::pidfd_open(root).context(|| format!("pidfd_open of {root}"))?;
+        let (iterators, reader_note) = match (reader != Reader::Procfs).then(Iterators::load) {
+            None => (None, None),
+            Some(Ok(iterators)) => (Some(iterators), None),
+            Some(Err(e)) if reader == Reader::Auto => (None, Some(e.to_string())),
+            Some(Err(e)) => return Err(no_reader(&e)),
+        };
+        Ok(Self {
+            root,
+            end,
+            counter: Counter::start(root, iterators.is_some()),
+            iterators,
+            reader_note,
+            last: None,
+            processes: BTreeMap::new(),
+            memory: Paced::new(),
+            descriptors: Paced::new(),
+            specimen: Paced::new(),
+            rehearsal: Paced::new(),
+            costs: VecDeque::new(),
+            pages: Pages::new(),
+            prediction_note: None,
+        })
+    }
+
+    /// The root of the tree.
+    pub fn root(&self) -> i32 {
+        self.root
+    }
+
+    /// Looks at the tree now.
+    ///
+    /// # Errors
+    /// When nothing can be read at all.
+    pub fn sample(&mut self) -> Result<View> {
+        let begin = Instant::now();
+        // Parents before their children, as in a dump.
+        let order = running_tree(self.root);
+        let seen = processes::read(&order);
+        if !seen.contains_key(&self.root) || self.wait_for_end(Duration::ZERO) {
+            return Ok(View::Ended);
+        }
+        let pids: Vec<i32> = seen.keys().copied().collect();
+        let mut events = match self.processes.is_empty() {
+            true => Events::default(),
+            false => rates::processes(&self.processes, &seen),
+        };
+        self.processes = seen;
+        if self.rehearsal.is_due() {
+            self.rehearse(&order, &mut events);
+        }
+        self.read_memory(&pids, &mut events);
+        self.read_descriptors(&pids, &mut events);
+        let now = Instant::now();
+        let events = self.counter.events(events);
+        let rates = match &self.last {
+            Some((then, before)) => rates::rates(before, &events, now - *then, self.counter.counts()),
+            None => Rates { counted: self.counter.counts(), ..Rates::default() },
+        };
+        self.last = Some((now, events));
+        let mut sample = self.show(rates);
+        sample.cost_us = begin.elapsed().as_micros() as u64;
+        Ok(View::Running(Box::new(sample)))
+    }
+
+    /// Waits, at most so long, for the end of the tree's root; whether it has come. Its parent need not have noticed.
+    pub fn wait_for_end(&self, limit: Duration) -> bool {
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.end.as_fd(), PollFlags::POLLIN)];
+        // A signal ends the wait early.
+        poll(&mut fds, limit).is_ok_and(|ready| ready > 0)
+    }
+
+    fn read_memory(&mut self, pids: &[i32], events: &mut Events) {
+        if !self.memory.is_due() {
+            return;
+        }
+        let begin = Instant::now();
+        let mapped = memory::read(pids);
+        if !self.memory.value.counts.is_empty() {
+            events.mappings = Some(rates::mappings(&self.memory.value.counts, &mapped.counts));
+        }
+        self.memory.set(mapped, begin, MEMORY_PAUSE);
+    }
+
+    fn read_descriptors(&mut self, pids: &[i32], events: &mut Events) {
+        if !self.descriptors.is_due() {
+            return;
+        }
+        let begin = Instant::now();
+        match descriptors::read(pids, &mut self.iterators) {
+            Ok(names) => self.take_descriptors(names, begin, events),
+            // One that was closed in between: the next look is soon.
+            Err(e) => debug!("descriptors: {e}"),
+        }
+    }
+
+    fn take_descriptors(&mut self, names: descriptors::Names, begin: Instant, events: &mut Events) {
+        if !self.descriptors.value.0.is_empty() {
+            events.descriptors += rates::descriptors(&self.descriptors.value.0, &names);
+        }
+        let rows = descriptors::count(&names);
+        self.descriptors.set((names, rows), begin, Duration::from_millis(900));
+    }
+
+    /// Measures what a dump would cost.
+    fn rehearse(&mut self, order: &[i32], events: &mut Events) {
+        if self.specimen.is_due() {
+            let begin = Instant::now();
+            match specimen::costs(&mut self.iterators) {
+                Ok(costs) => self.specimen.set(Some(costs), begin, SPECIMEN_PAUSE),
+                Err(e) => {
+                    self.specimen.set(None, begin, SPECIMEN_PAUSE);
+                    self.prediction_note = Some(e.to_string());
+                }
+            }
+        }
+        let Some(own) = self.specimen.value else { return };
+        let members = self.members(order);
+        let begin = Instant::now();
+        match rehearse::rehearse(&members, &mut self.iterators, &mut self.pages) {
+            Ok(Found { amounts, costs, descriptors }) => {
+                self.costs.push_back(merge(own, costs));
+                if self.costs.len() > MEASURED {
+                    self.costs.pop_front();
+                }
+                self.rehearsal.set(Some(amounts), begin, PREDICTION_PAUSE);
+                self.prediction_note = None;
+                self.take_descriptors(descriptors::names(&descriptors), begin, events);
+            }
+            // Of a busy tree, the last figures are better than none.
+            Err(e @ Error::System { .. }) => {
+                debug!("rehearsal: {e}");
+                if self.rehearsal.value.is_none() {
+                    self.prediction_note = Some(e.to_string());
+                }
+            }
+            Err(e) => {
+                self.rehearsal.set(None, begin, PREDICTION_PAUSE);
+                self.prediction_note = Some(e.to_string());
+            }
+        }
+    }
+
+    fn members(&self, order: &[i32]) -> Vec<Member> {
+        let member = |pid| {
+            let row = &self.processes.get(pid)?.row;
+            Some(Member { pid: row.pid, ppid: row.ppid, threads: row.threads })
+        };
+        order.iter().filter_map(member).collect()
+    }
+
+    fn reader(&self) -> &'static str {
+        if self.iterators.is_some() { "ebpf" } else { "procfs" }
+    }
+
+    fn show(&self, rates: Rates) -> Sample {
+        let rows: Vec<ProcessRow> = self.processes.values().map(|s| s.row.clone()).collect();
+        let sum = |of: fn(&ProcessRow) -> u64| rows.iter().map(of).sum();
+        let totals = Totals {
+            processes: rows.len() as u64,
+            threads: sum(|r| r.threads),
+            descriptors: sum(|r| r.descriptors),
+            mappings: self.memory.value.counts.values().sum(),
+            resident: sum(|r| r.resident),
+            anonymous: sum(|r| r.anonymous),
+        };
+        let prediction = self.rehearsal.value.as_ref().map(|amounts| Prediction {
+            age: self.rehearsal.age(),
+            ..predict::predict(self.root, self.reader(), amounts, &Costs::median(self.costs.iter()), &history::load())
+        });
+        Sample {
+            root: self.root,
+            time: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
+            reader: self.reader().into(),
+            reader_note: self.reader_note.clone(),
+            cost_us: 0,
+            totals,
+            memory: self.memory.value.rows.clone(),
+            memory_age: self.memory.age(),
+            descriptors: self.descriptors.value.1.clone(),
+            descriptors_age: self.descriptors.age(),
+            rates,
+            prediction,
+            prediction_note: self.prediction_note.clone(),
+            processes: rows,
+        }
+    }
+}
+
+/// What was measured with our own processes and what was measured on the tree.
+fn merge(own: Costs, tree: Costs) -> Costs {
+    Costs {
+        read_process: tree.read_process,
+        read_descriptor: tree.read_descriptor,
+        read_mapping: tree.read_mapping,
+        mapping: tree.mapping,
+        scan_page: tree.scan_page,
+        copy_range: tree.copy_range,
+        copy_page: tree.copy_page,
+        compare_page: tree.compare_page,
+        ..own
+    }
+}
+
+/// Notes what a dump took, for the predictions to come. That it cannot be noted is no reason to complain.
+pub(crate) fn remember(root: i32, stats: &DumpStats) {
+    if let Err(e) = history::append(predict::Observed::new(root, stats)) {
+        debug!("the dump's times are not kept: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn first(viewer: &mut Viewer) -> Box<Sample> {
+        match viewer.sample().unwrap() {
+            View::Running(sample) => sample,
+            View::Ended => panic!("it runs"),
+        }
+    }
+
+    #[test]
+    fn a_child_and_its_end() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id() as i32;
+        for reader in [Reader::Procfs, Reader::Auto] {
+            let mut viewer = Viewer::with_reader(pid, reader).unwrap();
+            let sample = first(&mut viewer);
+            assert_eq!((sample.totals.processes, sample.totals.threads), (1, 1));
+            assert!(sample.processes[0].comm == "sleep" && sample.totals.descriptors >= 3, "{sample:?}");
+            assert!(sample.memory.iter().any(|m| m.kind == MappingKind::Stack), "{:?}", sample.memory);
+            assert!(!sample.descriptors.is_empty(), "{sample:?}");
+            let prediction = sample.prediction.as_ref().unwrap_or_else(|| panic!("{:?}", sample.prediction_note));
+            assert!(prediction.freeze_us > 50 && prediction.freeze_us < 1_000_000, "{prediction:?}");
+            assert!(prediction.image_bytes > 50_000 && prediction.image_bytes < 50 << 20, "{prediction:?}");
+            let sample = first(&mut viewer);
+            assert_eq!((sample.rates.forks, sample.rates.exits), (0.0, 0.0));
+        }
+        let mut viewer = Viewer::with_reader(pid, Reader::Procfs).unwrap();
+        child.kill().unwrap();
+        // Dead, and its parent has not noticed yet.
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(viewer.sample().unwrap(), View::Ended);
+        child.wait().unwrap();
+        assert_eq!(viewer.sample().unwrap(), View::Ended);
+        assert!(matches!(Viewer::new(pid), Err(Error::Target(_))));
+    }
+}

@@ -1,0 +1,337 @@
+//! What a dump would find in the running tree, and what finding it costs: the steps that harm nobody are made, each for
+//! itself, with a watch in hand.
+
+use super::predict::{Amounts, Costs, fit};
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{
+        PAGE,
+        pagemap::{Pagemap, Range},
+        proc,
+    },
+    memory::{collect, copy::is_zero, private::PrivatePages},
+    objects::{Collected, shared_memory},
+    observe::{self, FdEntry, Iterators, ProcessState, VmaEntry},
+};
+use standstill_images::types::DumpCounts;
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    time::Instant,
+};
+
+/// So many pages are read to find out what reading costs: more than a processor's caches hold of them.
+const READ: usize = 4096;
+/// At most so many in one go.
+const SLICE: u64 = 64;
+/// So many page frames of a process are compared.
+const COMPARED: u64 = 1024;
+
+/// What a rehearsal found.
+pub(super) struct Found {
+    pub amounts: Amounts,
+    /// Those costs that depend on the tree; the others are zero.
+    pub costs: Costs,
+    /// The descriptors, by the way.
+    pub descriptors: Vec<FdEntry>,
+}
+
+/// A process of the tree with its parent and its threads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member {
+    pub pid: i32,
+    pub ppid: i32,
+    pub threads: u64,
+}
+
+/// The steps of a dump on a running tree.
+///
+/// # Errors
+/// When the tree has memory that cannot be dumped, or changes too quickly to be read.
+pub(super) fn rehearse(members: &[Member], iterators: &mut Option<Iterators>, pages: &mut Pages) -> Result<Found> {
+    let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
+    let mut found = Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new() };
+    let seen = read(&pids, iterators, &mut found)?;
+    let (spaces, shared) = spaces(members, &seen, &mut found)?;
+    count(members, &spaces, &mut found);
+    let zeros = pages.copy(&spaces, &mut found.costs);
+    let same = compare(members, &spaces, &mut found.costs)?;
+    let amounts = &mut found.amounts;
+    amounts.copied = (amounts.counts.pages as f64 * (1.0 - same)) as u64 + shared;
+    amounts.stored = (amounts.copied as f64 * (1.0 - zeros)) as u64;
+    Ok(found)
+}
+
+fn nanoseconds(since: Instant) -> f64 {
+    since.elapsed().as_nanos() as f64
+}
+
+fn each(total: f64, count: u64) -> f64 {
+    if count == 0 { 0.0 } else { total / count as f64 }
+}
+
+/// State and mappings of each process, if the reader tells.
+type Seen = HashMap<i32, (ProcessState, Vec<VmaEntry>)>;
+
+/// The reader's passes.
+fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<Seen> {
+    let failed = |e: observe::ObserveError| match e {
+        // It was there when the list was made.
+        observe::ObserveError::Io { source, .. } if proc::is_gone(&source) => changed(pids[0]),
+        other => Error::System { call: "read the tree".into(), source: io::Error::other(other) },
+    };
+    let Some(iterators) = iterators else {
+        let begin = Instant::now();
+        found.descriptors = observe::procfs::files(pids).map_err(failed)?;
+        found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+        return Ok(HashMap::new());
+    };
+    iterators.prefetch_paths(pids).map_err(failed)?;
+    let begin = Instant::now();
+    found.descriptors = iterators.files(pids).map_err(failed)?;
+    found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+    let begin = Instant::now();
+    let mapped = iterators.vmas(pids).map_err(failed)?;
+    found.costs.read_mapping = each(nanoseconds(begin), mapped.len() as u64);
+    let begin = Instant::now();
+    let processes = iterators.processes(pids).map_err(failed)?;
+    found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
+    let mut seen: Seen = processes.into_iter().map(|p| (p.tgid, (p, Vec::new()))).collect();
+    for vma in mapped {
+        if let Some((_, vmas)) = seen.get_mut(&vma.tgid) {
+            vmas.push(vma);
+        }
+    }
+    Ok(seen)
+}
+
+fn changed(pid: i32) -> Error {
+    Error::System {
+        call: format!("read the tree of {pid}"),
+        source: io::Error::other("it changes too quickly to be read while it runs"),
+    }
+}
+
+/// Address spaces as the dump would record them; also the pages of shared memory objects.
+fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
+    let mut all = Collected::new(0);
+    let mut spaces = Vec::with_capacity(members.len());
+    let (mut took, mut mappings) = (0.0, 0);
+    for (n, member) in members.iter().enumerate() {
+        let seen = seen.get(&member.pid);
+        let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
+        let vmas = seen.map_or(&[][..], |(_, vmas)| vmas.as_slice());
+        let begin = Instant::now();
+        let (space, pages) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all).map_err(|e| match e {
+            Error::System { source, .. } if proc::is_gone(&source) => changed(member.pid),
+            other => other,
+        })?;
+        took += nanoseconds(begin);
+        mappings += space.vmas.len() as u64;
+        spaces.push(pages);
+    }
+    found.amounts.counts.mappings = mappings;
+    let (scan, pages) = scan(&spaces)?;
+    found.costs.scan_page = scan;
+    found.costs.mapping = each((took - scan * pages as f64).max(0.0), mappings);
+    let mut shared = 0;
+    for (object, source) in all.shared.iter().zip(&all.shared_sources) {
+        let ranges = shared_memory::data_ranges(source, object.size).context(|| "look for shared memory".into())?;
+        shared += ranges.iter().map(|(start, end)| (end - start).div_ceil(PAGE)).sum::<u64>();
+    }
+    Ok((spaces, shared))
+}
+
+/// What looking at a page costs, from the largest range there is, and how many pages there are.
+fn scan(spaces: &[PrivatePages]) -> Result<(f64, u64)> {
+    let pages = |r: &Range| (r.end - r.start) / PAGE;
+    let all = spaces.iter().flat_map(|s| s.ranges.iter().map(pages)).sum();
+    let largest = spaces.iter().filter_map(|s| Some((s.pid, *s.ranges.iter().max_by_key(|r| pages(r))?)));
+    let Some((pid, range)) = largest.max_by_key(|(_, r)| pages(r)) else { return Ok((0.0, all)) };
+    let failed = || format!("scan the pages of {pid}");
+    let pagemap = Pagemap::open(pid).context(failed)?;
+    let begin = Instant::now();
+    pagemap.scan(range.start, range.end, &mut Vec::new()).context(failed)?;
+    // For a small range it is the system call that is measured, which belongs to the mapping.
+    let cost = if pages(&range) < 1024 { 0.0 } else { each(nanoseconds(begin), pages(&range)) };
+    Ok((cost, all))
+}
+
+fn count(members: &[Member], spaces: &[PrivatePages], found: &mut Found) {
+    let related = related(members);
+    let pages = |of: &PrivatePages| of.ranges.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
+    let mut known = HashSet::new();
+    let files: Vec<&FdEntry> = found.descriptors.iter().filter(|e| known.insert(e.file)).collect();
+    // As `objects::dump` decides: these three need no question of their own.
+    let plain =
+        |e: &&&FdEntry| matches!(e.mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK);
+    found.amounts.counts = DumpCounts {
+        processes: members.len() as u64,
+        threads: members.iter().map(|m| m.threads).sum(),
+        descriptors: found.descriptors.len() as u64,
+        files: files.len() as u64,
+        asked: (files.len() - files.iter().filter(plain).count()) as u64,
+        ranges: spaces.iter().map(|s| s.ranges.len() as u64).sum(),
+        pages: spaces.iter().map(pages).sum(),
+        compared: spaces.iter().filter(|s| related.contains(&s.pid)).map(pages).sum(),
+        ..found.amounts.counts
+    };
+}
+
+/// Processes with a parent or children in the tree.
+fn related(members: &[Member]) -> HashSet<i32> {
+    let pids: HashSet<i32> = members.iter().map(|m| m.pid).collect();
+    let children = members.iter().filter(|m| pids.contains(&m.ppid));
+    children.flat_map(|m| [m.pid, m.ppid]).collect()
+}
+
+/// Reads some of the pages of a tree, others each time.
+pub(super) struct Pages {
+    /// In use already: a dump does not wait for page faults either.
+    buffer: Vec<u8>,
+    round: usize,
+}
+
+impl Pages {
+    pub(super) fn new() -> Self {
+        // Not zeros, which would be memory that the kernel has yet to find.
+        Self { buffer: vec![0xff; READ * PAGE as usize], round: 0 }
+    }
+
+    /// Reads pages as the dump does. Which share holds only zeros.
+    fn copy(&mut self, spaces: &[PrivatePages], costs: &mut Costs) -> f64 {
+        let slices = choose(spaces, self.round);
+        self.round += 1;
+        let (mut samples, mut zeros, mut read) = (Vec::new(), 0, 0);
+        let mut memory: Option<(i32, File)> = None;
+        let mut rest = self.buffer.as_mut_slice();
+        for (pid, range) in slices {
+            if memory.as_ref().is_none_or(|(open, _)| *open != pid) {
+                let Ok(file) = File::open(proc::path(pid, "mem")) else { continue };
+                memory = Some((pid, file));
+            }
+            let Some((_, file)) = &memory else { continue };
+            let length = (range.end - range.start) as usize;
+            if length > rest.len() {
+                break;
+            }
+            let (slice, later) = rest.split_at_mut(length);
+            rest = later;
+            let begin = Instant::now();
+            // The page can be gone by now; what is read of the others counts.
+            let Ok(n) = file.read_at(slice, range.start) else { continue };
+            let pages = slice[..n].chunks_exact(PAGE as usize);
+            zeros += pages.clone().filter(|page| is_zero(page)).count();
+            samples.push((1.0, pages.len() as f64, nanoseconds(begin)));
+            read += pages.len();
+        }
+        (costs.copy_range, costs.copy_page) = fit(&samples);
+        each(zeros as f64, read as u64)
+    }
+}
+
+/// Slices of ranges all over the tree, as many as there is room for.
+fn choose(spaces: &[PrivatePages], round: usize) -> Vec<(i32, Range)> {
+    let all: Vec<(i32, Range)> = spaces
+        .iter()
+        .flat_map(|s| s.ranges.iter().map(|r| (s.pid, *r)))
+        .flat_map(|(pid, r)| {
+            let starts = (r.start..r.end).step_by((SLICE * PAGE) as usize);
+            starts.map(move |start| (pid, Range { start, end: r.end.min(start + SLICE * PAGE) }))
+        })
+        .collect();
+    let pages: u64 = all.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
+    let step = (pages as usize).div_ceil(READ).max(1);
+    // What was read the last time is in the processor's caches now.
+    all.into_iter().skip(round % step).step_by(step).collect()
+}
+
+/// Which share of the private pages is the parent's too; what comparing one costs.
+fn compare(members: &[Member], spaces: &[PrivatePages], costs: &mut Costs) -> Result<f64> {
+    let related = related(members);
+    let parents: HashMap<i32, i32> = members.iter().map(|m| (m.pid, m.ppid)).collect();
+    let mut frames: HashMap<i32, HashMap<u64, (u64, u64)>> = HashMap::new();
+    let (mut took, mut compared, mut seen, mut same) = (0.0, 0, 0, 0.0);
+    let mut total = 0;
+    for space in spaces {
+        let pages: u64 = space.ranges.iter().map(|r| (r.end - r.start) / PAGE).sum();
+        total += pages;
+        if !related.contains(&space.pid) || pages == 0 {
+            continue;
+        }
+        let Ok(pagemap) = Pagemap::open(space.pid) else { continue };
+        let begin = Instant::now();
+        let mut own = HashMap::new();
+        let (mut left, mut shared) = (COMPARED, 0);
+        for range in &space.ranges {
+            let n = left.min((range.end - range.start) / PAGE);
+            let Ok(numbers) = pagemap.frames(range.start, n) else { break };
+            let parent = parents.get(&space.pid).and_then(|p| frames.get(p));
+            for (page, frame) in numbers.into_iter().enumerate() {
+                let address = range.start + page as u64 * PAGE;
+                shared += u64::from(parent.and_then(|p| p.get(&address)).is_some_and(|p| p.0 == frame && frame != 0));
+                own.insert(address, (frame, 0));
+            }
+            left -= n;
+            if left == 0 {
+                break;
+            }
+        }
+        took += nanoseconds(begin);
+        compared += COMPARED - left;
+        seen += 1;
+        // Of large processes the first pages speak for the others.
+        same += pages as f64 * each(shared as f64, COMPARED - left);
+        frames.insert(space.pid, own);
+    }
+    costs.compare_page = each(took, if seen == 0 { 0 } else { compared });
+    Ok(each(same, total).min(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(pid: i32, ppid: i32) -> Member {
+        Member { pid, ppid, threads: 1 }
+    }
+
+    #[test]
+    fn relations() {
+        let related = related(&[member(1, 0), member(2, 1), member(3, 0)]);
+        assert_eq!(related, HashSet::from([1, 2]));
+    }
+
+    #[test]
+    fn slices_are_from_all_over() {
+        let range = |start: u64, pages: u64| Range { start, end: start + pages * PAGE };
+        let space = |ranges| PrivatePages { pid: 7, ranges, over_files: Vec::new() };
+        let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])], 5);
+        assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 64, 64, 64, 64, 44]);
+        let many = choose(&[space(vec![range(0, 1 << 20)])], 0);
+        let pages: u64 = many.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
+        assert!(pages as usize <= READ && pages as usize > READ / 2, "{pages}");
+        assert!(many.last().unwrap().1.start > (1 << 31), "{many:?}");
+        let others = choose(&[space(vec![range(0, 1 << 20)])], 1);
+        assert!(others.iter().all(|slice| !many.contains(slice)));
+        assert_eq!(choose(&[], 3), []);
+    }
+
+    #[test]
+    fn a_small_tree() {
+        let specimen = super::super::specimen::Specimen::start(2, 0).unwrap();
+        let mut pages = Pages::new();
+        let mut ours = Member { threads: 3, ..member(specimen.pid, 0) };
+        let found = rehearse(&[ours], &mut None, &mut pages).unwrap();
+        let counts = found.amounts.counts;
+        assert_eq!((counts.processes, counts.threads, counts.compared), (1, 3, 0));
+        assert!(counts.mappings > 10 && counts.pages > 20 && counts.descriptors > 2, "{counts:?}");
+        assert!(found.costs.copy_page > 10.0 && found.costs.read_descriptor > 100.0, "{:?}", found.costs);
+        assert!(found.amounts.stored <= found.amounts.copied && found.amounts.copied >= counts.pages / 2);
+        drop(specimen);
+        ours.threads = 1;
+        assert!(matches!(rehearse(&[ours], &mut None, &mut pages), Err(Error::System { .. })));
+    }
+}
