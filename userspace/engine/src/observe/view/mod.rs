@@ -15,7 +15,7 @@
 //!
 //! The tree is not disturbed: it is read by the iterators or procfs, and what nobody may try on a running process
 //! (ptrace) is measured with processes of our own. What is expensive is read less often, so that all of it takes a few
-//! hundredths of one processor at most ([`SHARE`]).
+//! hundredths of one processor at most.
 
 mod descriptors;
 mod history;
