@@ -48,7 +48,7 @@ pub(crate) struct LogArgs {
     #[arg(short = 'o', long = "log-file", value_name = "FILE")]
     pub log_file: Option<PathBuf>,
     /// Say more: -v information, -vv debugging, -vvv everything; also -v0 to -v4 as in CRIU
-    #[arg(short = 'v', value_name = "LEVEL", num_args = 0..=1, require_equals = false, default_missing_value = "v", action = clap::ArgAction::Append)]
+    #[arg(short = 'v', value_name = "LEVEL", num_args = 0..=1, require_equals = false, default_missing_value = "1", action = clap::ArgAction::Append)]
     pub verbose: Vec<String>,
 }
 

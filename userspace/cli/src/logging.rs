@@ -14,14 +14,17 @@ use std::{
 use tracing::level_filters::LevelFilter;
 
 fn level(verbose: &[String]) -> LevelFilter {
-    // -v, -vv, -vvv add up; -v4 says it at once.
-    let score: usize = verbose.iter().map(|v| v.parse().unwrap_or(v.len() + usize::from(v != "v"))).sum();
-    match score {
+    match score(verbose) {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
         2 | 3 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     }
+}
+
+/// -v, -vv, -vvv add up; -v4 says it at once. What follows the first v of -vv is its value, another v.
+fn score(verbose: &[String]) -> usize {
+    verbose.iter().map(|v| v.parse().unwrap_or(v.len() + 1)).sum()
 }
 
 static TO_FILE: AtomicBool = AtomicBool::new(false);
@@ -53,4 +56,26 @@ pub(crate) fn start(args: &LogArgs, dir: &Path) -> Result<(), Failure> {
     TO_FILE.store(true, Ordering::Relaxed);
     tracing_subscriber::fmt().with_max_level(level).with_writer(Mutex::new(file)).with_ansi(false).init();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    #[test]
+    fn verbosity_adds_up() {
+        let score = |flags: &[&str]| {
+            let line = ["standstill", "track", "-t", "1"].iter().chain(flags);
+            match Cli::try_parse_from(line).unwrap().command {
+                Command::Track(args) => super::score(&args.log.verbose),
+                other => panic!("{other:?}"),
+            }
+        };
+        let flags: [(&[&str], usize); 7] =
+            [(&[], 0), (&["-v"], 1), (&["-vv"], 2), (&["-v", "-v"], 2), (&["-vvv"], 3), (&["-v4"], 4), (&["-v0"], 0)];
+        for (flags, expected) in flags {
+            assert_eq!(score(flags), expected, "{flags:?}");
+        }
+    }
 }

@@ -1,8 +1,10 @@
 //! Births, new programs and ends of processes.
 
 use crate::{
+    log_context,
     LAYOUT, PROCESSES, SPACES, access::Address, access::known, access::pointer, add, changed, now, process_of, wake,
 };
+use aya_log_ebpf::{debug, warn};
 use standstill_ebpf_abi::track::{TrackedProcess, TrackedSpace, count, part};
 
 /// Arguments of the tracepoint sched_process_fork.
@@ -31,8 +33,10 @@ extern "C" fn fork(ctx: &Fork) -> i32 {
     let process = TrackedProcess { born, changed: [born; part::COUNT] };
     if PROCESSES.insert(child, process, 0).is_err() {
         add(count::LOST);
+        warn!(&log_context(ctx), "no room to track process {}, a child of {}", child, parent);
         return 0;
     }
+    debug!(&log_context(ctx), "process {} is a child of {}", child, parent);
     track_space(ctx.child);
     0
 }

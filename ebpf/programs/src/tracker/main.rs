@@ -18,6 +18,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns},
     macros::map,
     maps::{Array, HashMap, PerCpuArray, RingBuf},
+    programs::BtfTracePointContext,
 };
 use standstill_ebpf_abi::track::{TrackLayout, TrackedProcess, TrackedSpace, count, part};
 
@@ -73,6 +74,12 @@ unsafe fn thread_of(task: Address) -> u32 {
 fn current() -> Address {
     // SAFETY: nothing is passed.
     unsafe { bpf_get_current_task_btf() }.cast_const().cast()
+}
+
+/// What the logging macros want to see.
+#[inline(always)]
+fn log_context<T>(ctx: &T) -> BtfTracePointContext {
+    BtfTracePointContext::new(core::ptr::from_ref(ctx).cast_mut().cast())
 }
 
 #[inline(always)]

@@ -4,9 +4,10 @@
 use crate::{
     LAYOUT, NAMES, PROCESSES,
     access::{Address, known, load, zero},
-    changed, current, now, process_of,
+    changed, current, log_context, now, process_of,
 };
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use aya_log_ebpf::debug;
 use core::ptr;
 use standstill_ebpf_abi::track::{SYSCALLS, part, when};
 
@@ -44,6 +45,9 @@ extern "C" fn sys_exit(ctx: &SysExit) -> i32 {
     if PROCESSES.get_ptr(process).is_some() {
         let parts = parts(rule, ctx);
         if parts != 0 {
+            if parts == part::ALL {
+                debug!(&log_context(ctx), "process {}: system call {} may have changed everything", process, number);
+            }
             changed(process, parts);
         }
     }

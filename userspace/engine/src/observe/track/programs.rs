@@ -7,6 +7,8 @@ use aya::{
     maps::{Array, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{BtfTracePoint, ProgramError},
 };
+use aya_log::EbpfLogger;
+use log::Log;
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{
     Plain,
@@ -44,6 +46,8 @@ pub(super) struct Programs {
     counts: PerCpuArray<MapData, [u64; count::COUNT]>,
     told: Array<MapData, u32>,
     pub(super) wake: Wake,
+    /// What the programs say about themselves.
+    log: EbpfLogger<&'static dyn Log>,
     /// Detaches the programs when dropped.
     _ebpf: Ebpf,
 }
@@ -64,10 +68,13 @@ impl Programs {
         loader::check_capabilities()?;
         let layout = layout()?;
         let btf = Btf::from_sys_fs().map_err(|e| loader::failed("all", e))?;
+        let log_level = log::max_level() as u8;
         let mut ebpf = EbpfLoader::new()
             .override_global("LAYOUT", layout.bytes(), true)
+            .override_global(aya_log::LEVEL, &log_level, true)
             .load(OBJECT)
             .map_err(|e| loader::failed("all", e))?;
+        let log = EbpfLogger::init(&mut ebpf).map_err(|e| loader::failed("AYA_LOGS", e))?;
         for (name, tracepoint) in NEEDED {
             attach(&mut ebpf, &btf, name, tracepoint).map_err(|e| loader::failed(name, e))?;
         }
@@ -85,6 +92,7 @@ impl Programs {
             counts: loader::map(&mut ebpf, "COUNTS", PerCpuArray::try_from)?,
             told: loader::map(&mut ebpf, "TOLD", Array::try_from)?,
             wake: Wake(loader::map(&mut ebpf, "WAKE", RingBuf::try_from)?),
+            log,
             _ebpf: ebpf,
         })
     }
@@ -101,6 +109,7 @@ impl Programs {
     /// Lets the next change wake the reader up again.
     pub(super) fn rearm(&mut self) -> Result<()> {
         while self.wake.0.next().is_some() {}
+        self.log.flush();
         self.told.set(0, 0, 0).map_err(failed)
     }
 }

@@ -1,6 +1,8 @@
 //! How often what changes: counted in the kernel where the tracker loads, else from the differences between samples.
 
 use super::{descriptors::Names, processes::Seen, sample::Rates};
+#[cfg(feature = "ebpf")]
+use crate::observe::{Counters, Status, Tracker};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     time::Duration,
@@ -22,9 +24,20 @@ pub(super) struct Events {
 /// Counts the events of a tree.
 pub(super) struct Counter {
     #[cfg(feature = "ebpf")]
-    tracker: Option<super::super::Tracker>,
+    source: Source,
+    #[cfg(feature = "ebpf")]
+    root: i32,
     /// Differences seen so far.
     differences: Events,
+}
+
+#[cfg(feature = "ebpf")]
+enum Source {
+    /// The tree's tracker, a process of its own.
+    Asked,
+    /// One of ours.
+    Own(Box<Tracker>),
+    None,
 }
 
 impl Counter {
@@ -34,7 +47,13 @@ impl Counter {
         let _ = (root, ebpf);
         Self {
             #[cfg(feature = "ebpf")]
-            tracker: ebpf.then(|| super::super::Tracker::start(root).ok()).flatten(),
+            source: match ebpf {
+                true if matches!(Status::ask(root), Ok(Some(_))) => Source::Asked,
+                true => Tracker::start(root).map_or(Source::None, |tracker| Source::Own(Box::new(tracker))),
+                false => Source::None,
+            },
+            #[cfg(feature = "ebpf")]
+            root,
             differences: Events::default(),
         }
     }
@@ -42,7 +61,7 @@ impl Counter {
     /// Whether every event is counted.
     pub(super) fn counts(&self) -> bool {
         #[cfg(feature = "ebpf")]
-        return self.tracker.is_some();
+        return !matches!(self.source, Source::None);
         #[cfg(not(feature = "ebpf"))]
         false
     }
@@ -51,7 +70,7 @@ impl Counter {
     pub(super) fn events(&mut self, differences: Events) -> Events {
         self.differences = add(&self.differences, &differences);
         #[cfg(feature = "ebpf")]
-        if let Some(Ok(c)) = self.tracker.as_ref().map(super::super::Tracker::counters) {
+        if let Some(c) = self.counters() {
             return Events {
                 forks: c.forks,
                 threads: c.threads,
@@ -64,6 +83,22 @@ impl Counter {
             };
         }
         self.differences
+    }
+
+    #[cfg(feature = "ebpf")]
+    fn counters(&mut self) -> Option<Counters> {
+        match &self.source {
+            Source::Asked => match Status::ask(self.root) {
+                Ok(Some(status)) => Some(status.counters),
+                // It has ended: from here on we count ourselves, from zero.
+                _ => {
+                    *self = Self { differences: self.differences, ..Self::start(self.root, true) };
+                    None
+                }
+            },
+            Source::Own(tracker) => tracker.counters().ok(),
+            Source::None => None,
+        }
     }
 }
 
