@@ -1,8 +1,8 @@
 //! Births, new programs and ends of processes.
 
 use crate::{
-    log_context,
-    LAYOUT, PROCESSES, SPACES, access::Address, access::known, access::pointer, add, changed, now, process_of, wake,
+    LAYOUT, PROCESSES, SPACES, access::Address, access::known, access::pointer, add, changed, log_context, now,
+    process_of, wake,
 };
 use aya_log_ebpf::{debug, warn};
 use standstill_ebpf_abi::track::{TrackedProcess, TrackedSpace, count, part};

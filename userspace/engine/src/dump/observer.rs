@@ -5,7 +5,7 @@ use crate::{
     observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
 };
 use std::collections::HashMap;
-use tracing::{info, warn};
+use tracing::warn;
 
 /// Who lists the descriptors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,7 +89,8 @@ impl Observer {
         }
     }
 
-    /// Reads the tree, or falls back to procfs.
+    /// Reads the tree, or falls back to procfs. `paranoid`: what a tracker knows is compared with the truth.
+    #[cfg_attr(not(feature = "ebpf"), expect(unused_variables, reason = "there are no trackers"))]
     pub(super) fn read(&mut self, pids: &[i32], paranoid: bool) -> Result<Seen> {
         let seen = match &mut self.source {
             #[cfg(feature = "ebpf")]
@@ -137,7 +138,7 @@ pub(crate) fn no_reader(e: &ObserveError) -> Error {
 #[cfg(feature = "ebpf")]
 fn tracked(lease: &mut observe::Lease, pids: &[i32], paranoid: bool) -> observe::Result<Seen> {
     let (processes, mut fresh) = lease.check(pids)?;
-    info!(fresh = format!("{:.0} %", 100.0 * fresh.share()), "what the tracker knows is checked");
+    tracing::info!(fresh = format!("{:.0} %", 100.0 * fresh.share()), "what the tracker knows is checked");
     if paranoid {
         for difference in lease.compare(&fresh)? {
             warn!("the tracker is wrong about process {}: {}: {}", difference.pid, difference.part, difference.what);
