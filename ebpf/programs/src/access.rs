@@ -1,5 +1,5 @@
-//! Looking into kernel structures. Each binary uses a part of it.
-#![allow(dead_code)]
+//! Looking into kernel structures.
+#![allow(dead_code, reason = "each binary uses a part of it")]
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use core::{mem, ptr};

@@ -9,17 +9,7 @@
 mod access;
 mod kernel;
 mod name;
+mod runtime;
 mod task;
 mod task_file;
 mod task_vma;
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses programs with a reachable loop without end, so what panics does not load.
-    loop {}
-}
-
-// bpf_probe_read_kernel, bpf_d_path and bpf_seq_write are for programs under a licence compatible with the GPL only.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

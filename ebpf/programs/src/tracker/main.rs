@@ -10,6 +10,8 @@
 mod access;
 mod life;
 mod memory;
+#[path = "../runtime.rs"]
+mod runtime;
 mod syscalls;
 
 use access::{Address, known, load, zero};
@@ -125,14 +127,3 @@ fn wake() {
         }
     }
 }
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses programs with a reachable loop without end, so what panics does not load.
-    loop {}
-}
-
-// bpf_probe_read_kernel and others are for programs under a licence compatible with the GPL only.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -342,18 +342,6 @@ fn available_memory() -> u64 {
     proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
-/// Pids of the tree while it runs: a hint.
-pub(crate) fn running_tree(root: i32) -> Vec<i32> {
-    let mut pids = vec![root];
-    let mut next = 0;
-    while let Some(&pid) = pids.get(next) {
-        next += 1;
-        let tids = proc::threads(pid).unwrap_or_default();
-        pids.extend(proc::children(pid, &tids).unwrap_or_default());
-    }
-    pids
-}
-
 /// Refuses what can never be a target.
 pub(crate) fn check_target(pid: i32) -> Result<()> {
     const PF_KTHREAD: u64 = 0x0020_0000;

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry},
+    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry, vmas_by_process},
 };
 use std::collections::HashMap;
 use tracing::warn;
@@ -44,14 +44,6 @@ impl Seen {
     fn new(files: Vec<FdEntry>, vmas: HashMap<i32, Vec<VmaEntry>>, processes: Vec<ProcessState>) -> Self {
         Self { files, vmas, processes: processes.into_iter().map(|p| (p.tgid, p)).collect() }
     }
-}
-
-fn by_process(vmas: Vec<VmaEntry>) -> HashMap<i32, Vec<VmaEntry>> {
-    let mut by_pid: HashMap<i32, Vec<VmaEntry>> = HashMap::new();
-    for vma in vmas {
-        by_pid.entry(vma.tgid).or_default().push(vma);
-    }
-    by_pid
 }
 
 impl Observer {
@@ -145,12 +137,12 @@ fn tracked(lease: &mut observe::Lease, pids: &[i32], paranoid: bool) -> observe:
             fresh.vmas.remove(&difference.pid);
         }
     }
-    let vmas = lease.vmas(pids, &fresh)?.into_iter().collect();
+    let vmas = lease.vmas(pids, &fresh)?;
     Ok(Seen::new(lease.iterators().files(pids)?, vmas, processes))
 }
 
 fn observed(iterators: &mut Iterators, pids: &[i32]) -> observe::Result<Seen> {
-    Ok(Seen::new(iterators.files(pids)?, by_process(iterators.vmas(pids)?), iterators.processes(pids)?))
+    Ok(Seen::new(iterators.files(pids)?, vmas_by_process(iterators.vmas(pids)?), iterators.processes(pids)?))
 }
 
 fn from_procfs(pids: &[i32]) -> Result<Seen> {

@@ -232,7 +232,7 @@ fn clusters(ranges: &[Range]) -> impl Iterator<Item = &[Range]> {
 }
 
 /// Reads until the buffer is full or the file ends.
-fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+pub(super) fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let mut n = 0;
     while n < buffer.len() {
         match file.read_at(&mut buffer[n..], offset + n as u64)? {

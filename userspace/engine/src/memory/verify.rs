@@ -5,12 +5,13 @@ use crate::{
     error::{Context, Result},
     image::Image,
     kernel::{PAGE, proc},
+    memory::copy::read_all,
 };
 use standstill_images::{ImageError, types::SharedMemoryId};
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::fd::OwnedFd,
 };
 
 /// Pages of the store that follow each other where they were put.
@@ -59,25 +60,13 @@ pub(crate) fn verify(image: &Image, pages: &File, shared: &HashMap<SharedMemoryI
         each_piece(&pieces, first, buffer.len() as u64 / PAGE, |piece, place| {
             let (path, file) = &memories[piece.memory];
             let part = &mut buffer[(place * PAGE) as usize..][..(piece.pages * PAGE) as usize];
-            fill(file, piece.at, part).map_err(|source| ImageError::Io { path: path.clone(), source })
+            let n = read_all(file, piece.at, part).map_err(|source| ImageError::Io { path: path.clone(), source })?;
+            // The last page of a shared file may reach beyond the file's end.
+            part[n..].fill(0);
+            Ok(())
         })
     };
     Ok(image.verify_copy(threads, read)?)
-}
-
-/// Reads until the buffer is full; the last page of a shared file may reach beyond the file's end.
-fn fill(file: &File, at: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], at + done as u64)? {
-            0 => {
-                buffer[done..].fill(0);
-                break;
-            }
-            n => done += n,
-        }
-    }
-    Ok(())
 }
 
 /// The same in the order of the store, without pages that were put in several places.

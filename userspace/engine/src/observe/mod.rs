@@ -24,6 +24,7 @@ mod loader;
 pub mod procfs;
 #[cfg(feature = "ebpf")]
 mod restart;
+mod run_dir;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
@@ -37,7 +38,7 @@ pub use track::{Counters, Difference, Freshness, Lease, Serving, Shadow, Status,
 
 use serde::{Deserialize, Serialize};
 use standstill_images::types::{AltStack, Bytes, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
-use std::{io, path::PathBuf};
+use std::{collections::HashMap, io, path::PathBuf};
 
 /// Identity of an open file description within one reading: same description, same number.
 ///
@@ -336,6 +337,15 @@ pub(crate) fn vma_bit(letters: &[u8; 2]) -> Option<u32> {
         b"gu" | b"dw" | b"sd" => 0,
         _ => return None,
     })
+}
+
+/// Mappings by process.
+pub(crate) fn vmas_by_process(vmas: Vec<VmaEntry>) -> HashMap<i32, Vec<VmaEntry>> {
+    let mut by_pid: HashMap<i32, Vec<VmaEntry>> = HashMap::new();
+    for vma in vmas {
+        by_pid.entry(vma.tgid).or_default().push(vma);
+    }
+    by_pid
 }
 
 /// Each process once, ascending.

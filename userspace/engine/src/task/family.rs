@@ -104,7 +104,7 @@ impl<'a> Family<'a> {
 }
 
 /// Pids of a tree while it runs, by procfs: a hint.
-fn running(root: i32) -> Vec<i32> {
+pub(crate) fn running(root: i32) -> Vec<i32> {
     let mut pids = vec![root];
     let mut next = 0;
     while let Some(&pid) = pids.get(next) {

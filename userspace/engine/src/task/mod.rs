@@ -4,6 +4,6 @@ mod family;
 mod freeze;
 mod remote;
 
-pub(crate) use family::Family;
+pub(crate) use family::{Family, running};
 pub(crate) use freeze::{FrozenProcess, FrozenTree, Stopped};
 pub(crate) use remote::Remote;

@@ -1,19 +1,15 @@
 //! What a tracker lends: its programs and maps by descriptors, its copy of the tree by value.
 
-use super::{
-    Difference, Freshness, Shadow, Status, Tracker,
-    programs::Maps,
-    serve::{DIRECTORY, socket},
-};
+use super::{Difference, Freshness, Shadow, Status, Tracker, programs::Maps, serve::socket};
 use crate::observe::{
     Iterators, ObserveError, ProcessState, Result, VmaEntry,
     layout::{LayoutParts, Layouts},
-    loader,
+    loader, run_dir, vmas_by_process,
 };
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::HashMap,
     fmt,
     io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write},
     os::{
@@ -86,7 +82,7 @@ impl Status {
     /// # Errors
     /// When the tracker does not answer.
     pub fn ask(root: i32) -> Result<Option<Self>> {
-        let Some(stream) = connect(Path::new(DIRECTORY), root, "status\n")? else { return Ok(None) };
+        let Some(stream) = connect(Path::new(run_dir::PATH), root, "status\n")? else { return Ok(None) };
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).map_err(ObserveError::io("read the tracker's status"))?;
         serde_json::from_str(&line).map(Some).map_err(|_| ObserveError::BadRecord("tracker"))
@@ -99,7 +95,7 @@ impl Lease {
     /// # Errors
     /// When the tracker does not answer, or is of another version.
     pub fn take(root: i32) -> Result<Option<Self>> {
-        Self::take_in(Path::new(DIRECTORY), root)
+        Self::take_in(Path::new(run_dir::PATH), root)
     }
 
     pub(in crate::observe) fn take_in(directory: &Path, root: i32) -> Result<Option<Self>> {
@@ -147,14 +143,10 @@ impl Lease {
     ///
     /// # Errors
     /// When the iterators cannot be read.
-    pub fn vmas(&mut self, pids: &[i32], fresh: &Freshness) -> Result<BTreeMap<i32, Vec<VmaEntry>>> {
+    pub fn vmas(&mut self, pids: &[i32], fresh: &Freshness) -> Result<HashMap<i32, Vec<VmaEntry>>> {
         let stale: Vec<i32> = pids.iter().copied().filter(|pid| !fresh.vmas.contains(pid)).collect();
-        let mut vmas: BTreeMap<i32, Vec<VmaEntry>> = BTreeMap::new();
-        if !stale.is_empty() {
-            for vma in self.iterators.vmas(&stale)? {
-                vmas.entry(vma.tgid).or_default().push(vma);
-            }
-        }
+        let read = if stale.is_empty() { Vec::new() } else { self.iterators.vmas(&stale)? };
+        let mut vmas = vmas_by_process(read);
         vmas.extend(fresh.vmas.iter().filter_map(|&pid| Some((pid, self.shadow.take_vmas(pid)?))));
         Ok(vmas)
     }

@@ -7,21 +7,22 @@
 use super::{Counters, Tracker, lease};
 use crate::{
     kernel::{proc, sys},
-    observe::{ObserveError, Result},
+    observe::{ObserveError, Result, run_dir},
 };
 use nix::{
     fcntl::{Flock, FlockArg},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{getsockopt, sockopt::PeerCredentials},
+    unistd::geteuid,
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
-            fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+            fs::OpenOptionsExt,
             net::{UnixListener, UnixStream},
         },
     },
@@ -30,8 +31,6 @@ use std::{
 };
 use tracing::{debug, info, warn};
 
-/// Where trackers are found.
-pub(super) const DIRECTORY: &str = "/run/standstill";
 /// A tree that changes all the time is read this often at most.
 const LEAST_PAUSE: Duration = Duration::from_millis(50);
 /// Reading takes at most one part in so many of the time.
@@ -84,7 +83,7 @@ impl Serving {
     /// # Errors
     /// [`ObserveError::Tracked`] if another tracker does; those of [`Tracker::start`]; those of /run/standstill.
     pub fn start(root: i32) -> Result<Self> {
-        Self::start_in(Path::new(DIRECTORY), root)
+        Self::start_in(Path::new(run_dir::PATH), root)
     }
 
     pub(in crate::observe) fn start_in(directory: &Path, root: i32) -> Result<Self> {
@@ -94,7 +93,7 @@ impl Serving {
             }
             other => other.map_err(ObserveError::io(format!("open a pidfd of process {root}")))?,
         };
-        make_directory(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
+        run_dir::make(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
         let lock = lock(directory, root)?;
         let socket = socket(directory, root);
         let tracker = Tracker::start(root)?;
@@ -159,9 +158,7 @@ impl Serving {
 
     fn serve(&mut self, client: &UnixStream) -> io::Result<()> {
         let peer = getsockopt(client, PeerCredentials)?;
-        // SAFETY: geteuid always succeeds and takes no memory.
-        let own = unsafe { libc::geteuid() };
-        if peer.uid() != 0 && peer.uid() != own {
+        if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
             warn!(pid = peer.pid(), uid = peer.uid(), "refused a client");
             return Ok(());
         }
@@ -201,21 +198,6 @@ impl Serving {
             counters: self.tracker.counters()?,
         })
     }
-}
-
-/// The directory, which nobody else may enter: what is in it is believed.
-fn make_directory(path: &Path) -> io::Result<()> {
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        other => other?,
-    }
-    let meta = fs::symlink_metadata(path)?;
-    // SAFETY: geteuid always succeeds and takes no memory.
-    let own = unsafe { libc::geteuid() };
-    if !meta.is_dir() || meta.uid() != own || meta.mode() & 0o077 != 0 {
-        return Err(io::Error::other("it is there, but not a directory for its owner only"));
-    }
-    Ok(())
 }
 
 /// Takes the place of the tree's only tracker.

@@ -1,17 +1,16 @@
 //! What the last dumps on this machine took, in a small file under `/run/standstill`: gone after a reboot, and no loss.
 
 use super::predict::Observed;
+use crate::observe::run_dir;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
-/// Readable and writable for its owner only: the pids and sizes of others are nobody's business.
-const DIRECTORY: &str = "/run/standstill";
 const NAME: &str = "dumps.json";
 /// So many are kept.
 const KEPT: usize = 32;
@@ -31,12 +30,12 @@ fn version() -> String {
 
 /// The last dumps, the oldest first; none if there is no such file, or one that makes no sense.
 pub(super) fn load() -> Vec<Observed> {
-    read(&Path::new(DIRECTORY).join(NAME))
+    read(&Path::new(run_dir::PATH).join(NAME))
 }
 
 /// Notes a dump.
 pub(super) fn append(dump: Observed) -> io::Result<()> {
-    append_in(Path::new(DIRECTORY), dump)
+    append_in(Path::new(run_dir::PATH), dump)
 }
 
 fn read(path: &Path) -> Vec<Observed> {
@@ -50,14 +49,7 @@ fn read(path: &Path) -> Vec<Observed> {
 }
 
 fn append_in(directory: &Path, dump: Observed) -> io::Result<()> {
-    match DirBuilder::new().mode(0o700).create(directory) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        other => other?,
-    }
-    let meta = fs::symlink_metadata(directory)?;
-    if !meta.is_dir() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
-        return Err(io::Error::other("the directory is somebody else's, or open to others"));
-    }
+    run_dir::make(directory)?;
     let file = |name: &str| directory.join(name);
     let create = |path: PathBuf| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path);
     // Two dumps may end at once. The lock is on a file of its own, because the other is replaced.
@@ -75,6 +67,10 @@ fn append_in(directory: &Path, dump: Observed) -> io::Result<()> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::{
+        fs::DirBuilder,
+        os::unix::fs::{DirBuilderExt, MetadataExt},
+    };
 
     fn dump(root: i32) -> Observed {
         Observed { root, reader: "ebpf".into(), phases: vec![("pages".into(), 7)], ..Default::default() }

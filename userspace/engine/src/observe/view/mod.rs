@@ -31,9 +31,10 @@ pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, Proce
 
 use super::Iterators;
 use crate::{
-    dump::{Reader, check_target, no_reader, running_tree},
+    dump::{Reader, check_target, no_reader},
     error::{Context, Error, Result},
     kernel::sys,
+    task,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use predict::{Amounts, Costs};
@@ -173,7 +174,7 @@ impl Viewer {
     pub fn sample(&mut self) -> Result<View> {
         let begin = Instant::now();
         // Parents before their children, as in a dump.
-        let order = running_tree(self.root);
+        let order = task::running(self.root);
         let seen = processes::read(&order);
         if !seen.contains_key(&self.root) || self.wait_for_end(Duration::ZERO) {
             return Ok(View::Ended);

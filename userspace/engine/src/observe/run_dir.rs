@@ -1,0 +1,24 @@
+//! Where trackers and dumps leave what others may find: gone after a reboot, and no loss.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::Path,
+};
+
+/// Readable and writable for its owner only: the pids and sizes of others are nobody's business.
+pub(super) const PATH: &str = "/run/standstill";
+
+/// Makes the directory, which nobody else may enter: what is in it is believed.
+pub(super) fn make(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other?,
+    }
+    let meta = fs::symlink_metadata(path)?;
+    if !meta.is_dir() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(io::Error::other("it is there, but not a directory for its owner only"));
+    }
+    Ok(())
+}
