@@ -30,6 +30,7 @@ extern "C" fn count_posix_timer(_: i32) {
 pub(crate) fn fork_all(control: &mut Control) {
     fork_pending(control);
     fork_timers(control);
+    fork_due_timer(control);
     fork_member(control, "limits", |_| {
         setrlimit(Resource::RLIMIT_NOFILE, 100, 200).expect("setrlimit");
         setrlimit(Resource::RLIMIT_STACK, 1 << 20, 4 << 20).expect("setrlimit");
@@ -130,10 +131,7 @@ fn fork_timers(control: &mut Control) {
         };
         install(Signal::SIGALRM, count_interval_timer);
         install(Signal::SIGVTALRM, count_posix_timer);
-        let period = libc::timeval { tv_sec: 0, tv_usec: 70_000 };
-        let value = libc::itimerval { it_interval: period, it_value: period };
-        // SAFETY: the value is live, and a null old value is allowed.
-        assert_eq!(unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const value, ptr::null_mut()) }, 0, "setitimer");
+        start_interval_timer(70_000);
         let event = SigEvent::new(SigevNotify::SigevSignal { signal: Signal::SIGVTALRM, si_value: 9 });
         let mut timer = Timer::new(ClockId::CLOCK_MONOTONIC, event).expect("timer_create");
         let period = Expiration::Interval(TimeSpec::from_duration(Duration::from_millis(60)));
@@ -148,6 +146,46 @@ fn fork_timers(control: &mut Control) {
         });
     });
     control.adopt(pid, "timers");
+}
+
+/// A member whose periodic timer has fired and waits, unarmed, for its signal to be taken.
+fn fork_due_timer(control: &mut Control) {
+    let child = control.for_child("due timer");
+    let pid = fork_child(move || {
+        let action = SigAction::new(SigHandler::Handler(count_interval_timer), SaFlags::SA_RESTART, SigSet::empty());
+        // SAFETY: the handler only adds to an atomic.
+        unsafe { sigaction(Signal::SIGALRM, &action) }.expect("sigaction");
+        let mut alarm = SigSet::empty();
+        alarm.add(Signal::SIGALRM);
+        let fire = || {
+            alarm.thread_block().expect("block");
+            std::thread::sleep(Duration::from_millis(100));
+        };
+        start_interval_timer(70_000);
+        fire();
+        let before = SelfState::of_process();
+        let checker = Arc::clone(&child.checker);
+        child.serve(None, EVERY, |request| {
+            SelfState::of_process().check(&checker, "due timer", &before);
+            if request.thorough() {
+                let ticks = TICKS[0].load(Ordering::SeqCst);
+                alarm.thread_unblock().expect("unblock");
+                std::thread::sleep(Duration::from_millis(250));
+                let ticks = TICKS[0].load(Ordering::SeqCst) - ticks;
+                checker.that((2..=5).contains(&ticks), || format!("the due timer ticked {ticks} times"));
+                fire();
+            }
+        });
+    });
+    control.adopt(pid, "due timer");
+}
+
+/// Starts ITIMER_REAL with a period in microseconds.
+fn start_interval_timer(period_us: i64) {
+    let period = libc::timeval { tv_sec: 0, tv_usec: period_us };
+    let value = libc::itimerval { it_interval: period, it_value: period };
+    // SAFETY: the value is live, and a null old value is allowed.
+    assert_eq!(unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const value, ptr::null_mut()) }, 0, "setitimer");
 }
 
 fn check_ticks(checker: &Checker) {

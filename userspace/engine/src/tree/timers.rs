@@ -28,6 +28,13 @@ pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
         .map(|n| ITimer { interval_us: w[n] * 1_000_000 + w[n + 1], value_us: w[n + 2] * 1_000_000 + w[n + 3] }))
 }
 
+/// Microseconds until a timer is due; `None`: it is not in use. A periodic ITIMER_REAL that has fired has no time left:
+/// the kernel starts it again when its signal is taken, which is one of the pending signals then. One that is started
+/// without time left would be stopped for good, so it begins a new period.
+fn left(timer: &ITimer) -> Option<u64> {
+    [timer.value_us, timer.interval_us].into_iter().find(|&us| us != 0)
+}
+
 /// POSIX timers: procfs has the definitions, the process itself the time left.
 pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTimer>> {
     let lines = proc::timers(pid).context(|| format!("read the timers of {pid}"))?;
@@ -54,10 +61,10 @@ pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTim
 
 /// Starts the interval timers again with the time that was left.
 pub(crate) fn restore_itimers(timers: &[ITimer; 3], program: &mut Program) {
-    for (which, timer) in timers.iter().enumerate().filter(|(_, t)| t.value_us != 0) {
+    for (which, timer) in timers.iter().enumerate() {
+        let Some(left) = left(timer) else { continue };
         let us = 1_000_000;
-        let block =
-            program.words(&[timer.interval_us / us, timer.interval_us % us, timer.value_us / us, timer.value_us % us]);
+        let block = program.words(&[timer.interval_us / us, timer.interval_us % us, left / us, left % us]);
         program.call("start an interval timer", libc::SYS_setitimer, &[which.into(), block, 0.into()]);
     }
 }
