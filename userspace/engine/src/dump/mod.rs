@@ -9,7 +9,11 @@ use crate::{
     error::{Context, Error, Result},
     image,
     kernel::{PAGE, proc, sys},
-    memory::{self, copy::Copier, private::PrivatePages},
+    memory::{
+        self,
+        copy::{Copier, Parent},
+        private::{self, PrivatePages},
+    },
     objects::{self, Collected, regular},
     observe::{self, FdEntry},
     restore::{environment, sessions},
@@ -201,7 +205,10 @@ fn collect(tree: &FrozenTree, options: &DumpOptions, observer: &mut Observer, ph
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
         let (task, brk) = process::collect(process, observed, &mut known, id, id)?;
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let (space, private) = memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects)?;
+        let (mut space, areas) =
+            memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, false)?;
+        let (private, guards) = private::look(process.pid, &areas, None, false)?;
+        space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
         state.tasks.push(task);
         state.spaces.push(space);
         state.private.push(private);
@@ -252,11 +259,13 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
 
 fn copy_pages(tree: &FrozenTree, state: &mut State, pages: &mut PageWriter) -> Result<memory::copy::Counts> {
     let parents: HashMap<i32, i32> = state.tasks.iter().map(|t| (t.pid, t.ppid)).collect();
-    let with_children: HashSet<i32> = parents.values().copied().collect();
-    let mut copier = Copier::new(pages);
-    for (process, (space, private)) in tree.processes().iter().zip(state.spaces.iter_mut().zip(&state.private)) {
-        let parent = parents.get(&process.pid).copied();
-        space.pages = copier.private(private, parent, with_children.contains(&process.pid))?;
+    let mut copier = Copier::new(pages, 0, false);
+    let numbers: HashMap<i32, usize> = tree.pids().into_iter().zip(0..).collect();
+    for (n, private) in state.private.iter().enumerate() {
+        let (earlier, rest) = state.spaces.split_at_mut(n);
+        let parent = parents.get(&private.pid).and_then(|p| Some((*p, earlier.get(*numbers.get(p)?)?)));
+        let parent = parent.map(|(pid, space)| Parent { pid, runs: &space.pages });
+        rest[0].pages = copier.private(private, parent)?.runs;
     }
     for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
         copier.shared(object, source)?;
