@@ -39,7 +39,7 @@ pub(crate) struct Copied {
 
 /// Copies pages straight from the target into the buffers that are written to the store.
 pub(crate) struct Copier<'a> {
-    store: &'a mut PageWriter,
+    pub(crate) store: &'a mut PageWriter,
     /// What is being filled, and the number of its first page.
     buffer: Option<Buffer>,
     next: PageIndex,
@@ -51,9 +51,19 @@ pub(crate) struct Copier<'a> {
 }
 
 impl<'a> Copier<'a> {
-    /// `first`: number of the next page that goes to the store. `running`: pages may go before they are copied.
-    pub(crate) fn new(store: &'a mut PageWriter, first: PageIndex, running: bool) -> Self {
-        Self { store, buffer: None, next: first, counts: Counts::default(), zeros_count: false, running }
+    /// For processes that may run: pages may go before they are copied. `first`: number of the first page of the store.
+    pub(crate) fn new(store: &'a mut PageWriter, first: PageIndex) -> Self {
+        Self { store, buffer: None, next: first, counts: Counts::default(), zeros_count: false, running: true }
+    }
+
+    /// From now on the processes do not run.
+    pub(crate) fn stopped(&mut self) {
+        self.running = false;
+    }
+
+    /// What was copied so far.
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts
     }
 
     /// Hands over the rest; the totals.
@@ -162,8 +172,8 @@ impl<'a> Copier<'a> {
         // copies of its own, and it keeps to the process's own protections.
         self.copy(range.start, range.end, copied, |at, buffer| match memory.read_at(buffer, at) {
             Ok(n) if n >= PAGE as usize => Ok(n),
-            _ if running => Ok(0),
             Ok(_) => Err(Error::Died(pid)),
+            Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
             Err(e) => Err(e).context(|| format!("read the memory of {pid} at {at:x}")),
         })
     }
@@ -298,7 +308,7 @@ mod tests {
         let pages = PrivatePages { pid: std::process::id() as i32, ranges, over_files, ..Default::default() };
         let dir = tempfile::tempdir().unwrap();
         let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();
-        let mut copier = Copier::new(&mut store, 0, false);
+        let mut copier = Copier::new(&mut store, 0);
         let runs = copier.private(&pages, None).unwrap().runs;
         assert_eq!(runs, [PageRun { start: middle, pages: 1, store: 0 }]);
         assert_eq!((copier.finish().unwrap().zero, runs.len()), (1, 1));
