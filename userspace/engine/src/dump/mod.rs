@@ -143,7 +143,7 @@ pub fn dump(options: &DumpOptions) -> Result<DumpStats> {
     stats.phases = phases.phases;
     stats.counts = state.counts();
     stats.total_us = begin.elapsed().as_micros() as u64;
-    image::publish(dir, &state.into_records(options)?, &index, &stats)?;
+    image::publish(dir, &state.into_records(options)?, &[index], &stats)?;
     if let Some(tree) = tree {
         tree.kill();
     } else {

@@ -3,6 +3,7 @@
 pub(crate) mod collect;
 pub(crate) mod copy;
 pub(crate) mod map;
+pub(crate) mod pages;
 pub(crate) mod private;
 pub(crate) mod smaps;
 pub(crate) mod verify;
