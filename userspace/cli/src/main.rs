@@ -5,6 +5,7 @@ mod check;
 mod dump;
 mod inspect;
 mod logging;
+mod progress;
 mod restore;
 #[cfg(feature = "ebpf")]
 mod track;

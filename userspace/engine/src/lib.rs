@@ -16,5 +16,5 @@ mod tree;
 
 pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
-pub use image::Image;
+pub use image::{Image, Store};
 pub use restore::{RestoreOptions, restore};

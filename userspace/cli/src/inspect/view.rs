@@ -87,21 +87,23 @@ impl<'a> View<'a> {
 
 impl<'a> Store<'a> {
     fn new(image: &'a Image) -> Self {
-        let index = &image.pages;
-        let (compression, level) = match index.compression {
+        let chunks = || image.stores.iter().flat_map(|store| &store.index.chunks);
+        let (pages_file, compression) =
+            image.stores.last().map_or(("", Compression::None), |own| (&own.index.file, own.index.compression));
+        let (compression, level) = match compression {
             Compression::None => ("none", None),
             Compression::Lz4 => ("lz4", None),
             Compression::Zstd(level) => ("zstd", Some(level)),
         };
         Self {
-            pages_file: &index.file,
+            pages_file,
             compression,
             level,
-            pages: index.pages(),
+            pages: image.pages(),
             shared_pages: image.stats.pages_shared,
             zero_pages: image.stats.pages_zero,
-            page_bytes: index.chunks.iter().map(|c| u64::from(c.raw)).sum(),
-            stored_bytes: index.chunks.iter().map(|c| u64::from(c.stored)).sum(),
+            page_bytes: chunks().map(|c| u64::from(c.raw)).sum(),
+            stored_bytes: chunks().map(|c| u64::from(c.stored)).sum(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{
     kernel::PAGE,
+    memory::pages::PageFiles,
     restore::program::{Arg, Program},
 };
 use standstill_images::types::{AddressSpace, Backing, OpenFileId, PageRun, SharedMemoryId, Vma};
@@ -11,14 +12,7 @@ use std::collections::{BTreeSet, HashMap};
 pub(crate) struct MapFds<'a> {
     pub files: &'a HashMap<OpenFileId, i32>,
     pub shared: &'a HashMap<SharedMemoryId, i32>,
-    pub pages: StoreFds,
-}
-
-/// Descriptors of the page store: one that reads through the page cache, and one for large reads that need not.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StoreFds {
-    pub cached: i32,
-    pub direct: i32,
+    pub pages: &'a PageFiles,
 }
 
 const WRITE: u8 = libc::PROT_WRITE as u8;
@@ -209,7 +203,7 @@ fn advise(vma: &Vma, program: &mut Program) {
 const LARGE: u64 = 64;
 
 /// Runs that follow each other in memory and in the store are one read.
-fn read(runs: &[PageRun], store: StoreFds, program: &mut Program) {
+fn read(runs: &[PageRun], files: &PageFiles, program: &mut Program) {
     let mut merged: Vec<PageRun> = Vec::new();
     for run in runs {
         match merged.last_mut() {
@@ -220,8 +214,12 @@ fn read(runs: &[PageRun], store: StoreFds, program: &mut Program) {
         }
     }
     for run in merged {
-        let fd = if run.pages < LARGE { store.cached } else { store.direct };
-        program.read_full("read pages", fd, run.start, run.pages * PAGE, run.store * PAGE);
+        for part in files.find(run.store..run.store + run.pages) {
+            let pages = part.pages.end - part.pages.start;
+            let fd = if pages < LARGE { part.fds.cached } else { part.fds.direct };
+            let (to, from) = (part.pages.start - run.store, part.pages.start - part.origin);
+            program.read_full("read pages", fd, run.start + to * PAGE, pages * PAGE, from * PAGE);
+        }
     }
 }
 
