@@ -2,8 +2,11 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{Precopy, PrecopyOptions, Reader};
-use std::{path::PathBuf, time::Duration};
+use standstill_engine::{At, Precopy, PrecopyOptions, Reader};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 /// Checkpoint and restore running Linux process trees
 #[derive(Debug, Parser)]
@@ -19,6 +22,8 @@ pub(crate) enum Command {
     Dump(DumpArgs),
     /// Bring a process tree back from an image
     Restore(RestoreArgs),
+    /// Checkpoint a running tree again and again
+    Snapshot(SnapshotArgs),
     /// Watch a tree by eBPF, so that dumps know what did not change
     Track(TrackArgs),
     /// Show a running tree: processes, memory, descriptors, and how long a dump would stop it
@@ -93,6 +98,44 @@ pub(crate) struct DumpArgs {
     pub log: LogArgs,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct SnapshotArgs {
+    /// Root of the tree to checkpoint
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    pub tree: i32,
+    /// Directory of the checkpoints
+    #[arg(short = 'D', long = "images-dir", value_name = "STORE")]
+    pub store: PathBuf,
+    /// Time from one checkpoint to the next: 50ms, 10s, 5m
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub every: Duration,
+    /// How many checkpoints to keep
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: u32,
+    /// How many checkpoints to make; without it, until the tree ends
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
+    /// The tree is a job of a shell outside of it
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Seconds within which the tree must be frozen
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u64,
+    /// Compression of the pages
+    #[arg(long, value_enum, default_value_t)]
+    pub compress: Compress,
+    /// Who lists the descriptors
+    #[arg(long, value_enum, default_value_t)]
+    pub reader: ReaderArg,
+    #[command(flatten)]
+    pub precopy: PrecopyArgs,
+    /// Print a JSON object for each checkpoint
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
 /// Copying memory before the freeze
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct PrecopyArgs {
@@ -115,6 +158,20 @@ impl From<PrecopyArgs> for PrecopyOptions {
     }
 }
 
+fn at(text: &str) -> Result<At, String> {
+    if text == "latest" {
+        return Ok(At::Latest);
+    }
+    if let Ok(number) = text.parse() {
+        return Ok(At::Number(number));
+    }
+    if let Some(seconds) = text.strip_prefix('@') {
+        return seconds.parse().map(At::Time).map_err(|e| e.to_string());
+    }
+    let time = humantime::parse_rfc3339_weak(text).map_err(|e| format!("{e}: `latest`, a number or a time"))?;
+    Ok(At::Time(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()))
+}
+
 fn precopy(text: &str) -> Result<Precopy, String> {
     match text {
         "auto" => Ok(Precopy::Auto),
@@ -127,6 +184,10 @@ pub(crate) struct RestoreArgs {
     /// Directory of the image
     #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
     pub images_dir: PathBuf,
+    /// Which checkpoint, if the directory is that of `standstill snapshot`: `latest`, its number, or the newest at a time
+    /// (2026-11-26T10:00:00Z, or @SECONDS since the epoch)
+    #[arg(long, value_name = "latest|N|TIME", value_parser = at)]
+    pub at: Option<At>,
     /// Exit once the tree runs, instead of waiting for it
     #[arg(short = 'd', long)]
     pub restore_detached: bool,
@@ -274,8 +335,24 @@ mod tests {
         for (text, ms) in [("500ms", 500), ("1s", 1000), ("2", 2000), ("1.5s", 1500), ("2m", 120_000)] {
             assert_eq!(interval(text), Ok(Duration::from_millis(ms)), "{text}");
         }
+        assert_eq!(time("1.5ms"), Ok(Duration::from_micros(1500)));
+        assert!(time("-1s").is_err());
         for text in ["", "s", "0", "1ms", "-1s", "1d", "inf", "nan", "99999999h", "ä"] {
             assert!(interval(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn moments() {
+        for (text, expected) in [
+            ("latest", At::Latest),
+            ("17", At::Number(17)),
+            ("@1000", At::Time(1000)),
+            ("1970-01-01T00:01:00Z", At::Time(60)),
+            ("1970-01-01 00:01:00", At::Time(60)),
+        ] {
+            assert_eq!(at(text), Ok(expected), "{text}");
+        }
+        assert!(at("yesterday").is_err() && at("@x").is_err() && at("-1").is_err());
     }
 }

@@ -12,6 +12,16 @@ use standstill_images::{
 };
 use std::time::Duration;
 
+impl From<Compress> for Compression {
+    fn from(compress: Compress) -> Self {
+        match compress {
+            Compress::None => Self::None,
+            Compress::Lz4 => Self::Lz4,
+            Compress::Zstd => Self::Zstd(1),
+        }
+    }
+}
+
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
     let options = DumpOptions {
@@ -24,11 +34,7 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
         },
         shell_job: args.shell_job,
         timeout: Duration::from_secs(args.timeout),
-        compression: match args.compress {
-            Compress::None => Compression::None,
-            Compress::Lz4 => Compression::Lz4,
-            Compress::Zstd => Compression::Zstd(1),
-        },
+        compression: args.compress.into(),
         reader: args.reader.into(),
         paranoid: args.paranoid,
         precopy: args.precopy.into(),

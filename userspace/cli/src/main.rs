@@ -7,6 +7,7 @@ mod inspect;
 mod logging;
 mod progress;
 mod restore;
+mod snapshot;
 #[cfg(feature = "ebpf")]
 mod track;
 mod verify;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
         args::Command::Restore(args) => restore::run(&args),
+        args::Command::Snapshot(args) => snapshot::run(&args),
         #[cfg(feature = "ebpf")]
         args::Command::Track(args) => track::run(&args),
         #[cfg(not(feature = "ebpf"))]

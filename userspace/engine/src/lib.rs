@@ -11,6 +11,7 @@ mod memory;
 mod objects;
 pub mod observe;
 mod restore;
+mod snapshot;
 mod task;
 mod tree;
 
@@ -18,3 +19,4 @@ pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader,
 pub use error::{Error, Result};
 pub use image::{Image, Store};
 pub use restore::{RestoreOptions, restore};
+pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};

@@ -1,5 +1,6 @@
 //! The order of a dump; nothing but the order.
 
+mod chain;
 mod observer;
 mod rounds;
 mod state;
@@ -14,7 +15,7 @@ pub(crate) use target::check as check_target;
 use crate::{
     error::{Error, Result},
     image,
-    kernel::{PAGE, proc},
+    kernel::{PAGE, proc, sys},
     memory::{
         copy::{Copier, Parent},
         private::PrivatePages,
@@ -23,18 +24,19 @@ use crate::{
     observe,
     task::{Family, FrozenTree},
 };
-use observer::Observer;
+use chain::Chain;
+pub(crate) use observer::Observer;
 use rounds::Rounds;
 use serde::Serialize;
 use standstill_images::{
     publish::ImageDir,
-    store::{Compression, PageStoreIndex, PageWriter},
+    store::{Compression, PageWriter},
     types::{AddressSpace, DumpCounts, DumpStats, PrecopyStats},
 };
 use state::State;
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 use tracing::info;
@@ -108,44 +110,65 @@ impl Phases {
 /// See [`Error`]; nothing is left in the image directory then.
 pub fn dump(options: &DumpOptions) -> Result<Dumped> {
     target::check(options.pid)?;
+    let wanted = Wanted { dir: &options.dir, afterwards: options.afterwards, track: false, link: false };
     let dir = ImageDir::create(&options.dir)?;
-    Session::open(options, Instant::now())?.checkpoint(dir, options.afterwards, false)
+    Session::open(options, Observer::open(options.reader, options.pid)?).checkpoint(dir, &wanted)
 }
 
 /// Makes one image of a tree after the other. What has not changed since the last one is not copied again.
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     options: &'a DumpOptions,
     observer: Observer,
     trackings: Trackings,
-    /// Page stores of the last image, to which the known pages refer.
-    stores: Vec<PageStoreIndex>,
-    /// When the work for the next image began.
-    begin: Instant,
+    /// When it was last looked which pages have changed.
+    looked: Option<Duration>,
+    chain: Chain,
+}
+
+/// An image that is to be made.
+pub(crate) struct Wanted<'a> {
+    /// Its directory.
+    pub dir: &'a Path,
+    /// What becomes of the tree.
+    pub afterwards: Afterwards,
+    /// Writes are tracked further on, for the next image.
+    pub track: bool,
+    /// The image gets links to the page stores of earlier ones, instead of a parent.
+    pub link: bool,
 }
 
 impl<'a> Session<'a> {
-    fn open(options: &'a DumpOptions, begin: Instant) -> Result<Self> {
-        let observer = Observer::open(options.reader, options.pid)?;
-        Ok(Self { options, observer, trackings: Trackings::default(), stores: Vec::new(), begin })
+    pub(crate) fn open(options: &'a DumpOptions, observer: Observer) -> Self {
+        let (trackings, looked, chain) = Default::default();
+        Self { options, observer, trackings, looked, chain }
     }
 
-    /// Makes an image. `track`: writes are tracked further on, for the next one.
-    fn checkpoint(&mut self, dir: ImageDir, afterwards: Afterwards, track: bool) -> Result<Dumped> {
-        let result = self.attempt(dir, afterwards, track);
-        if result.is_err() || !track {
+    /// Makes an image in `dir`, which is that of `wanted`.
+    pub(crate) fn checkpoint(&mut self, dir: ImageDir, wanted: &Wanted<'_>) -> Result<Dumped> {
+        let result = self.attempt(dir, wanted);
+        if result.is_err() || !wanted.track {
             // What was copied for an image that failed is in no store.
             self.trackings.clear();
-            self.stores.clear();
+            self.chain = Chain::default();
+            self.looked = None;
         }
         result
     }
 
-    fn attempt(&mut self, dir: ImageDir, afterwards: Afterwards, track: bool) -> Result<Dumped> {
+    fn attempt(&mut self, mut dir: ImageDir, wanted: &Wanted<'_>) -> Result<Dumped> {
+        let begin = Instant::now();
+        let Wanted { afterwards, track, .. } = *wanted;
         let options = self.options;
         let (_, running) = Family::of(options.pid, self.observer.iterators());
         self.observer.read_ahead(&running);
-        let first = self.stores.iter().map(PageStoreIndex::pages).sum();
         let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
+        let mut first = self.chain.pages();
+        if wanted.link {
+            first = self.chain.absorb(&mut self.trackings, &mut pages)?;
+            self.chain.stores.iter().try_for_each(|store| dir.link(&self.chain.dir.join(&store.file)))?;
+        } else if !self.chain.stores.is_empty() {
+            dir.set_parent(&self.chain.dir)?;
+        }
         let resident = target::resident_bytes(&running);
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
@@ -162,11 +185,12 @@ impl<'a> Session<'a> {
             copier.store.reserve(expected.max(MIN_RESERVE));
         }
         let (mut family, _) = Family::of(options.pid, self.observer.iterators());
-        let prepare_us = self.begin.elapsed().as_micros() as u64;
+        let prepare_us = begin.elapsed().as_micros() as u64;
 
         let freezing = Instant::now();
         let tree = FrozenTree::freeze(options.pid, options.timeout, &mut family)?;
         let frozen = Instant::now();
+        self.looked = Some(sys::monotonic());
         let mut phases = Phases { last: frozen, phases: Vec::new() };
         let mut state = state::collect(&tree, options, &mut self.observer, &mut self.trackings, track, &mut phases)
             .map_err(|e| unless_dead(&tree, e))?;
@@ -204,20 +228,22 @@ impl<'a> Session<'a> {
         };
         regular::check_names(&mut state.objects)?;
         place_the_childless(&mut state, &mut self.trackings);
-        self.stores.push(pages.finish()?);
+        self.chain.stores.push(pages.finish()?);
+        self.chain.dir = wanted.dir.to_path_buf();
         phases.end("write");
         if tree.is_some() {
             stats.frozen_us = frozen.elapsed().as_micros() as u64;
         }
         stats.phases = phases.phases;
         stats.counts = state.counts();
-        stats.total_us = self.begin.elapsed().as_micros() as u64;
+        stats.total_us = begin.elapsed().as_micros() as u64;
         let precopy = precopy.map(|p| PrecopyStats { late_pages: counts.stored - before.stored, ..p });
-        image::publish(dir, &state.into_records(options)?, &self.stores, &stats, precopy.as_ref())?;
+        image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
         if let Some(tree) = tree {
             tree.kill();
-        } else {
-            // A dump that kills writes under the freeze: its times say nothing of one that does not.
+        } else if precopy.is_none() {
+            // A dump that kills writes under the freeze, and one with a pre-copy leaves most to do before: their times say
+            // nothing of others.
             observe::view::remember(options.pid, &stats);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
@@ -236,7 +262,7 @@ impl<'a> Session<'a> {
         }
         let members = || Family::of(options.pid, observer.iterators()).1;
         let mut rounds = Rounds { trackings: &mut self.trackings, copier, timeout: options.timeout };
-        let rounds = rounds.run(max, options.precopy.max_freeze, members)?;
+        let rounds = rounds.run(&mut self.looked, max, options.precopy.max_freeze, members)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
         Ok(PrecopyStats { rounds, expected_pages, expected_us, late_pages: 0 })
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    memory::{copy::Parent, tracking::Tracking},
+    memory::{copy::Parent, known::Known, tracking::Tracking},
     observe::FdEntry,
 };
 use std::{collections::HashMap, time::Duration};
@@ -35,6 +35,16 @@ impl Trackings {
     /// The same, to change what is known.
     pub(super) fn of_mut(&mut self, pid: i32) -> Option<&mut Tracking> {
         self.by_pid.get_mut(&pid)
+    }
+
+    /// What is known of all processes.
+    pub(super) fn known(&self) -> impl Iterator<Item = &Known> {
+        self.by_pid.values().map(|tracking| &tracking.known)
+    }
+
+    /// The same, to change it.
+    pub(super) fn known_mut(&mut self) -> impl Iterator<Item = &mut Known> {
+        self.by_pid.values_mut().map(|tracking| &mut tracking.known)
     }
 
     /// Begins to track a running process, unless it is tracked or cannot be. An error: the process has ended.
