@@ -16,5 +16,5 @@ mod tree;
 
 pub use dump::{Afterwards, DumpOptions, Reader, dump};
 pub use error::{Error, Result};
-pub use image::{Image, Store};
+pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
