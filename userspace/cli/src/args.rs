@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Inspect(ImageArgs),
     /// Check every checksum and cross-reference of an image
     Verify(ImageArgs),
+    /// Make images complete in themselves: without parents, with one file of pages each
+    Merge(MergeArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -282,6 +284,16 @@ pub(crate) struct ImageArgs {
     /// Directory of the image
     #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
     pub images_dir: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct MergeArgs {
+    /// Directories of images; images that build on one of them can be restored afterwards only if they are given too
+    #[arg(required = true, value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -5,6 +5,7 @@ mod check;
 mod dump;
 mod inspect;
 mod logging;
+mod merge;
 mod progress;
 mod restore;
 mod snapshot;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         args::Command::Check(args) => check::run(&args),
         args::Command::Inspect(args) => inspect::run(&args),
         args::Command::Verify(args) => verify::run(&args),
+        args::Command::Merge(args) => merge::run(&args),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "standstill", &mut std::io::stdout());
             Ok(0)

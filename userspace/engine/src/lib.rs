@@ -17,6 +17,6 @@ mod tree;
 
 pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
-pub use image::{Image, Store};
+pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
 pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};

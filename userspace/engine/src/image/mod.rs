@@ -1,9 +1,12 @@
 //! A whole image in memory: what the dump writes, what the restore reads, and the checks that its parts fit together.
 
+#[cfg_attr(not(test), expect(dead_code, reason = "dump --auto-dedup will call it"))]
+pub(crate) mod dedup;
+pub mod merge;
 mod stores;
 
 pub use stores::Store;
-pub(crate) use stores::split;
+pub(crate) use stores::{pages_of, push_run, split};
 
 use crate::error::{Error, Result};
 use standstill_images::{
@@ -301,3 +304,6 @@ impl Image {
 fn insert<K: Ord, T>(map: &mut BTreeMap<K, T>, record: T, key: impl Fn(&T) -> K) -> bool {
     map.insert(key(&record), record).is_some()
 }
+
+#[cfg(test)]
+mod tests;

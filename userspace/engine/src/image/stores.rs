@@ -4,10 +4,14 @@ use crate::error::{Error, Result};
 use standstill_images::{
     ImageError,
     publish::OpenDir,
-    store::{Compression, PageIndex, PageReader, PageSet, PageStoreIndex},
+    store::{Compression, PAGE, PageIndex, PageReader, PageSet, PageStoreIndex},
     types::PageRun,
 };
-use std::{io, ops::Range, path::PathBuf};
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 /// A page store of an image. It is opened when it is read: an image can have more of them than a process descriptors.
 #[derive(Clone, Debug)]
@@ -31,6 +35,11 @@ impl Store {
     /// Whether its pages are in the file as they are.
     pub fn is_raw(&self) -> bool {
         self.index.compression == Compression::None
+    }
+
+    /// Whether the file is in this directory, not in that of a parent.
+    pub fn is_in(&self, dir: &Path) -> bool {
+        self.path.parent() == Some(dir)
     }
 
     /// Opens the file.
@@ -68,10 +77,7 @@ pub(super) fn locate(dir: &OpenDir, indexes: Vec<PageStoreIndex>) -> Result<Vec<
 }
 
 /// Calls `action` with the part of `range` that each of `stores` has.
-pub(crate) fn split<'a>(
-    stores: &'a [Store],
-    range: Range<PageIndex>,
-) -> impl Iterator<Item = (&'a Store, Range<PageIndex>)> {
+pub(crate) fn split(stores: &[Store], range: Range<PageIndex>) -> impl Iterator<Item = (&Store, Range<PageIndex>)> {
     let first = stores.partition_point(|s| s.range().end <= range.start);
     let touched = stores[first..].iter().take_while(move |s| s.first < range.end);
     let parts = touched.map(move |s| (s, range.start.max(s.first)..range.end.min(s.range().end)));
@@ -81,4 +87,15 @@ pub(crate) fn split<'a>(
 /// The pages that runs name.
 pub(crate) fn pages_of<'a>(runs: impl IntoIterator<Item = &'a PageRun>) -> PageSet {
     PageSet::new(runs.into_iter().map(|run| run.store..run.store + run.pages))
+}
+
+/// Adds a run to others, as a part of the last one if it continues that.
+pub(crate) fn push_run(runs: &mut Vec<PageRun>, run: PageRun) {
+    const BYTES: u64 = PAGE as u64;
+    match runs.last_mut() {
+        Some(last) if last.start + last.pages * BYTES == run.start && last.store + last.pages == run.store => {
+            last.pages += run.pages;
+        }
+        _ => runs.push(run),
+    }
 }

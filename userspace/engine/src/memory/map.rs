@@ -1,6 +1,7 @@
 //! The address space in the restorer's words: what to map, what to read where, and what only becomes right at the end.
 
 use crate::{
+    image::push_run,
     kernel::PAGE,
     memory::pages::PageFiles,
     restore::program::{Arg, Program},
@@ -204,15 +205,8 @@ const LARGE: u64 = 64;
 
 /// Runs that follow each other in memory and in the store are one read.
 fn read(runs: &[PageRun], files: &PageFiles, program: &mut Program) {
-    let mut merged: Vec<PageRun> = Vec::new();
-    for run in runs {
-        match merged.last_mut() {
-            Some(last) if last.start + last.pages * PAGE == run.start && last.store + last.pages == run.store => {
-                last.pages += run.pages;
-            }
-            _ => merged.push(*run),
-        }
-    }
+    let mut merged = Vec::new();
+    runs.iter().for_each(|run| push_run(&mut merged, *run));
     for run in merged {
         for part in files.find(run.store..run.store + run.pages) {
             let pages = part.pages.end - part.pages.start;
