@@ -22,6 +22,8 @@ const WINDOW_US: u64 = 100_000;
 struct Figures {
     /// MiB/s of each window.
     windows: Vec<f64>,
+    /// Whether every page had been written since the last look-up when the window began.
+    settled: Vec<bool>,
     /// How long each look-up of written pages took, in microseconds, and how many it found.
     looks: Vec<(u64, usize)>,
     begin_us: u64,
@@ -34,7 +36,7 @@ impl Figures {
         let seconds = self.end_us.saturating_sub(self.begin_us) as f64 / 1e6;
         let mean = self.bytes as f64 / f64::from(1 << 20) / seconds;
         let (us, pages): (Vec<u64>, Vec<usize>) = self.looks.iter().copied().unzip();
-        json!({ "seconds": seconds, "mib_per_second": mean, "windows": self.windows, "look_us": us, "written": pages })
+        json!({ "seconds": seconds, "mib_per_second": mean, "windows": self.windows, "settled": self.settled, "look_us": us, "written": pages })
     }
 }
 
@@ -43,6 +45,8 @@ struct State {
     figures: Arc<Mutex<Figures>>,
     /// Passes over the memory that are complete.
     passes: Arc<AtomicU64>,
+    /// The pass that was under way at the last look-up.
+    looked: Arc<AtomicU64>,
 }
 
 impl State {
@@ -52,14 +56,16 @@ impl State {
 
     /// The loop that is measured. The value written is the number of the pass.
     fn write_forever(&self, memory: Mapping) {
-        let (mut begin, mut bytes) = (now_us(), 0);
+        let (mut begin, mut bytes, mut settled) = (now_us(), 0, false);
         for pass in 1.. {
             for block in memory.words_mut().chunks_mut(BLOCK) {
                 block.fill(pass);
                 bytes += block.len() as u64 * 8;
                 let now = now_us();
                 if now - begin >= WINDOW_US {
-                    self.window(begin, now, bytes);
+                    self.window(begin, now, bytes, settled);
+                    // The pass of the look-up and the next one may meet pages for the first time since.
+                    settled = pass > self.looked.load(Ordering::Relaxed) + 1;
                     (begin, bytes) = (now, 0);
                 }
             }
@@ -67,13 +73,14 @@ impl State {
         }
     }
 
-    fn window(&self, begin: u64, now: u64, bytes: u64) {
+    fn window(&self, begin: u64, now: u64, bytes: u64, settled: bool) {
         let mut figures = self.figures();
         if figures.begin_us == 0 {
             figures.begin_us = begin;
         }
         figures.end_us = now;
         figures.bytes += bytes;
+        figures.settled.push(settled);
         figures.windows.push(bytes as f64 / f64::from(1 << 20) / ((now - begin) as f64 / 1e6));
     }
 
@@ -82,6 +89,7 @@ impl State {
         loop {
             let begin = now_us();
             let pages = tracking.take().expect("look up the written pages");
+            self.looked.store(self.passes.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             let took = now_us() - begin;
             self.figures().looks.push((took, pages));
             thread::sleep(every.saturating_sub(Duration::from_micros(took)));

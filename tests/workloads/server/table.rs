@@ -70,7 +70,7 @@ impl Table {
 
     /// The place of a key, or the free one where it belongs.
     fn find(&self, key: u64) -> Option<usize> {
-        let first = (u128::from(Pattern::new(key).word(0)) * self.entries as u128 >> 64) as usize;
+        let first = ((u128::from(Pattern::new(key).word(0)) * self.entries as u128) >> 64) as usize;
         let places = (first..self.entries).chain(0..first);
         places.into_iter().find(|place| [0, key].contains(&self.entry(*place)[0]))
     }
