@@ -136,7 +136,8 @@ impl ImageError {
         matches!(self, Self::Io { .. } | Self::NoSpace(_) | Self::Locked(_))
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    /// What an I/O error at this path is.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(path),

@@ -8,6 +8,7 @@ mod logging;
 mod merge;
 mod progress;
 mod restore;
+mod snapshot;
 #[cfg(feature = "ebpf")]
 mod track;
 mod verify;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
         args::Command::Restore(args) => restore::run(&args),
+        args::Command::Snapshot(args) => snapshot::run(&args),
         #[cfg(feature = "ebpf")]
         args::Command::Track(args) => track::run(&args),
         #[cfg(not(feature = "ebpf"))]
