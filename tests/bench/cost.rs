@@ -2,6 +2,8 @@
 //! With and without a tracker in turn, each time another one first.
 
 use standstill_tests::harness::Tool;
+
+use crate::report::high_median;
 use std::{
     fs,
     io::{self, Write},
@@ -27,21 +29,15 @@ struct Pairs {
 /// Measures both, and prints a line for each.
 pub(crate) fn print(tool: &Tool, dir: &Path, runs: usize) -> Result<(), String> {
     let say = |what: &str, unit: &str, pairs: &Pairs, share: f64| {
-        let (on, off) = (median(&pairs.on), median(&pairs.off));
+        let (on, off) = (high_median(&pairs.on), high_median(&pairs.off));
         println!("{what:<24} {off:>10.1} {unit} without, {on:>10.1} {unit} with a tracker: {share:.3} of the speed");
     };
     println!("{runs} runs with and without a tracker in turn; medians");
     let redis = redis(tool, runs).map_err(|e| format!("redis: {e}"))?;
-    say("redis set+get, 20 clients", "req/s", &redis, median(&redis.on) / median(&redis.off));
+    say("redis set+get, 20 clients", "req/s", &redis, high_median(&redis.on) / high_median(&redis.off));
     let build = build(tool, dir, runs).map_err(|e| format!("build: {e}"))?;
-    say(&format!("make -j2, {SOURCES} files"), "ms", &build, median(&build.off) / median(&build.on));
+    say(&format!("make -j2, {SOURCES} files"), "ms", &build, high_median(&build.off) / high_median(&build.on));
     Ok(())
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Calls `measure` with and without a tracker for the process that `start` gives, `runs` times each.

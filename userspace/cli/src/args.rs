@@ -20,6 +20,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Write a process tree to an image
     Dump(DumpArgs),
+    /// The same as dump --leave-running --track-mem: the first of several that go on from each other
+    PreDump(DumpArgs),
     /// Bring a process tree back from an image
     Restore(RestoreArgs),
     /// Checkpoint a running tree again and again
@@ -90,6 +92,8 @@ pub(crate) struct DumpArgs {
     pub paranoid: bool,
     #[command(flatten)]
     pub precopy: PrecopyArgs,
+    #[command(flatten)]
+    pub chain: ChainArgs,
     /// Print what the dump cost, phase by phase
     #[arg(long)]
     pub display_stats: bool,
@@ -98,6 +102,20 @@ pub(crate) struct DumpArgs {
     pub json: bool,
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+/// Going on from an earlier image
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ChainArgs {
+    /// Directory of the image to go on from, relative to the image directory: what has not changed since is not copied
+    #[arg(long, value_name = "DIR")]
+    pub prev_images_dir: Option<PathBuf>,
+    /// Track writes after the dump, so that the next one can go on from it; a process in the background does so
+    #[arg(long)]
+    pub track_mem: bool,
+    /// Punch pages out of the earlier images that this one replaces: those cannot be restored afterwards
+    #[arg(long, requires = "prev_images_dir")]
+    pub auto_dedup: bool,
 }
 
 #[derive(Args, Debug)]
@@ -149,6 +167,9 @@ pub(crate) struct PrecopyArgs {
     /// Freeze to aim at with these rounds: 5ms, 1s
     #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
     pub max_freeze: Duration,
+    /// How many rounds there are at most with --precopy=auto
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    pub max_rounds: u32,
     /// Page data that may wait to be written while the tree runs, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub buffer: u64,
@@ -156,7 +177,7 @@ pub(crate) struct PrecopyArgs {
 
 impl From<PrecopyArgs> for PrecopyOptions {
     fn from(args: PrecopyArgs) -> Self {
-        Self { mode: args.precopy, max_freeze: args.max_freeze, buffer: args.buffer << 20 }
+        Self { mode: args.precopy, max_freeze: args.max_freeze, max_rounds: args.max_rounds, buffer: args.buffer << 20 }
     }
 }
 

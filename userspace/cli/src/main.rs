@@ -9,6 +9,7 @@ mod merge;
 mod progress;
 mod restore;
 mod snapshot;
+mod terminal;
 #[cfg(feature = "ebpf")]
 mod track;
 mod verify;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     let cli = args::Cli::parse();
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
+        args::Command::PreDump(args) => dump::run_before(args),
         args::Command::Restore(args) => restore::run(&args),
         args::Command::Snapshot(args) => snapshot::run(&args),
         #[cfg(feature = "ebpf")]

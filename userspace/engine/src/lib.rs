@@ -15,7 +15,7 @@ mod snapshot;
 mod task;
 mod tree;
 
-pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader, dump};
+pub use dump::{Afterwards, DumpOptions, Dumped, Keeper, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
 pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};

@@ -64,6 +64,7 @@ pub fn snapshot(options: &SnapshotOptions, mut done: impl FnMut(&Snapshot, &Dump
     let _lock = lock(store)?;
     // A tracker that lends for so long could not track any more.
     let mut session = Session::open(&options.dump, Observer::own(options.dump.reader)?);
+    session.resume()?;
     let mut next = list(store)?.last().map_or(1, |last| last.number + 1);
     let mut begin = Instant::now();
     for _ in 0..options.count.unwrap_or(u64::MAX) {

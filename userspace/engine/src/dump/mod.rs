@@ -1,20 +1,22 @@
 //! The order of a dump; nothing but the order.
 
 mod chain;
+mod keeper;
 mod observer;
 mod rounds;
 mod state;
 mod target;
 mod trackings;
 
+pub use keeper::Keeper;
 pub use observer::Reader;
 pub(crate) use observer::no_reader;
 pub use rounds::{Precopy, PrecopyOptions};
 pub(crate) use target::check as check_target;
 
 use crate::{
-    error::{Error, Result},
-    image,
+    error::{Context, Error, Result},
+    image::{self, Image, dedup::Dedup},
     kernel::{PAGE, proc, sys},
     memory::{
         copy::{Copier, Parent},
@@ -25,6 +27,7 @@ use crate::{
     task::{Family, FrozenTree},
 };
 use chain::Chain;
+use keeper::Told;
 pub(crate) use observer::Observer;
 use rounds::Rounds;
 use serde::Serialize;
@@ -39,7 +42,7 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
-use tracing::info;
+use tracing::{info, warn};
 use trackings::Trackings;
 
 /// Memory for page data that is touched before the freeze, in bytes.
@@ -78,16 +81,26 @@ pub struct DumpOptions {
     pub paranoid: bool,
     /// What is copied before the freeze.
     pub precopy: PrecopyOptions,
+    /// Directory of the image that this one goes on from, relative to `dir`. What has not changed since is not copied, if
+    /// that was tracked.
+    pub prev_images: Option<PathBuf>,
+    /// Pages that this image replaces are punched out of its parents, which cannot be restored afterwards.
+    pub auto_dedup: bool,
+    /// Writes are tracked after the dump, so that the next one can go on from it; for trees that go on.
+    pub track: bool,
 }
 
 /// What a dump cost.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Dumped {
     /// Times and amounts.
     #[serde(flatten)]
     pub stats: DumpStats,
     /// What was copied before the freeze, if anything.
     pub precopy: Option<PrecopyStats>,
+    /// If writes are tracked further on: who has to, in a process of its own.
+    #[serde(skip)]
+    pub keeper: Option<Keeper>,
 }
 
 /// Measures named parts of the frozen time.
@@ -110,9 +123,16 @@ impl Phases {
 /// See [`Error`]; nothing is left in the image directory then.
 pub fn dump(options: &DumpOptions) -> Result<Dumped> {
     target::check(options.pid)?;
-    let wanted = Wanted { dir: &options.dir, afterwards: options.afterwards, track: false, link: false };
     let dir = ImageDir::create(&options.dir)?;
-    Session::open(options, Observer::open(options.reader, options.pid)?).checkpoint(dir, &wanted)
+    let mut session = Session::open(options, Observer::open(options.reader, options.pid)?);
+    session.resume()?;
+    let track = options.track && options.afterwards != Afterwards::Kill;
+    let wanted = Wanted { dir: &options.dir, afterwards: options.afterwards, track, link: false };
+    let mut dumped = session.checkpoint(dir, &wanted)?;
+    if track {
+        dumped.keeper = Some(session.into_keeper()?);
+    }
+    Ok(dumped)
 }
 
 /// Makes one image of a tree after the other. What has not changed since the last one is not copied again.
@@ -123,6 +143,10 @@ pub(crate) struct Session<'a> {
     /// When it was last looked which pages have changed.
     looked: Option<Duration>,
     chain: Chain,
+    /// The image that the next one goes on from, if somebody asked for it.
+    parent: Option<Image>,
+    /// The tracking is somebody else's, and must not be disturbed.
+    guest: bool,
 }
 
 /// An image that is to be made.
@@ -139,8 +163,64 @@ pub(crate) struct Wanted<'a> {
 
 impl<'a> Session<'a> {
     pub(crate) fn open(options: &'a DumpOptions, observer: Observer) -> Self {
-        let (trackings, looked, chain) = Default::default();
-        Self { options, observer, trackings, looked, chain }
+        let (trackings, looked, chain, parent, guest) = Default::default();
+        Self { options, observer, trackings, looked, chain, parent, guest }
+    }
+
+    /// Goes on with what the keeper of the tree knows, if the image that it knows of is to be the parent.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        let options = self.options;
+        let told = Told::ask(options.pid)?;
+        let parent = match &options.prev_images {
+            // As in CRIU, from the directory of the image.
+            Some(prev) => Some(Image::open(&options.dir.join(prev))?),
+            None => None,
+        };
+        match (parent, told) {
+            (None, None) => {}
+            (None, Some(told)) if options.track => {
+                self.trackings = told.take()?.0;
+                self.trackings.forget();
+            }
+            (None, Some(told)) => {
+                self.trackings = told.look();
+                self.guest = true;
+            }
+            (Some(parent), told) => {
+                let content = |reason: String| Err(Error::ImageContent { dir: parent.dir.clone(), reason });
+                if parent.inventory.root != options.pid {
+                    return content(format!("it is of process {}, not {}", parent.inventory.root, options.pid));
+                }
+                let Some(told) = told else {
+                    warn!(
+                        "nobody has tracked the writes of process {} since {} was made: all of its memory is copied",
+                        options.pid,
+                        parent.dir.display()
+                    );
+                    return Ok(());
+                };
+                let known = |chain: &Chain| chain.stores.last().map(|s| s.file.clone());
+                if known(&told.chain) != parent.stores.last().map(|s| s.index.file.clone()) {
+                    let dir = told.chain.dir.display();
+                    return content(format!(
+                        "the writes of process {} are tracked since another image was made, in {dir}: give that one as the \
+                         parent, or none",
+                        options.pid
+                    ));
+                }
+                (self.trackings, self.chain, self.looked) = told.take()?;
+                self.chain.dir = parent.dir.clone();
+                self.parent = Some(parent);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the next dump goes on with.
+    fn into_keeper(self) -> Result<Keeper> {
+        let Self { trackings, mut chain, looked, .. } = self;
+        chain.dir = chain.dir.canonicalize().context(|| format!("resolve {}", chain.dir.display()))?;
+        Keeper::new(self.options.pid, trackings, chain, looked)
     }
 
     /// Makes an image in `dir`, which is that of `wanted`.
@@ -150,7 +230,7 @@ impl<'a> Session<'a> {
             // What was copied for an image that failed is in no store.
             self.trackings.clear();
             self.chain = Chain::default();
-            self.looked = None;
+            (self.looked, self.parent) = (None, None);
         }
         result
     }
@@ -173,7 +253,7 @@ impl<'a> Session<'a> {
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, first);
-        let precopy = match rounds > 0 || track || !self.trackings.is_empty() {
+        let precopy = match !self.guest && (rounds > 0 || track || !self.trackings.is_empty()) {
             true => Some(self.precopy(&mut copier, rounds.max(1))?),
             false => None,
         };
@@ -228,6 +308,7 @@ impl<'a> Session<'a> {
         };
         regular::check_names(&mut state.objects)?;
         place_the_childless(&mut state, &mut self.trackings);
+        let dedup = self.dedup(&state)?;
         self.chain.stores.push(pages.finish()?);
         self.chain.dir = wanted.dir.to_path_buf();
         phases.end("write");
@@ -239,6 +320,10 @@ impl<'a> Session<'a> {
         stats.total_us = begin.elapsed().as_micros() as u64;
         let precopy = precopy.map(|p| PrecopyStats { late_pages: counts.stored - before.stored, ..p });
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
+        if let Some(dedup) = dedup {
+            let freed = dedup.punch(wanted.dir)?;
+            info!(freed, "pages of the parents are given up");
+        }
         if let Some(tree) = tree {
             tree.kill();
         } else if precopy.is_none() {
@@ -247,7 +332,16 @@ impl<'a> Session<'a> {
             observe::view::remember(options.pid, &stats);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
-        Ok(Dumped { stats, precopy })
+        Ok(Dumped { stats, precopy, keeper: None })
+    }
+
+    /// Which pages of the parents are not needed any more, if they are to be given up.
+    fn dedup(&mut self, state: &State) -> Result<Option<Dedup>> {
+        let Some(parent) = self.parent.as_ref().filter(|_| self.options.auto_dedup) else { return Ok(None) };
+        let runs = state.spaces.iter().flat_map(|s| &s.pages).chain(state.objects.shared.iter().flat_map(|o| &o.pages));
+        let dedup = image::dedup::drop_unused(parent, runs)?;
+        self.chain.stores.clone_from(&dedup.stores);
+        Ok(Some(dedup))
     }
 
     /// Copies memory while the tree runs.

@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 /// When memory is copied before the freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precopy {
-    /// If the tree is so large that it is worth it.
+    /// If the tree is so large that it is worth it, and as often as it helps.
     Auto,
     /// At most so many rounds; 0: never.
     Rounds(u32),
@@ -31,26 +31,26 @@ pub struct PrecopyOptions {
     pub mode: Precopy,
     /// The freeze that is aimed at.
     pub max_freeze: Duration,
+    /// Rounds of [`Precopy::Auto`] at most.
+    pub max_rounds: u32,
     /// Bytes of page data that may wait to be written while the tree runs.
     pub buffer: u64,
 }
 
 impl Default for PrecopyOptions {
     fn default() -> Self {
-        Self { mode: Precopy::Auto, max_freeze: Duration::from_millis(5), buffer: 64 << 20 }
+        Self { mode: Precopy::Auto, max_freeze: Duration::from_millis(5), max_rounds: 12, buffer: 64 << 20 }
     }
 }
 
 /// Private memory from which on `Precopy::Auto` is worth another look at the tree.
 const LARGE: u64 = 16 << 20;
-/// Rounds of `Precopy::Auto` at most.
-const ROUNDS: u32 = 12;
 
 impl PrecopyOptions {
     /// How many rounds at most there are for a tree with so much memory.
     pub(super) fn rounds(&self, resident: u64) -> u32 {
         match self.mode {
-            Precopy::Auto if resident >= LARGE => ROUNDS,
+            Precopy::Auto if resident >= LARGE => self.max_rounds,
             Precopy::Auto => 0,
             Precopy::Rounds(n) => n,
         }
@@ -118,7 +118,7 @@ impl Rounds<'_, '_> {
 
     fn process(&mut self, pid: i32) -> Result<u64> {
         self.trackings.begin(pid, self.timeout)?;
-        let Some(tracking) = self.trackings.of(pid) else { return Ok(0) };
+        let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
         let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
         let areas: Vec<Area> = maps.iter().map(Area::from).collect();
         let (found, _) = private::look(pid, &areas, Some(tracking), true)?;

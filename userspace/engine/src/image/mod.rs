@@ -1,6 +1,5 @@
 //! A whole image in memory: what the dump writes, what the restore reads, and the checks that its parts fit together.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "dump --auto-dedup will call it"))]
 pub(crate) mod dedup;
 pub mod merge;
 mod stores;

@@ -149,7 +149,7 @@ fn dump(
     if let Some((before, _)) = before {
         target.set_parent(before)?;
     }
-    publish(target, &records, &stores, &DumpStats::default())?;
+    publish(target, &records, &stores, &DumpStats::default(), None)?;
     dropped.map_or(Ok(()), |dropped| dropped.punch(dir).map(drop))
 }
 

@@ -27,7 +27,7 @@ pub(crate) fn send(mut stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]
 }
 
 /// Receives what [`send`] has sent.
-pub(crate) fn receive(mut stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+pub(crate) fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let word = || {
         let mut bytes = [0; 8];
         (&mut &*stream).read_exact(&mut bytes).map(|()| u64::from_le_bytes(bytes))
