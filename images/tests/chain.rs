@@ -252,7 +252,7 @@ fn a_link_that_has_not_got_its_name_yet_is_followed() {
 fn a_superseded_image_says_so() {
     let (_root, [a, b, c]) = three();
     let all = stores(&c);
-    let page = PageSet::new([0..1]);
+    let page = PageSet::from_pairs(&[(0, 1)]);
     let store = a.join(&all[0].file);
     supersede(&store, &c, &page).expect("write the note");
     for dir in [&a, &b, &c] {
