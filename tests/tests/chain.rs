@@ -164,3 +164,26 @@ fn broken_chains() {
     fs::write(&store, &bytes).expect("write the pages");
     chain.restore();
 }
+
+/// What a newer image has taken from its parents is missed at once, not at a checksum.
+#[test]
+fn a_superseded_image_is_refused() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("clock", &["--heap-mib", "8"]);
+    let (old, new) = (target.images("old"), target.images("new"));
+    let processes = target.processes();
+    tool.dump(target.pid(), &old).args(["-R", "--track-mem"]).run().expect_success();
+    target.assert_well();
+    let dump = tool.dump(target.pid(), &new).args(["--auto-dedup", "--prev-images-dir"]).arg(&old).run();
+    dump.expect_success();
+    target.await_gone();
+    for command in ["restore", "verify", "inspect"] {
+        tool.command([command, "-D"]).arg(&old).run().expect_error(5, &["superseded", new.to_str().expect("a path")]);
+    }
+    expect_none_of(&processes);
+    tool.command(["verify", "-D"]).arg(&new).run().expect_success();
+    tool.restore(&new).arg("-d").run().expect_success();
+    target.assert_well();
+    target.finish(0);
+}
