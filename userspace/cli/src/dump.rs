@@ -4,10 +4,25 @@ use crate::{
     Failure,
     args::{Compress, DumpArgs},
     logging,
+    terminal::leave_terminal,
 };
-use standstill_engine::{Afterwards, DumpOptions, dump};
-use standstill_images::{store::Compression, types::DumpStats};
+use nix::unistd::{ForkResult, fork, setsid};
+use standstill_engine::{Afterwards, DumpOptions, Keeper, dump};
+use standstill_images::{
+    store::Compression,
+    types::{DumpStats, PrecopyStats},
+};
 use std::time::Duration;
+
+impl From<Compress> for Compression {
+    fn from(compress: Compress) -> Self {
+        match compress {
+            Compress::None => Self::None,
+            Compress::Lz4 => Self::Lz4,
+            Compress::Zstd => Self::Zstd(1),
+        }
+    }
+}
 
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
@@ -21,19 +36,42 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
         },
         shell_job: args.shell_job,
         timeout: Duration::from_secs(args.timeout),
-        compression: match args.compress {
-            Compress::None => Compression::None,
-            Compress::Lz4 => Compression::Lz4,
-            Compress::Zstd => Compression::Zstd(1),
-        },
+        compression: args.compress.into(),
         reader: args.reader.into(),
         paranoid: args.paranoid,
+        precopy: args.precopy.into(),
+        prev_images: args.chain.prev_images_dir.clone(),
+        auto_dedup: args.chain.auto_dedup,
+        track: args.chain.track_mem,
     };
-    let stats = dump(&options)?;
+    let dumped = dump(&options)?;
     if args.json {
-        println!("{}", serde_json::to_string(&stats).unwrap_or_default());
+        println!("{}", serde_json::to_string(&dumped).unwrap_or_default());
     } else if args.display_stats {
-        print(&stats);
+        print(&dumped.stats);
+        dumped.precopy.iter().for_each(print_precopy);
+    }
+    match dumped.keeper {
+        Some(keeper) => keep(keeper),
+        None => Ok(0),
+    }
+}
+
+/// `standstill pre-dump`.
+pub(crate) fn run_before(mut args: DumpArgs) -> Result<u8, Failure> {
+    args.leave_running = !args.leave_stopped;
+    args.chain.track_mem = true;
+    run(&args)
+}
+
+/// Goes on tracking in a process of its own.
+fn keep(keeper: Keeper) -> Result<u8, Failure> {
+    let failed = |e: nix::Error| Failure::io("track writes in the background", &e.into());
+    // SAFETY: this process has one thread: those of the dump have ended.
+    if let ForkResult::Child = unsafe { fork() }.map_err(failed)? {
+        setsid().map_err(failed)?;
+        leave_terminal().map_err(|e| Failure::io("leave the terminal", &e))?;
+        keeper.run()?;
     }
     Ok(0)
 }
@@ -52,4 +90,18 @@ pub(crate) fn print(stats: &DumpStats) {
     println!("pages stored    {}", stats.pages_stored);
     println!("pages zero      {}", stats.pages_zero);
     println!("pages shared    {}", stats.pages_shared);
+}
+
+/// What was copied before the freeze.
+pub(crate) fn print_precopy(precopy: &PrecopyStats) {
+    for (n, round) in (1..).zip(&precopy.rounds) {
+        println!("round {n:<9} {} pages in {:.2} ms", round.pages, round.us as f64 / 1000.0);
+    }
+    let rounds = &precopy.rounds[precopy.rounds.len().min(1)..];
+    let (pages, us) = rounds.iter().fold((0, 0), |(pages, us), r| (pages + r.pages, us + r.since_us));
+    if us > 0 {
+        println!("dirty           {} pages/s", pages * 1_000_000 / us);
+    }
+    println!("expected        {} pages in {:.2} ms", precopy.expected_pages, precopy.expected_us as f64 / 1000.0);
+    println!("under freeze    {} pages", precopy.late_pages);
 }

@@ -83,6 +83,10 @@ fn dump_to(dir: &Path, pid: i32) {
         compression: Compression::None,
         reader: Reader::Auto,
         paranoid: false,
+        precopy: Default::default(),
+        prev_images: None,
+        auto_dedup: false,
+        track: false,
     })
     .unwrap();
     // The tracer has reaped it already, unless it is not the parent.
