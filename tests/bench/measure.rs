@@ -48,7 +48,8 @@ fn told_us(tool: &Tool, outcome: &Outcome, images: &Path) -> Option<u64> {
     if tool.is_criu() {
         return criu::frozen_us(&fs::read(images.join("stats-dump")).ok()?);
     }
-    serde_json::from_str::<serde_json::Value>(&outcome.stdout).ok()?["frozen_us"].as_u64()
+    let stats: serde_json::Value = serde_json::from_str(&outcome.stdout).ok()?;
+    Some(stats["freezing_us"].as_u64()? + stats["frozen_us"].as_u64()?)
 }
 
 /// Gives the target a tracker that ends with it, if the name asks for one.
