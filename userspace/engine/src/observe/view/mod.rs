@@ -29,7 +29,7 @@ mod specimen;
 
 pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals};
 
-use super::Iterators;
+use super::{Iterators, Scope};
 use crate::{
     dump::{Reader, check_target, no_reader},
     error::{Context, Error, Result},
@@ -128,14 +128,14 @@ impl Viewer {
     /// # Errors
     /// When there is no such process, or it can never be dumped.
     pub fn new(root: i32) -> Result<Self> {
-        Self::with_reader(root, Reader::Auto)
+        Self::with(root, Reader::Auto, Scope::Memory)
     }
 
-    /// The same, read by eBPF or procfs only.
+    /// The same, read by eBPF or procfs only, and with so much counted in the kernel.
     ///
     /// # Errors
     /// As [`Self::new`], and when the iterators do not load although nothing else is wanted.
-    pub fn with_reader(root: i32, reader: Reader) -> Result<Self> {
+    pub fn with(root: i32, reader: Reader, scope: Scope) -> Result<Self> {
         check_target(root)?;
         let end = sys::pidfd_open(root).context(|| format!("pidfd_open of {root}"))?;
         let (iterators, reader_note) = match (reader != Reader::Procfs).then(Iterators::load) {
@@ -147,7 +147,7 @@ impl Viewer {
         Ok(Self {
             root,
             end,
-            counter: Counter::start(root, iterators.is_some()),
+            counter: Counter::start(root, iterators.is_some(), scope),
             iterators,
             reader_note,
             last: None,
@@ -193,8 +193,8 @@ impl Viewer {
         let now = Instant::now();
         let events = self.counter.events(events);
         let rates = match &self.last {
-            Some((then, before)) => rates::rates(before, &events, now - *then, self.counter.counts()),
-            None => Rates { counted: self.counter.counts(), ..Rates::default() },
+            Some((then, before)) => rates::rates(before, &events, now - *then, self.counter.scope()),
+            None => Rates { counted: self.counter.scope(), ..Rates::default() },
         };
         self.last = Some((now, events));
         let mut sample = self.show(rates);
@@ -365,7 +365,7 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id() as i32;
         for reader in [Reader::Procfs, Reader::Auto] {
-            let mut viewer = Viewer::with_reader(pid, reader).unwrap();
+            let mut viewer = Viewer::with(pid, reader, Scope::Memory).unwrap();
             let sample = first(&mut viewer);
             assert_eq!((sample.totals.processes, sample.totals.threads), (1, 1));
             assert!(sample.processes[0].comm == "sleep" && sample.totals.descriptors >= 3, "{sample:?}");
@@ -377,7 +377,7 @@ mod tests {
             let sample = first(&mut viewer);
             assert_eq!((sample.rates.forks, sample.rates.exits), (0.0, 0.0));
         }
-        let mut viewer = Viewer::with_reader(pid, Reader::Procfs).unwrap();
+        let mut viewer = Viewer::with(pid, Reader::Procfs, Scope::Memory).unwrap();
         child.kill().unwrap();
         // Dead, and its parent has not noticed yet.
         std::thread::sleep(Duration::from_millis(200));
