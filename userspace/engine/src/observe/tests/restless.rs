@@ -1,7 +1,7 @@
 //! A tree that does random things to itself, in several threads and processes, until it is killed.
 
 use super::victim::say;
-use std::{ptr, sync::Mutex, thread, time::Duration};
+use std::{ffi::CString, ptr, sync::Mutex, thread, time::Duration};
 
 /// A small, quick generator (xorshift64*): what a thread does depends on its seed only.
 struct Dice(u64);
@@ -66,6 +66,23 @@ pub(super) fn share() {
     println!("pid: {child}");
 }
 
+/// A process that changes what its mappings are called all the time, and never the mappings.
+pub(super) fn rename() {
+    let mut own = Own::default();
+    // A mapped file, and memory that can be taken for a stack.
+    own.memory(34, 1, 0, None);
+    own.memory(0, 1, 0, None);
+    thread::spawn(move || {
+        for n in 0.. {
+            // SAFETY: the names outlive the call.
+            unsafe { libc::rename(file(n).as_ptr(), file(n + 1).as_ptr()) };
+            move_stack([0, own.areas[1].0 as u64][n % 2]);
+            thread::sleep(Duration::from_micros(300));
+        }
+    });
+    say("renaming");
+}
+
 extern "C" fn sharer(_: *mut libc::c_void) -> i32 {
     let mut open = -1;
     // SAFETY: system calls on descriptors of its own, without memory but for zeros and constants.
@@ -91,7 +108,7 @@ struct Own {
 
 const PAGE: usize = 4096;
 /// Kinds of operations; see [`Own::operate`].
-pub(super) const KINDS: u64 = 34;
+pub(super) const KINDS: u64 = 37;
 
 impl Own {
     /// Does one thing. All results are ignored: failures are things that happen, too.
@@ -166,6 +183,18 @@ impl Own {
                     libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, start, len, name.as_ptr());
                 }
                 9 => grow_stack(),
+                34 => {
+                    let fd = libc::open(file(at).as_ptr(), libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC, 0o600);
+                    let new = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ, libc::MAP_PRIVATE, fd, 0);
+                    if new != libc::MAP_FAILED {
+                        self.areas.push((new as usize, PAGE));
+                    }
+                    libc::close(fd);
+                }
+                35 => {
+                    libc::rename(file(at).as_ptr(), file(at / 8).as_ptr());
+                }
+                36 => move_stack(start as u64),
                 _ => return false,
             }
         }
@@ -241,6 +270,30 @@ fn receive_descriptor() -> i32 {
         .unwrap()
         .find_map(|c| if let ControlMessageOwned::ScmRights(fds) = c { Some(fds[0]) } else { None })
         .unwrap()
+}
+
+/// One of the names of files that are mapped and renamed.
+fn file(n: usize) -> CString {
+    CString::new(format!("restless-{}", n % 8)).unwrap()
+}
+
+/// Lets the kernel take another place for the beginning of the stack, which decides which mapping it calls by that name.
+fn move_stack(start: u64) {
+    const PR_SET_MM_MAP: libc::c_ulong = 14;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<u64> = fields.split(' ').map(|n| n.parse().unwrap_or(0)).collect();
+    // Fields of proc(5), of which the third is the first here.
+    let at = |n: usize| fields[n - 3];
+    // SAFETY: takes no memory.
+    let brk = unsafe { libc::syscall(libc::SYS_brk, 0) } as u64;
+    let stack = if start == 0 { at(28) } else { start };
+    let (code, data, args, env) = ([at(26), at(27)], [at(45), at(46)], [at(48), at(49)], [at(50), at(51)]);
+    // No new auxiliary vector, and no new program: -1 for its descriptor.
+    let rest = [at(47), brk, stack, args[0], args[1], env[0], env[1], 0, 0xffff_ffff << 32];
+    let map = [&code[..], &data, &rest].concat();
+    // SAFETY: the kernel reads a prctl_mm_map, which has this size.
+    unsafe { libc::prctl(libc::PR_SET_MM, PR_SET_MM_MAP, map.as_ptr(), 8 * map.len(), 0usize) };
 }
 
 /// Touches deeper parts of the stack each time.

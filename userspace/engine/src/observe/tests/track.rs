@@ -107,6 +107,24 @@ fn what_others_share_is_never_fresh() {
     }
 }
 
+#[test]
+fn other_names_for_the_same_mappings_are_noticed() {
+    let victim = Victim::start("renaming .");
+    let root = victim.pids[0];
+    let Some(mut tracker) = tracker(root, Scope::Memory) else { return };
+    let mut fresh = 0;
+    for _ in 0..50 {
+        tracker.refresh().unwrap();
+        std::thread::sleep(Duration::from_micros(500));
+        let tree = freeze(root);
+        let (now, differences) = tracker.paranoid(&tree.pids()).unwrap();
+        assert_eq!(differences, []);
+        fresh += now.vmas.len();
+    }
+    println!("{fresh} of 50 were fresh");
+    assert!(fresh < 50);
+}
+
 /// A tracker that runs beside the test until it is told to stop.
 struct Beside {
     stop: Option<std::io::PipeWriter>,
