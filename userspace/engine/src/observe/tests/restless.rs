@@ -72,12 +72,20 @@ pub(super) fn rename() {
     // A mapped file, and memory that can be taken for a stack.
     own.memory(34, 1, 0, None);
     own.memory(0, 1, 0, None);
+    let before = memory_map();
+    let mut moved = before;
+    moved[STACK] = own.areas[1].0 as u64;
     thread::spawn(move || {
         for n in 0.. {
-            // SAFETY: the names outlive the call.
-            unsafe { libc::rename(file(n).as_ptr(), file(n + 1).as_ptr()) };
-            move_stack([0, own.areas[1].0 as u64][n % 2]);
-            thread::sleep(Duration::from_micros(300));
+            match n % 4 {
+                // SAFETY: the names outlive the calls.
+                0 => _ = unsafe { libc::rename(file(0).as_ptr(), file(1).as_ptr()) },
+                1 => set_memory_map(&moved),
+                // SAFETY: as above.
+                2 => _ = unsafe { libc::rename(file(1).as_ptr(), file(0).as_ptr()) },
+                _ => set_memory_map(&before),
+            }
+            thread::sleep(Duration::from_millis(1));
         }
     });
     say("renaming");
@@ -108,7 +116,7 @@ struct Own {
 
 const PAGE: usize = 4096;
 /// Kinds of operations; see [`Own::operate`].
-pub(super) const KINDS: u64 = 37;
+pub(super) const KINDS: u64 = 36;
 
 impl Own {
     /// Does one thing. All results are ignored: failures are things that happen, too.
@@ -194,7 +202,6 @@ impl Own {
                 35 => {
                     libc::rename(file(at).as_ptr(), file(at / 8).as_ptr());
                 }
-                36 => move_stack(start as u64),
                 _ => return false,
             }
         }
@@ -277,9 +284,9 @@ fn file(n: usize) -> CString {
     CString::new(format!("restless-{}", n % 8)).unwrap()
 }
 
-/// Lets the kernel take another place for the beginning of the stack, which decides which mapping it calls by that name.
-fn move_stack(start: u64) {
-    const PR_SET_MM_MAP: libc::c_ulong = 14;
+/// The addresses of the program as PR_SET_MM_MAP takes them; [`STACK`] is where the first stack begins, which decides
+/// which mapping the kernel calls by that name.
+fn memory_map() -> [u64; 13] {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();
     let fields: Vec<u64> = fields.split(' ').map(|n| n.parse().unwrap_or(0)).collect();
@@ -287,13 +294,18 @@ fn move_stack(start: u64) {
     let at = |n: usize| fields[n - 3];
     // SAFETY: takes no memory.
     let brk = unsafe { libc::syscall(libc::SYS_brk, 0) } as u64;
-    let stack = if start == 0 { at(28) } else { start };
-    let (code, data, args, env) = ([at(26), at(27)], [at(45), at(46)], [at(48), at(49)], [at(50), at(51)]);
     // No new auxiliary vector, and no new program: -1 for its descriptor.
-    let rest = [at(47), brk, stack, args[0], args[1], env[0], env[1], 0, 0xffff_ffff << 32];
-    let map = [&code[..], &data, &rest].concat();
+    let last = [0, 0xffff_ffff << 32];
+    let (code, data, args, env) = ([at(26), at(27)], [at(45), at(46)], [at(48), at(49)], [at(50), at(51)]);
+    [&code[..], &data, &[at(47), brk, at(28)], &args, &env, &last].concat().try_into().unwrap()
+}
+
+const STACK: usize = 6;
+
+fn set_memory_map(map: &[u64; 13]) {
+    const PR_SET_MM_MAP: libc::c_ulong = 14;
     // SAFETY: the kernel reads a prctl_mm_map, which has this size.
-    unsafe { libc::prctl(libc::PR_SET_MM, PR_SET_MM_MAP, map.as_ptr(), 8 * map.len(), 0usize) };
+    unsafe { libc::prctl(libc::PR_SET_MM, PR_SET_MM_MAP, map.as_ptr(), size_of_val(map), 0usize) };
 }
 
 /// Touches deeper parts of the stack each time.
