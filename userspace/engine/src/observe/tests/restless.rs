@@ -85,7 +85,7 @@ pub(super) fn rename() {
                 2 => _ = unsafe { libc::rename(file(1).as_ptr(), file(0).as_ptr()) },
                 _ => set_memory_map(&before),
             }
-            thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(4));
         }
     });
     say("renaming");
