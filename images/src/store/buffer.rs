@@ -35,15 +35,24 @@ pub(super) struct Pool {
 
 struct State {
     free: Vec<Box<[Page]>>,
-    /// How many more may be made.
-    unmade: usize,
+    made: usize,
+    /// How many there may be.
+    limit: usize,
 }
 
 impl Pool {
     /// At most so many bytes, but two buffers at least: one is filled while the other is written.
-    pub(super) fn new(bytes: usize) -> Arc<Self> {
-        let state = State { free: Vec::new(), unmade: (bytes / CHUNK).max(2) };
-        Arc::new(Self { state: Mutex::new(state), freed: Condvar::new() })
+    pub(super) fn new(bytes: u64) -> Arc<Self> {
+        let state = State { free: Vec::new(), made: 0, limit: 0 };
+        let pool = Arc::new(Self { state: Mutex::new(state), freed: Condvar::new() });
+        pool.set_limit(bytes);
+        pool
+    }
+
+    /// Sets how many bytes there may be.
+    pub(super) fn set_limit(&self, bytes: u64) {
+        self.state().limit = (bytes as usize / CHUNK).max(2);
+        self.freed.notify_all();
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -54,10 +63,10 @@ impl Pool {
     pub(super) fn reserve(&self, bytes: u64) {
         loop {
             let mut state = self.state();
-            if state.free.len() as u64 * CHUNK as u64 >= bytes || state.unmade == 0 {
+            if state.free.len() as u64 * CHUNK as u64 >= bytes || state.made >= state.limit {
                 return;
             }
-            state.unmade -= 1;
+            state.made += 1;
             drop(state);
             let memory = Page::allocate(CHUNK);
             self.state().free.push(memory);
@@ -67,9 +76,10 @@ impl Pool {
     /// An empty buffer; waits until there is one.
     pub(super) fn take(self: &Arc<Self>) -> Buffer {
         let state = self.state();
-        let mut state = self.freed.wait_while(state, |s| s.free.is_empty() && s.unmade == 0).expect("see Pool::state");
+        let mut state =
+            self.freed.wait_while(state, |s| s.free.is_empty() && s.made >= s.limit).expect("see Pool::state");
         let memory = state.free.pop().unwrap_or_else(|| {
-            state.unmade -= 1;
+            state.made += 1;
             drop(state);
             Page::allocate(CHUNK)
         });

@@ -79,7 +79,8 @@ proptest! {
     #[test]
     fn pages_come_back(compression in compression(), steps in steps(), at in any::<prop::sample::Index>()) {
         let (_dir, path) = scratch();
-        let mut writer = PageWriter::create(&path, compression).expect("create").with_buffer_limit(4 * CHUNK);
+        let mut writer = PageWriter::create(&path, compression).expect("create");
+        writer.set_limit(4 * CHUNK as u64);
         let mut expected = Vec::new();
         for step in &steps {
             let data = pages(step.pages, step.seed, step.noise);
@@ -173,7 +174,7 @@ fn buffers_are_filled_by_several_threads() {
     let (_dir, path) = scratch();
     let mut writer = PageWriter::create(&path, Compression::Zstd(1)).expect("create");
     // One for each thread, and one for append.
-    writer = writer.with_buffer_limit((THREADS + 1) * CHUNK);
+    writer.set_limit(((THREADS + 1) * CHUNK) as u64);
     let count = |seed: u64| 1 + seed as usize * 37 % 256;
     let mut places = Vec::new();
     thread::scope(|scope| {
@@ -219,7 +220,8 @@ fn buffers_are_filled_by_several_threads() {
 #[test]
 fn the_pool_is_bounded_and_its_buffers_come_back() {
     let (_dir, path) = scratch();
-    let writer = PageWriter::create(&path, Compression::None).expect("create").with_buffer_limit(3 * CHUNK);
+    let writer = PageWriter::create(&path, Compression::None).expect("create");
+    writer.set_limit(3 * CHUNK as u64);
     writer.reserve(u64::MAX);
     let mut held: Vec<_> = (0..3).map(|_| writer.take_buffer()).collect();
     thread::scope(|scope| {

@@ -17,7 +17,7 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
@@ -26,7 +26,7 @@ use std::{
 use twox_hash::XxHash3_64;
 
 /// Memory for page data that waits to be written, unless another limit is given.
-const BUFFER_LIMIT: usize = 64 << 20;
+const BUFFER_LIMIT: u64 = 64 << 20;
 
 /// Writes a page store.
 ///
@@ -70,6 +70,8 @@ struct Output {
     /// Where the next compressed chunk goes.
     end: AtomicU64,
     done: Mutex<Done>,
+    /// Something was done.
+    progress: Condvar,
 }
 
 #[derive(Default)]
@@ -90,8 +92,8 @@ impl PageWriter {
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io())?;
         // Where the file system has no direct I/O, the page cache does as well.
         let _ = fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT));
-        let (end, done) = Default::default();
-        let output = Arc::new(Output { path: path.into(), file, compression, end, done });
+        let (end, done, progress) = Default::default();
+        let output = Arc::new(Output { path: path.into(), file, compression, end, done, progress });
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         let threads = thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
@@ -114,11 +116,16 @@ impl PageWriter {
         Ok(writer)
     }
 
-    /// Sets how many bytes of page data may wait to be written; two chunks at least.
-    #[must_use]
-    pub fn with_buffer_limit(mut self, bytes: usize) -> Self {
-        self.pool = Pool::new(bytes);
-        self
+    /// Sets how many bytes of page data may wait to be written; two chunks at least. Buffers that were made stay.
+    pub fn set_limit(&self, bytes: u64) {
+        self.pool.set_limit(bytes);
+    }
+
+    /// Waits until all that was handed over is written, or has failed to be.
+    pub fn drain(&self) {
+        let done = self.output.done();
+        let wait = self.output.progress.wait_while(done, |done| !done.stop && done.chunks.len() < self.chunks);
+        drop(wait.expect("no thread panics while it holds the results"));
     }
 
     /// Makes the buffers for so many bytes now, as far as the limit allows: no page fault has to be paid for later.
@@ -256,6 +263,7 @@ impl Output {
                     done.error.get_or_insert(error);
                 }
             }
+            self.progress.notify_all();
         }
     }
 

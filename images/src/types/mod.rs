@@ -116,6 +116,30 @@ pub struct DumpCounts {
     pub compared: u64,
 }
 
+/// What a dump copied before the freeze.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrecopyStats {
+    /// Each pass over the memory.
+    pub rounds: Vec<Round>,
+    /// Pages that were expected to be left for the freeze.
+    pub expected_pages: u64,
+    /// Microseconds that copying them was expected to take.
+    pub expected_us: u64,
+    /// Pages that were stored under the freeze.
+    pub late_pages: u64,
+}
+
+/// A pass over the memory of a running tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages that were copied, because they had changed since the last round.
+    pub pages: u64,
+    /// Microseconds that it took.
+    pub us: u64,
+    /// Microseconds from the beginning of the last round to that of this one; of the first one, since the dump began.
+    pub since_us: u64,
+}
+
 /// [`DumpStats`] before it had counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DumpStatsV1 {
@@ -166,6 +190,7 @@ records! {
     DumpStatsV1 = 8 v 1;
     DumpStats = 8 v 2;
     Pipe = 9 v 1;
+    PrecopyStats = 10 v 1;
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{Reader, observe::Scope};
+use standstill_engine::{Precopy, PrecopyOptions, Reader, observe::Scope};
 use std::{path::PathBuf, time::Duration};
 
 /// Checkpoint and restore running Linux process trees
@@ -81,6 +81,8 @@ pub(crate) struct DumpArgs {
     /// Compare what the tree's tracker knows with the truth while the tree is frozen
     #[arg(long)]
     pub paranoid: bool,
+    #[command(flatten)]
+    pub precopy: PrecopyArgs,
     /// Print what the dump cost, phase by phase
     #[arg(long)]
     pub display_stats: bool,
@@ -89,6 +91,35 @@ pub(crate) struct DumpArgs {
     pub json: bool,
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+/// Copying memory before the freeze
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct PrecopyArgs {
+    /// Copy memory while the tree runs, and under the freeze only what has changed: `auto` (for large trees), a number of
+    /// rounds, or 0 (never)
+    #[arg(long, value_name = "auto|ROUNDS", num_args = 0..=1, require_equals = true, default_value = "auto",
+        default_missing_value = "auto", value_parser = precopy)]
+    pub precopy: Precopy,
+    /// Freeze to aim at with these rounds: 5ms, 1s
+    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
+    pub max_freeze: Duration,
+    /// Page data that may wait to be written while the tree runs, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub buffer: u64,
+}
+
+impl From<PrecopyArgs> for PrecopyOptions {
+    fn from(args: PrecopyArgs) -> Self {
+        Self { mode: args.precopy, max_freeze: args.max_freeze, buffer: args.buffer << 20 }
+    }
+}
+
+fn precopy(text: &str) -> Result<Precopy, String> {
+    match text {
+        "auto" => Ok(Precopy::Auto),
+        number => number.parse().map(Precopy::Rounds).map_err(|e| format!("{e}: `auto` or a number of rounds")),
+    }
 }
 
 #[derive(Args, Debug)]
@@ -184,6 +215,14 @@ pub(crate) struct WatchArgs {
 
 /// A time with a unit; a number alone is seconds.
 fn interval(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        time if (0.1..=86_400.0).contains(&time.as_secs_f64()) => Ok(time),
+        _ => Err("between 100ms and 24h".into()),
+    }
+}
+
+/// A time with a unit.
+fn time(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
         "ms" => 1e-3,
@@ -193,10 +232,7 @@ fn interval(text: &str) -> Result<Duration, String> {
         _ => return Err("units are ms, s, m and h".into()),
     };
     let seconds = digits.parse::<f64>().map_err(|_| "not a number with a unit, as 500ms or 2s")? * unit;
-    if !(0.1..=86_400.0).contains(&seconds) {
-        return Err("between 100ms and 24h".into());
-    }
-    Ok(Duration::from_secs_f64(seconds))
+    Duration::try_from_secs_f64(seconds).map_err(|_| "not a time".into())
 }
 
 #[derive(Args, Debug)]

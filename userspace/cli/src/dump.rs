@@ -6,7 +6,10 @@ use crate::{
     logging,
 };
 use standstill_engine::{Afterwards, DumpOptions, dump};
-use standstill_images::{store::Compression, types::DumpStats};
+use standstill_images::{
+    store::Compression,
+    types::{DumpStats, PrecopyStats},
+};
 use std::time::Duration;
 
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
@@ -28,12 +31,14 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
         },
         reader: args.reader.into(),
         paranoid: args.paranoid,
+        precopy: args.precopy.into(),
     };
-    let stats = dump(&options)?;
+    let dumped = dump(&options)?;
     if args.json {
-        println!("{}", serde_json::to_string(&stats).unwrap_or_default());
+        println!("{}", serde_json::to_string(&dumped).unwrap_or_default());
     } else if args.display_stats {
-        print(&stats);
+        print(&dumped.stats);
+        dumped.precopy.iter().for_each(print_precopy);
     }
     Ok(0)
 }
@@ -52,4 +57,18 @@ pub(crate) fn print(stats: &DumpStats) {
     println!("pages stored    {}", stats.pages_stored);
     println!("pages zero      {}", stats.pages_zero);
     println!("pages shared    {}", stats.pages_shared);
+}
+
+/// What was copied before the freeze.
+pub(crate) fn print_precopy(precopy: &PrecopyStats) {
+    for (n, round) in (1..).zip(&precopy.rounds) {
+        println!("round {n:<9} {} pages in {:.2} ms", round.pages, round.us as f64 / 1000.0);
+    }
+    let rounds = &precopy.rounds[precopy.rounds.len().min(1)..];
+    let (pages, us) = rounds.iter().fold((0, 0), |(pages, us), r| (pages + r.pages, us + r.since_us));
+    if us > 0 {
+        println!("dirty           {} pages/s", pages * 1_000_000 / us);
+    }
+    println!("expected        {} pages in {:.2} ms", precopy.expected_pages, precopy.expected_us as f64 / 1000.0);
+    println!("under freeze    {} pages", precopy.late_pages);
 }

@@ -106,6 +106,15 @@ impl Error {
         }
     }
 
+    /// Whether the reason is that a process has ended.
+    pub(crate) fn is_death(&self) -> bool {
+        match self {
+            Self::Died(_) => true,
+            Self::System { source, .. } => crate::kernel::proc::is_gone(source),
+            _ => false,
+        }
+    }
+
     pub(crate) fn unsupported(pid: i32, object: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::Unsupported { pid, object: object.into(), remedy: remedy.into() }
     }

@@ -8,7 +8,7 @@ use standstill_images::{
     store::{PageIndex, PageReader, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
-        OpenFile, OpenFileId, PageRun, Pipe, PipeId, SharedMemory, SharedMemoryId, Task,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
@@ -29,14 +29,24 @@ pub(crate) struct Records {
 }
 
 /// Writes all records as the manifest and publishes the image.
-pub(crate) fn publish(dir: ImageDir, records: &Records, pages: &PageStoreIndex, stats: &DumpStats) -> Result<()> {
-    fn all<T: Record + serde::Serialize>(writer: &mut RecordWriter, records: &[T]) -> Result<()> {
-        records.iter().try_for_each(|r| Ok(writer.push(r)?))
+pub(crate) fn publish(
+    dir: ImageDir,
+    records: &Records,
+    stores: &[PageStoreIndex],
+    stats: &DumpStats,
+    precopy: Option<&PrecopyStats>,
+) -> Result<()> {
+    fn all<'a, T: Record + serde::Serialize + 'a>(
+        writer: &mut RecordWriter,
+        records: impl IntoIterator<Item = &'a T>,
+    ) -> Result<()> {
+        records.into_iter().try_for_each(|r| Ok(writer.push(r)?))
     }
     let mut writer = RecordWriter::new();
     writer.push(&records.inventory)?;
     writer.push(stats)?;
-    writer.push(pages)?;
+    all(&mut writer, precopy)?;
+    all(&mut writer, stores)?;
     all(&mut writer, &records.tasks)?;
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
@@ -55,6 +65,8 @@ pub struct Image {
     pub inventory: Inventory,
     /// What the dump cost.
     pub stats: DumpStats,
+    /// What was copied before the freeze, if anything.
+    pub precopy: Option<PrecopyStats>,
     /// Processes by pid.
     pub tasks: BTreeMap<i32, Task>,
     /// Address spaces.
@@ -81,7 +93,7 @@ impl Image {
         let open = ImageDir::open(dir)?;
         let bytes = open.manifest()?;
         let content = |reason: &str| Error::ImageContent { dir: dir.into(), reason: reason.into() };
-        let (mut inventory, mut stats, mut pages) = (None, None, None);
+        let (mut inventory, mut stats, mut precopy, mut pages) = (None, None, None, None);
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut twice = false;
@@ -94,6 +106,7 @@ impl Image {
                 }
                 DumpStats::KIND => twice |= stats.replace(record.decode::<DumpStats>()?).is_some(),
                 PageStoreIndex::KIND => twice |= pages.replace(record.decode::<PageStoreIndex>()?).is_some(),
+                PrecopyStats::KIND => precopy = Some(record.decode::<PrecopyStats>()?),
                 Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
@@ -117,6 +130,7 @@ impl Image {
             dir: dir.into(),
             inventory: inventory.ok_or_else(|| content("the inventory is missing"))?,
             stats: stats.unwrap_or_default(),
+            precopy,
             tasks,
             spaces,
             tables,

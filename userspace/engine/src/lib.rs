@@ -14,7 +14,7 @@ mod restore;
 mod task;
 mod tree;
 
-pub use dump::{Afterwards, DumpOptions, Reader, dump};
+pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
 pub use image::Image;
 pub use restore::{RestoreOptions, restore};

@@ -83,6 +83,7 @@ fn dump_to(dir: &Path, pid: i32) {
         compression: Compression::None,
         reader: Reader::Auto,
         paranoid: false,
+        precopy: Default::default(),
     })
     .unwrap();
     // The tracer has reaped it already, unless it is not the parent.

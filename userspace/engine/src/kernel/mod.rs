@@ -5,6 +5,7 @@ pub(crate) mod pagemap;
 pub(crate) mod proc;
 pub(crate) mod ptrace;
 pub(crate) mod sys;
+pub(crate) mod userfaultfd;
 
 /// Page size of the images. The kernel's is checked once, by [`sys::page_size_is_supported`].
 pub(crate) const PAGE: u64 = 4096;

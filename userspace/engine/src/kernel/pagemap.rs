@@ -3,14 +3,21 @@
 //! Kernel doc: Documentation/admin-guide/mm/pagemap.rst.
 
 use super::PAGE;
+use serde::{Deserialize, Serialize};
 use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt};
 
+/// Not protected against writing by a userfaultfd, or written to since.
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// Page guarded by MADV_GUARD_INSTALL; reported since Linux 6.16.
 const PAGE_IS_GUARD: u64 = 1 << 8;
+/// Protects what is found against writing.
+const PM_SCAN_WP_MATCHING: u64 = 1;
+/// Fails where that is not possible, instead of leaving it out.
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -39,19 +46,38 @@ struct PmScanArg {
 
 nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
 
-/// A range of pages that are alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A range of addresses of whole pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Range {
     pub start: u64,
     pub end: u64,
 }
 
-/// What [`Pagemap::scan`] finds.
+/// Pages that are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Region {
     pub range: Range,
     /// The pages are guards, not memory.
     pub guard: bool,
+}
+
+impl Region {
+    fn new(found: &PageRegion) -> Self {
+        let range = Range { start: found.start, end: found.end };
+        Self { range, guard: found.categories & PAGE_IS_GUARD != 0 }
+    }
+}
+
+/// Which pages a scan is for: those with all of some categories, and at least one of some others if there are any.
+#[derive(Clone, Copy, Default)]
+struct Wanted {
+    flags: u64,
+    /// Categories that are meant to be absent.
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+    /// Categories that are told; pages with the same ones are one region.
+    told: u64,
 }
 
 /// Regions asked for at once. The kernel gathers as many before it gives them; asked for more, it gathers again, and
@@ -67,42 +93,85 @@ impl Pagemap {
         File::open(super::proc::path(pid, "pagemap")).map(Self)
     }
 
-    /// Pages of `start..end` that exist nowhere but in this address space (anonymous, present or swapped, not the zero
-    /// page), and those guarded with MADV_GUARD_INSTALL; ascending, without regard to where mappings begin and end.
+    /// Pages of a range that exist nowhere but in this address space (anonymous, present or swapped, not the zero page),
+    /// and those guarded with MADV_GUARD_INSTALL; ascending, without regard to where mappings begin and end.
     ///
     /// Kernels before 6.16 do not tell guards apart: there they are private pages.
-    pub(crate) fn scan(&self, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<()> {
-        let private = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
-        match self.scan_for(start, end, private | PAGE_IS_GUARD, found) {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.scan_for(start, end, private, found),
+    pub(crate) fn private(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
+        let without = PAGE_IS_FILE | PAGE_IS_PFNZERO;
+        self.guards_apart(|guard| {
+            let any_of = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | guard;
+            // Guards look like swapped pages, but for this.
+            let wanted = Wanted { inverted: without, all_of: without, any_of, told: guard, ..Default::default() };
+            self.scan(range, wanted, |r| found.push(Region::new(r)))
+        })
+    }
+
+    /// Pages of mappings in a range of anonymous memory that hold nothing: absent, the zero page, or guards. Takes a
+    /// tenth of the time of [`Self::private`], because no page has to be looked at.
+    pub(crate) fn empty(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
+        self.guards_apart(|guard| {
+            let any_of = PAGE_IS_PRESENT | PAGE_IS_PFNZERO;
+            let told = PAGE_IS_SWAPPED | guard;
+            let wanted = Wanted { inverted: PAGE_IS_PRESENT, any_of, told, ..Default::default() };
+            self.scan(range, wanted, |r| {
+                if r.categories & told != PAGE_IS_SWAPPED {
+                    found.push(Region::new(r));
+                }
+            })
+        })
+    }
+
+    /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
+    /// nothing. `protect`: they are protected from now on, which fails with EPERM where a mapping cannot be.
+    pub(crate) fn written(&self, range: Range, protect: bool, found: &mut Vec<Range>) -> io::Result<()> {
+        let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
+        // The kernel has a shorter way for exactly this question.
+        let wanted = Wanted { flags, all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
+        self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+    }
+
+    /// The same for private mappings of files: without pages that are the file's.
+    pub(crate) fn written_over_files(&self, range: Range, protect: bool, found: &mut Vec<Range>) -> io::Result<()> {
+        let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
+        let wanted = Wanted {
+            flags,
+            inverted: PAGE_IS_FILE,
+            all_of: PAGE_IS_FILE | PAGE_IS_WRITTEN,
+            any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            ..Default::default()
+        };
+        self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+    }
+
+    /// Scans with PAGE_IS_GUARD, or without where the kernel does not know it.
+    fn guards_apart(&self, mut scan: impl FnMut(u64) -> io::Result<()>) -> io::Result<()> {
+        match scan(PAGE_IS_GUARD) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => scan(0),
             other => other,
         }
     }
 
-    fn scan_for(&self, start: u64, end: u64, any_of: u64, found: &mut Vec<Region>) -> io::Result<()> {
-        let without = PAGE_IS_FILE | PAGE_IS_PFNZERO;
+    fn scan(&self, range: Range, wanted: Wanted, mut found: impl FnMut(&PageRegion)) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS];
-        let mut at = start;
-        while at < end {
+        let mut at = range.start;
+        while at < range.end {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
+                flags: wanted.flags,
                 start: at,
-                end,
+                end: range.end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                category_inverted: without,
-                category_mask: without,
-                category_anyof_mask: any_of,
-                // Guards look like swapped pages, but for this.
-                return_mask: any_of & PAGE_IS_GUARD,
+                category_inverted: wanted.inverted,
+                category_mask: wanted.all_of,
+                category_anyof_mask: wanted.any_of,
+                return_mask: wanted.told,
                 ..Default::default()
             };
             // SAFETY: `arg` has the size it states, and `vec` is writable for `vec_len` regions.
             let n = unsafe { pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }? as usize;
-            found.extend(regions[..n].iter().map(|r| Region {
-                range: Range { start: r.start, end: r.end },
-                guard: r.categories & PAGE_IS_GUARD != 0,
-            }));
+            regions[..n].iter().for_each(&mut found);
             at = arg.walk_end;
         }
         Ok(())
@@ -136,7 +205,7 @@ mod tests {
         assert_eq!(area.bytes_mut()[9 * PAGE as usize], 0, "a read maps the zero page");
         let map = Pagemap::open(std::process::id() as i32).unwrap();
         let mut found = Vec::new();
-        map.scan(area.start(), area.start() + pages * PAGE, &mut found).unwrap();
+        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &mut found).unwrap();
         let range = Range { start: area.start() + 3 * PAGE, end: area.start() + 5 * PAGE };
         assert_eq!(found, [Region { range, guard: false }]);
         let frames = map.frames(area.start(), pages).unwrap();
@@ -160,7 +229,7 @@ mod tests {
         }
         let mut found = Vec::new();
         let map = Pagemap::open(std::process::id() as i32).unwrap();
-        map.scan(area.start(), area.start() + pages * PAGE, &mut found).unwrap();
+        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &mut found).unwrap();
         let starts: Vec<u64> = found.iter().map(|r| (r.range.start - area.start()) / PAGE).collect();
         assert_eq!(starts, (0..pages).step_by(2).collect::<Vec<u64>>());
     }

@@ -198,6 +198,8 @@ fn parse_limits(text: &str) -> Option<Vec<(u64, u64)>> {
 pub(crate) struct MapLine {
     pub start: u64,
     pub end: u64,
+    pub shared: bool,
+    pub ino: u64,
     pub name: String,
 }
 
@@ -209,8 +211,11 @@ pub(crate) fn maps(pid: i32) -> io::Result<Vec<MapLine>> {
         .map(|line| {
             let mut fields = line.splitn(6, ' ');
             let (start, end) = fields.next()?.split_once('-')?;
-            let name = fields.nth(4).unwrap_or("").trim_start().to_string();
-            Some(MapLine { start: u64::from_str_radix(start, 16).ok()?, end: u64::from_str_radix(end, 16).ok()?, name })
+            let hex = |text| u64::from_str_radix(text, 16).ok();
+            let shared = fields.next()?.ends_with('s');
+            let ino = fields.nth(2)?.parse().ok()?;
+            let name = fields.next().unwrap_or("").trim_start().to_string();
+            Some(MapLine { start: hex(start)?, end: hex(end)?, shared, ino, name })
         })
         .collect::<Option<_>>()
         .ok_or_else(|| invalid("/proc/pid/maps"))

@@ -1,7 +1,7 @@
 //! The mappings of a frozen process as records.
 
 use super::{
-    private::{self, PrivatePages},
+    private::Area,
     smaps::{self, Mapped},
 };
 use crate::{
@@ -16,8 +16,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Reads the address space of a process, with what the observer saw of it and of its mappings, if anything: all but the
-/// contents of its pages.
+/// Reads the address space of a process, with what the observer saw of it and of its mappings, if anything: all but its
+/// pages and guards, for which the mappings come in a second form. `tracked`: write protection by userfaultfd is ours.
 pub(crate) fn collect(
     pid: i32,
     id: AddressSpaceId,
@@ -25,7 +25,8 @@ pub(crate) fn collect(
     seen: Option<&ProcessState>,
     mappings: &[VmaEntry],
     all: &mut Collected,
-) -> Result<(AddressSpace, PrivatePages)> {
+    tracked: bool,
+) -> Result<(AddressSpace, Vec<Area>)> {
     // The observer names the common attributes only.
     let mapped = if mappings.is_empty() || mappings.iter().any(|v| v.unusual) {
         smaps::read(pid).context(|| format!("read the mappings of {pid}"))?
@@ -33,15 +34,15 @@ pub(crate) fn collect(
         mappings.iter().map(Mapped::from).collect()
     };
     let mut vmas = Vec::with_capacity(mapped.len());
-    let mut untouched = Vec::with_capacity(mapped.len());
+    let mut areas = Vec::with_capacity(mapped.len());
     for map in &mapped {
         if map.name == b"[vsyscall]" {
             continue; // not a mapping of the process but of the machine
         }
-        vmas.push(record(pid, map, all)?);
-        untouched.push(map.untouched);
+        let vma = record(pid, map, all, tracked)?;
+        areas.push(Area::of(&vma, map));
+        vmas.push(vma);
     }
-    let (pages, guards) = private::find(pid, &vmas, &untouched)?;
     let layout = match seen.and_then(|p| p.layout) {
         Some(layout) => layout,
         None => layout(pid, brk)?,
@@ -51,7 +52,7 @@ pub(crate) fn collect(
         None => std::fs::read(proc::path(pid, "auxv")).context(|| format!("read the auxv of {pid}"))?,
     };
     let exe = executable(pid, seen.and_then(|p| p.exe), all)?;
-    Ok((AddressSpace { id, layout, auxv, exe, vmas, pages: Vec::new(), guards }, pages))
+    Ok((AddressSpace { id, layout, auxv, exe, vmas, pages: Vec::new(), guards: Vec::new() }, areas))
 }
 
 fn layout(pid: i32, brk: u64) -> Result<MmLayout> {
@@ -109,16 +110,19 @@ fn mapped_file(
     })
 }
 
+/// Why a mapping is refused that the target tracks itself.
+pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end its use before the dump";
+
 /// Attributes that say that the pages are not ordinary memory.
-fn refuse_special(pid: i32, map: &Mapped) -> Result<()> {
+fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
     let name = if map.name.is_empty() { "anonymous".into() } else { String::from_utf8_lossy(&map.name) };
     let object = || format!("the mapping {:x}-{:x} ({name})", map.start, map.end);
     let why = if map.has(b"pf") || map.has(b"io") {
         "it belongs to a device: close the device before the dump"
     } else if map.has(b"ht") {
         "huge pages of hugetlbfs are not supported: use transparent huge pages"
-    } else if map.has(b"um") || map.has(b"uw") || map.has(b"ui") {
-        "it is registered with userfaultfd: end its use before the dump"
+    } else if map.has(b"um") || map.has(b"ui") || map.has(b"uw") && !tracked {
+        REGISTERED
     } else if map.has(b"ss") {
         "it is a shadow stack: run the program without one (glibc.cpu.x86_shstk=off)"
     } else if map.name.starts_with(b"/secretmem") {
@@ -135,13 +139,13 @@ fn refuse_special(pid: i32, map: &Mapped) -> Result<()> {
     Err(Error::unsupported(pid, object(), why))
 }
 
-fn record(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Vma> {
+fn record(pid: i32, map: &Mapped, all: &mut Collected, tracked: bool) -> Result<Vma> {
     let kernel =
         [&b"[vdso]"[..], b"[uprobes]", b"[vectors]"].contains(&map.name.as_slice()) || map.name.starts_with(b"[vvar");
     let backing = if kernel {
         Backing::Kernel { name: map.name.as_slice().into() }
     } else {
-        refuse_special(pid, map)?;
+        refuse_special(pid, map, tracked)?;
         backing(pid, map, all)?
     };
     let flags = VmaFlags {

@@ -1,16 +1,16 @@
 //! Copying the pages of a frozen tree into the page store.
 
-use super::private::PrivatePages;
+use super::{known, private::PrivatePages, ranges};
 use crate::{
     error::{Context, Error, Result},
     kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},
     objects::shared_memory,
 };
 use standstill_images::{
-    store::{Buffer, PageWriter},
+    store::{Buffer, PageIndex, PageWriter},
     types::{PageRun, SharedMemory},
 };
-use std::{collections::HashMap, fs::File, io, os::fd::OwnedFd, os::unix::fs::FileExt};
+use std::{fs::File, io, os::fd::OwnedFd, os::unix::fs::FileExt};
 
 /// What was copied and what was not, in pages.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,32 +20,50 @@ pub(crate) struct Counts {
     pub shared: u64,
 }
 
-/// Where the pages of one address space are: address → page frame and place in the store.
-type Frames = HashMap<u64, (u64, u64)>;
+/// A process from which another has inherited pages, copied before it.
+#[derive(Clone, Copy)]
+pub(crate) struct Parent<'a> {
+    pub pid: i32,
+    /// Where the store has its pages.
+    pub runs: &'a [PageRun],
+}
+
+/// What became of the pages that were to be copied.
+#[derive(Debug, Default)]
+pub(crate) struct Copied {
+    /// Where those are that hold something.
+    pub runs: Vec<PageRun>,
+    /// Pages that went while a running process was copied.
+    pub gone: Vec<Range>,
+}
 
 /// Copies pages straight from the target into the buffers that are written to the store.
 pub(crate) struct Copier<'a> {
-    store: &'a mut PageWriter,
-    /// What is being filled, and how many pages were handed over before it.
+    pub(crate) store: &'a mut PageWriter,
+    /// What is being filled, and the number of its first page.
     buffer: Option<Buffer>,
-    submitted: u64,
+    next: PageIndex,
     counts: Counts,
     /// Pages of zeros are stored as well.
     zeros_count: bool,
-    /// Frames of processes whose children are still to come.
-    frames: HashMap<i32, Frames>,
+    /// The processes may run.
+    running: bool,
 }
 
 impl<'a> Copier<'a> {
-    pub(crate) fn new(store: &'a mut PageWriter) -> Self {
-        Self {
-            store,
-            buffer: None,
-            submitted: 0,
-            counts: Counts::default(),
-            zeros_count: false,
-            frames: HashMap::new(),
-        }
+    /// For processes that may run: pages may go before they are copied. `first`: number of the first page of the store.
+    pub(crate) fn new(store: &'a mut PageWriter, first: PageIndex) -> Self {
+        Self { store, buffer: None, next: first, counts: Counts::default(), zeros_count: false, running: true }
+    }
+
+    /// From now on the processes do not run.
+    pub(crate) fn stopped(&mut self) {
+        self.running = false;
+    }
+
+    /// What was copied so far.
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts
     }
 
     /// Hands over the rest; the totals.
@@ -56,120 +74,135 @@ impl<'a> Copier<'a> {
         Ok(self.counts)
     }
 
-    /// Copies the pages of a process. Pages whose frame `parent`, copied before, has at the same address are stored
-    /// once. `has_children`: remember the frames for them.
-    pub(crate) fn private(
-        &mut self,
-        pages: &PrivatePages,
-        parent: Option<i32>,
-        has_children: bool,
-    ) -> Result<Vec<PageRun>> {
+    /// Copies the pages of a process. Those whose frame `parent` has at the same address are stored once.
+    pub(crate) fn private(&mut self, pages: &PrivatePages, parent: Option<Parent<'_>>) -> Result<Copied> {
         let pid = pages.pid;
-        let theirs = parent.and_then(|p| self.frames.remove(&p));
-        let open = || Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"));
-        let pagemap = (has_children || theirs.is_some()).then(open).transpose()?;
-        let mut own = Frames::new();
-        let mut runs = Vec::new();
+        let open = |pid: i32| Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"));
+        let maps = match parent {
+            Some(parent) => Some((open(pid)?, open(parent.pid)?, parent)),
+            None => None,
+        };
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
-        let over_file = |range: &Range| pages.over_files.binary_search_by_key(&range.start, |r| r.start).is_ok();
+        let over_file = |range: &Range| {
+            let next = pages.over_files.partition_point(|f| f.end <= range.start);
+            pages.over_files.get(next).is_some_and(|f| f.start <= range.start)
+        };
+        let mut copied = Copied::default();
         for cluster in clusters(&pages.ranges) {
             let first = cluster[0].start;
-            let mut frames = Vec::new();
-            if let Some(pagemap) = &pagemap {
-                let count = (cluster[cluster.len() - 1].end - first) / PAGE;
-                frames = pagemap.frames(first, count).context(|| format!("read the pagemap of {pid}"))?;
+            let mut inherited = Vec::new();
+            if let Some((own, theirs, parent)) = &maps {
+                let whole = Range { start: first, end: cluster[cluster.len() - 1].end };
+                inherited = self.inherited(own, theirs, *parent, whole)?;
             }
             // Neighbours that are alike are read at once, whatever mappings they are in.
             for group in cluster.chunk_by(|a, b| a.end == b.start && over_file(a) == over_file(b)) {
                 let range = Range { start: group[0].start, end: group[group.len() - 1].end };
                 self.zeros_count = over_file(&range);
-                if pagemap.is_none() {
-                    self.range(pid, range, &memory, &mut runs)?;
+                if inherited.is_empty() {
+                    self.range(pid, range, &memory, &mut copied)?;
                     continue;
                 }
                 let at = |address: u64| ((address - first) / PAGE) as usize;
-                let frames = &frames[at(range.start)..at(range.end)];
-                self.differing(pid, range, frames, theirs.as_ref(), &memory, &mut runs)?;
-                if has_children {
-                    remember(&mut own, &runs, range, frames);
-                }
+                self.differing(pid, range, &inherited[at(range.start)..at(range.end)], &memory, &mut copied)?;
             }
         }
-        if let (Some(parent), Some(theirs)) = (parent, theirs) {
-            self.frames.insert(parent, theirs);
-        }
         self.zeros_count = false;
-        if has_children {
-            self.frames.insert(pid, own);
-        }
-        Ok(runs)
+        Ok(copied)
     }
 
-    /// Copies the pages of a range whose frames are not the parent's.
+    /// Where the pages of a range are that a process has inherited from its parent.
+    fn inherited(
+        &self,
+        own: &Pagemap,
+        theirs: &Pagemap,
+        parent: Parent<'_>,
+        range: Range,
+    ) -> Result<Vec<Option<PageIndex>>> {
+        let count = (range.end - range.start) / PAGE;
+        let context = || format!("compare page frames with process {}", parent.pid);
+        let frames = own.frames(range.start, count).context(context)?;
+        let parents = theirs.frames(range.start, count).context(context)?;
+        let mut changed = Vec::new();
+        if self.running {
+            // What the parent has written to since it was copied is not what the store has. Asked after the frames, so
+            // that all others are known to have been what they are when the frames were read.
+            theirs.written(range, false, &mut changed).context(context)?;
+        }
+        let mut changed = changed.into_iter().peekable();
+        let shared = frames.iter().zip(&parents).zip((range.start..).step_by(PAGE as usize));
+        Ok(shared
+            .map(|((own, theirs), address)| {
+                while changed.next_if(|c: &Range| c.end <= address).is_some() {}
+                let same = *own != 0 && own == theirs && changed.peek().is_none_or(|c| c.start > address);
+                same.then(|| known::find(parent.runs, address)).flatten()
+            })
+            .collect())
+    }
+
+    /// Copies the pages of a range that are not inherited.
     fn differing(
         &mut self,
         pid: i32,
         range: Range,
-        frames: &[u64],
-        theirs: Option<&Frames>,
+        inherited: &[Option<PageIndex>],
         memory: &File,
-        runs: &mut Vec<PageRun>,
+        copied: &mut Copied,
     ) -> Result<()> {
-        let shared = |n: usize| {
-            let at = theirs?.get(&(range.start + n as u64 * PAGE))?;
-            (frames[n] != 0 && at.0 == frames[n]).then_some(at.1)
-        };
-        let shared: Vec<Option<u64>> = (0..frames.len()).map(shared).collect();
         let mut n = 0;
-        for same in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
+        for same in inherited.chunk_by(|a, b| a.is_some() == b.is_some()) {
             let start = range.start + n as u64 * PAGE;
             if same[0].is_some() {
-                for (i, store) in same.iter().flatten().enumerate() {
-                    push(runs, start + i as u64 * PAGE, 1, *store);
+                for (i, &store) in same.iter().flatten().enumerate() {
+                    known::push(&mut copied.runs, PageRun { start: start + i as u64 * PAGE, pages: 1, store });
                 }
                 self.counts.shared += same.len() as u64;
             } else {
                 let part = Range { start, end: start + same.len() as u64 * PAGE };
-                self.range(pid, part, memory, runs)?;
+                self.range(pid, part, memory, copied)?;
             }
             n += same.len();
         }
         Ok(())
     }
 
-    fn range(&mut self, pid: i32, range: Range, memory: &File, runs: &mut Vec<PageRun>) -> Result<()> {
+    fn range(&mut self, pid: i32, range: Range, memory: &File, copied: &mut Copied) -> Result<()> {
+        let running = self.running;
         // Not process_vm_readv(2): it pins pages, for which the kernel gives a process that shares them copy-on-write
         // copies of its own, and it keeps to the process's own protections.
-        self.copy(range.start, range.end, runs, |at, buffer| {
-            match memory.read_at(buffer, at).context(|| format!("read the memory of {pid} at {at:x}"))? {
-                n if n < PAGE as usize => Err(Error::Died(pid)),
-                n => Ok(n),
-            }
+        self.copy(range.start, range.end, copied, |at, buffer| match memory.read_at(buffer, at) {
+            Ok(n) if n >= PAGE as usize => Ok(n),
+            Ok(_) => Err(Error::Died(pid)),
+            Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
+            Err(e) => Err(e).context(|| format!("read the memory of {pid} at {at:x}")),
         })
     }
 
     /// Stores the pages from `start` to `end` that hold something. `read` fills a buffer from an address on and tells how
-    /// much it read: a page at least.
+    /// much it read; not even a page: the first one is gone.
     fn copy(
         &mut self,
         start: u64,
         end: u64,
-        runs: &mut Vec<PageRun>,
+        copied: &mut Copied,
         read: impl Fn(u64, &mut [u8]) -> Result<usize>,
     ) -> Result<()> {
         let page = PAGE as usize;
         let mut at = start;
         while at < end {
             let mut buffer = self.buffer.take().unwrap_or_else(|| self.store.take_buffer());
-            let first = self.submitted + (buffer.filled().len() / page) as u64;
+            let first = self.next + (buffer.filled().len() / page) as u64;
             let spare = buffer.spare_mut();
             let len = spare.len().min((end - at) as usize);
             let got = read(at, &mut spare[..len])? / page * page;
-            let kept = self.keep(at, &mut spare[..got], first, runs);
+            let kept = self.keep(at, &mut spare[..got], first, &mut copied.runs);
             buffer.advance(kept);
-            at += got as u64;
+            if got == 0 {
+                ranges::push(&mut copied.gone, Range { start: at, end: at + PAGE });
+            }
+            at += got.max(page) as u64;
             if buffer.spare_mut().is_empty() {
-                self.submitted += (buffer.filled().len() / page) as u64;
+                self.next += (buffer.filled().len() / page) as u64;
                 self.store.append_buffer(buffer)?;
             } else {
                 self.buffer = Some(buffer);
@@ -179,7 +212,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
-    fn keep(&mut self, start: u64, pages: &mut [u8], first: u64, runs: &mut Vec<PageRun>) -> usize {
+    fn keep(&mut self, start: u64, pages: &mut [u8], first: PageIndex, runs: &mut Vec<PageRun>) -> usize {
         let page = PAGE as usize;
         let is_zero = |page: &[u8]| !self.zeros_count && is_zero(page);
         let (mut from, mut kept) = (0, 0);
@@ -196,7 +229,8 @@ impl<'a> Copier<'a> {
                 if kept != from {
                     pages.copy_within(from..to, kept);
                 }
-                push(runs, start + from as u64, count, first + (kept / page) as u64);
+                let store = first + (kept / page) as u64;
+                known::push(runs, PageRun { start: start + from as u64, pages: count, store });
                 self.counts.stored += count;
                 kept += to - from;
             }
@@ -210,16 +244,16 @@ impl<'a> Copier<'a> {
         let context = || format!("read shared memory object {}", object.id);
         let file = File::from(source.try_clone().context(context)?);
         let ranges = shared_memory::data_ranges(source, object.size).context(context)?;
-        let mut runs = Vec::new();
+        let mut copied = Copied::default();
         for (start, end) in ranges {
-            self.copy(start, end, &mut runs, |at, buffer| {
+            self.copy(start, end, &mut copied, |at, buffer| {
                 // The last page of a file may be cut short: the rest of it is zeros.
                 let n = read_all(&file, at, buffer).context(context)?;
                 buffer[n..].fill(0);
                 Ok(buffer.len())
             })?;
         }
-        object.pages = runs;
+        object.pages = copied.runs;
         Ok(())
     }
 }
@@ -241,29 +275,6 @@ pub(super) fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Resul
         }
     }
     Ok(n)
-}
-
-/// Adds pages to a list of runs.
-fn push(runs: &mut Vec<PageRun>, start: u64, pages: u64, store: u64) {
-    match runs.last_mut() {
-        Some(last) if last.start + last.pages * PAGE == start && last.store + last.pages == store => {
-            last.pages += pages
-        }
-        _ => runs.push(PageRun { start, pages, store }),
-    }
-}
-
-/// Notes where the pages of `range` went.
-fn remember(own: &mut Frames, runs: &[PageRun], range: Range, frames: &[u64]) {
-    for run in runs.iter().rev().take_while(|r| r.start + r.pages * PAGE > range.start) {
-        for n in 0..run.pages {
-            let address = run.start + n * PAGE;
-            if address >= range.start && address < range.end {
-                let frame = frames[((address - range.start) / PAGE) as usize];
-                own.insert(address, (frame, run.store + n));
-            }
-        }
-    }
 }
 
 /// Whether a page holds only zeros.
@@ -294,11 +305,11 @@ mod tests {
         let (start, middle) = (memory.start(), memory.start() + PAGE);
         let ranges = vec![Range { start, end: middle }, Range { start: middle, end: middle + PAGE }];
         let over_files = vec![ranges[1]];
-        let pages = PrivatePages { pid: std::process::id() as i32, ranges, over_files };
+        let pages = PrivatePages { pid: std::process::id() as i32, ranges, over_files, ..Default::default() };
         let dir = tempfile::tempdir().unwrap();
         let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();
-        let mut copier = Copier::new(&mut store);
-        let runs = copier.private(&pages, None, false).unwrap();
+        let mut copier = Copier::new(&mut store, 0);
+        let runs = copier.private(&pages, None).unwrap().runs;
         assert_eq!(runs, [PageRun { start: middle, pages: 1, store: 0 }]);
         assert_eq!((copier.finish().unwrap().zero, runs.len()), (1, 1));
     }

@@ -2,7 +2,10 @@
 
 pub(crate) mod collect;
 pub(crate) mod copy;
+pub(crate) mod known;
 pub(crate) mod map;
 pub(crate) mod private;
+pub(crate) mod ranges;
 pub(crate) mod smaps;
+pub(crate) mod tracking;
 pub(crate) mod verify;

@@ -72,6 +72,21 @@ impl FrozenTree {
         Ok(tree)
     }
 
+    /// Stops the leader of a process alone, for a system call that it makes for us.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`]; [`Error::Died`] also if only the leader has ended.
+    pub(crate) fn stop_leader(pid: i32, limit: Duration) -> Result<Self> {
+        let deadline = Instant::now() + limit;
+        let processes = vec![FrozenProcess { pid, threads: vec![(pid, Stopped::ByUs)] }];
+        let mut tree = Self { root: pid, processes, zombies: Vec::new(), seized: HashMap::new(), deadline, limit };
+        if tree.seize(pid, pid)? {
+            tree.wait_for_stops()?;
+        }
+        tree.forget_the_dead();
+        if tree.processes.is_empty() { Err(Error::Died(pid)) } else { Ok(tree) }
+    }
+
     /// The processes, parents before children.
     pub(crate) fn processes(&self) -> &[FrozenProcess] {
         &self.processes

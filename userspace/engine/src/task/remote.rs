@@ -13,9 +13,17 @@ use crate::{
         arch::{self, Registers},
         proc,
         ptrace::{self, Wait},
+        sys,
     },
 };
-use std::{fs::File, fs::OpenOptions, io, os::unix::fs::FileExt};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
 
 /// A process in whose threads system calls can be made. Nothing happens to it before the first one.
 pub(crate) struct Remote {
@@ -42,9 +50,22 @@ impl Remote {
         Ok(self.memory.as_ref().expect("just opened"))
     }
 
-    /// Finds room for the trampoline and makes the scratch page.
+    /// Makes the scratch page.
     fn attach(&mut self) -> Result<()> {
         if self.scratch != 0 {
+            return Ok(());
+        }
+        self.find_room()?;
+        let pid = self.pid;
+        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        self.scratch = self.checked(pid, libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])? as u64;
+        Ok(())
+    }
+
+    /// Finds room for the trampoline.
+    fn find_room(&mut self) -> Result<()> {
+        if self.trampoline != 0 {
             return Ok(());
         }
         let pid = self.pid;
@@ -64,10 +85,6 @@ impl Remote {
             return Err(no_room());
         }
         self.trampoline = vdso.start + used as u64;
-        self.borrow(pid)?;
-        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        self.scratch = self.checked(pid, libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])? as u64;
         Ok(())
     }
 
@@ -132,20 +149,38 @@ impl Remote {
         self.checked(tid, nr, args)
     }
 
+    /// Makes the leader execute a system call that opens a descriptor, which is duplicated and closed there. If we die
+    /// in between, the trampoline closes it.
+    pub(crate) fn open(&mut self, nr: libc::c_long, args: [u64; 6]) -> Result<OwnedFd> {
+        let pid = self.pid;
+        self.find_room()?;
+        let there = self.raw(pid, nr, args, arch::TRAMPOLINE_OPEN)?;
+        let there = self.succeeded(pid, nr, there)?;
+        let duplicate = sys::pidfd_open(pid).and_then(|pidfd| sys::pidfd_getfd(pidfd.as_fd(), there as i32));
+        self.checked(pid, libc::SYS_close, [there as u64, 0, 0, 0, 0, 0])?;
+        duplicate.context(|| format!("duplicate a descriptor of process {pid}"))
+    }
+
     fn checked(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
-        match self.raw(tid, nr, args)? {
+        let result = self.raw(tid, nr, args, arch::TRAMPOLINE_CALL)?;
+        self.succeeded(tid, nr, result)
+    }
+
+    fn succeeded(&self, tid: i32, nr: libc::c_long, result: i64) -> Result<i64> {
+        match result {
             error @ -4095..0 => Err(io::Error::from_raw_os_error(-error as i32))
                 .context(|| format!("system call {nr} in thread {tid} of process {}", self.pid)),
             value => Ok(value),
         }
     }
 
-    fn raw(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
+    /// `entry`: where in the trampoline to begin.
+    fn raw(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6], entry: u64) -> Result<i64> {
         loop {
             let own = self.borrow(tid)?;
             let died = |pid| move |e: io::Error| if proc::is_gone(&e) { Error::Died(pid) } else { failed(tid, e) };
             let died = died(self.pid);
-            ptrace::set_registers(tid, &own.for_syscall(self.trampoline, nr, args)).map_err(died)?;
+            ptrace::set_registers(tid, &own.for_syscall(self.trampoline + entry, nr, args)).map_err(died)?;
             ptrace::cont_to_syscall(tid).map_err(died)?;
             match ptrace::wait(tid).map_err(died)? {
                 Wait::Syscall => {}

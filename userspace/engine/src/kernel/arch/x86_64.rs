@@ -170,6 +170,11 @@ impl Registers {
 /// Length of [`trampoline`].
 pub(crate) const TRAMPOLINE: usize = 160;
 
+/// Where the code of [`trampoline`] begins for a system call whose result is a descriptor that it closes again.
+pub(crate) const TRAMPOLINE_OPEN: u64 = 0;
+/// Where it begins for any other system call.
+pub(crate) const TRAMPOLINE_CALL: u64 = 9;
+
 /// Code that makes one system call and then, if nobody took the registers back, restores all registers that a system
 /// call needs from constants beside it and jumps back to where the task was. Runs at any address.
 pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
@@ -188,7 +193,8 @@ pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
     ];
     let jump = [0xff, 0x25]; // jmp [rip + disp32]
     let data = 80;
-    let mut code = SYSCALL_INSTRUCTION.to_vec();
+    let close = [0x89, 0xc7, 0xb8, libc::SYS_close as u8, 0, 0, 0]; // mov edi, eax; mov eax, SYS_close
+    let mut code = [&SYSCALL_INSTRUCTION[..], &close, &SYSCALL_INSTRUCTION].concat();
     let emit = |code: &mut Vec<u8>, opcode: &[u8], index: usize| {
         let next = code.len() + opcode.len() + 4;
         code.extend_from_slice(opcode);

@@ -7,7 +7,7 @@ use super::{
 };
 use std::{fs, num::NonZeroUsize, os::fd::AsFd};
 
-use crate::kernel::pagemap::Pagemap;
+use crate::kernel::pagemap::{Pagemap, Range};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, mmap_anonymous};
 
 const PAGE: usize = 4096;
@@ -72,7 +72,7 @@ pub(super) fn assert_same(ours: &[VmaEntry], procfs: &[VmaEntry]) {
         // procfs does not tell this, but which pages there are.
         if a.untouched && !a.shared && !a.name.to_string_lossy().starts_with("[v") {
             let mut found = Vec::new();
-            Pagemap::open(a.tgid).unwrap().scan(a.start, a.end, &mut found).unwrap();
+            Pagemap::open(a.tgid).unwrap().private(Range { start: a.start, end: a.end }, &mut found).unwrap();
             assert_eq!(found, [], "{a:?}");
         }
         let a = VmaEntry { untouched: false, ..a.clone() };

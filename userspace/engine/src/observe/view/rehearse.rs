@@ -9,7 +9,11 @@ use crate::{
         pagemap::{Pagemap, Range},
         proc,
     },
-    memory::{collect, copy::is_zero, private::PrivatePages},
+    memory::{
+        collect,
+        copy::is_zero,
+        private::{self, PrivatePages},
+    },
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry},
 };
@@ -124,7 +128,9 @@ fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<Pri
         let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
         let vmas = seen.map_or(&[][..], |(_, vmas)| vmas.as_slice());
         let begin = Instant::now();
-        let (space, pages) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all).map_err(|e| match e {
+        let whole = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false)
+            .and_then(|(space, areas)| Ok((space, private::look(member.pid, &areas, None, false)?.0)));
+        let (space, pages) = whole.map_err(|e| match e {
             Error::System { source, .. } if proc::is_gone(&source) => changed(member.pid),
             other => other,
         })?;
@@ -153,7 +159,7 @@ fn scan(spaces: &[PrivatePages]) -> Result<(f64, u64)> {
     let failed = || format!("scan the pages of {pid}");
     let pagemap = Pagemap::open(pid).context(failed)?;
     let begin = Instant::now();
-    pagemap.scan(range.start, range.end, &mut Vec::new()).context(failed)?;
+    pagemap.empty(range, &mut Vec::new()).context(failed)?;
     // For a small range it is the system call that is measured, which belongs to the mapping.
     let cost = if pages(&range) < 1024 { 0.0 } else { each(nanoseconds(begin), pages(&range)) };
     Ok((cost, all))
@@ -307,7 +313,7 @@ mod tests {
     #[test]
     fn slices_are_from_all_over() {
         let range = |start: u64, pages: u64| Range { start, end: start + pages * PAGE };
-        let space = |ranges| PrivatePages { pid: 7, ranges, over_files: Vec::new() };
+        let space = |ranges| PrivatePages { pid: 7, ranges, ..Default::default() };
         let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])], 5);
         assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 64, 64, 64, 64, 44]);
         let many = choose(&[space(vec![range(0, 1 << 20)])], 0);

@@ -1,0 +1,194 @@
+//! What is collected of a frozen tree, and the records that it becomes.
+
+use super::{DumpOptions, Phases, observer::Observer, trackings::Trackings};
+use crate::{
+    error::{Context, Error, Result},
+    image,
+    kernel::PAGE,
+    memory::{
+        self,
+        private::{self, PrivatePages},
+    },
+    objects::{self, Collected},
+    observe::FdEntry,
+    restore::{environment, sessions},
+    task::FrozenTree,
+    tree::process,
+};
+use standstill_images::types::{
+    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Task, Vma,
+};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::SystemTime,
+};
+
+/// Everything collected under the freeze.
+pub(super) struct State {
+    root: i32,
+    pub tasks: Vec<Task>,
+    /// In the order of the frozen processes, as `private` is.
+    pub spaces: Vec<AddressSpace>,
+    pub private: Vec<PrivatePages>,
+    tables: Vec<FdTable>,
+    pub objects: Collected,
+    vdso: Vec<u8>,
+}
+
+/// Collects the state of a frozen tree. `trackings`: what is known of its pages. `protect`: their changes are tracked
+/// further on.
+pub(super) fn collect(
+    tree: &FrozenTree,
+    options: &DumpOptions,
+    observer: &mut Observer,
+    trackings: &mut Trackings,
+    protect: bool,
+    phases: &mut Phases,
+) -> Result<State> {
+    let pids = tree.pids();
+    let seen = observer.read(&pids, options.paranoid)?;
+    process::refuse_sharing(tree.processes(), &seen.processes)?;
+    phases.end("descriptors");
+    let entries = &seen.files;
+    trackings.refuse_direct_io(entries);
+    let next = entries.iter().map(|e| e.file.0 + 1).max().unwrap_or(0);
+    let mut state = State {
+        root: options.pid,
+        tasks: Vec::new(),
+        spaces: Vec::new(),
+        private: Vec::new(),
+        tables: tables(&pids, entries),
+        objects: Collected::new(next),
+        vdso: Vec::new(),
+    };
+    let mut done = HashSet::new();
+    for entry in entries.iter().filter(|e| done.insert(e.file.0)) {
+        objects::dump(entry, entries, &mut state.objects)?;
+    }
+    phases.end("files");
+    let mut known = process::Known::default();
+    let mut mappings = Vec::with_capacity(pids.len());
+    for (n, process) in tree.processes().iter().enumerate() {
+        let id = n as u32;
+        let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
+        let (task, brk) = process::collect(process, observed, &mut known, id, id)?;
+        let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
+        let tracked = trackings.of(process.pid).is_some();
+        let (space, areas) =
+            memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
+        state.tasks.push(task);
+        state.spaces.push(space);
+        mappings.push(areas);
+    }
+    state.vdso = vdso(options.pid, state.spaces.first())?;
+    for &pid in tree.zombies() {
+        state.tasks.push(process::collect_zombie(pid)?);
+    }
+    check_restorable(&state, options)?;
+    phases.end("tasks");
+    for ((pid, areas), space) in pids.into_iter().zip(mappings).zip(&mut state.spaces) {
+        let (private, guards) = private::look(pid, &areas, trackings.of(pid), protect)?;
+        space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
+        state.private.push(private);
+    }
+    phases.end("scan");
+    Ok(state)
+}
+
+/// The bytes of the `[vdso]` in an address space; empty if it has none.
+fn vdso(pid: i32, space: Option<&AddressSpace>) -> Result<Vec<u8>> {
+    let is_vdso = |v: &&Vma| matches!(&v.backing, Backing::Kernel { name } if name.0 == b"[vdso]");
+    let found = space.and_then(|s| s.vmas.iter().find(is_vdso));
+    found.map_or(Ok(Vec::new()), |vdso| environment::vdso_at(pid, vdso.start, vdso.end - vdso.start))
+}
+
+/// Refuses at once what the restore would refuse.
+fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
+    let by_pid: BTreeMap<i32, Task> = state.tasks.iter().map(|t| (t.pid, t.clone())).collect();
+    let Some(root) = by_pid.get(&options.pid) else { return Err(Error::Died(options.pid)) };
+    if root.live.is_none() {
+        return Err(Error::Target(format!("process {} is dead, only its parent has to notice", options.pid)));
+    }
+    if root.sid != root.pid && !options.shell_job {
+        return Err(Error::unsupported(
+            options.pid,
+            format!("the session of process {}, outside the tree,", root.sid),
+            "start the program with setsid, or dump and restore it as a --shell-job",
+        ));
+    }
+    for file in &state.objects.files {
+        if let FileKind::PidFd { pid } = file.kind
+            && !by_pid.contains_key(&pid)
+        {
+            return Err(Error::unsupported(
+                options.pid,
+                format!("a pidfd of process {pid}, outside the tree,"),
+                "close it before the dump",
+            ));
+        }
+    }
+    sessions::order(&by_pid, options.pid).map(drop)
+}
+
+impl State {
+    /// Parents by pid.
+    pub(super) fn parents(&self) -> HashMap<i32, i32> {
+        self.tasks.iter().map(|t| (t.pid, t.ppid)).collect()
+    }
+
+    /// How much there was to do.
+    pub(super) fn counts(&self) -> DumpCounts {
+        let pids: HashSet<i32> = self.tasks.iter().map(|t| t.pid).collect();
+        let parents = self.parents();
+        let inherits = |pid: i32| parents.get(&pid).is_some_and(|p| pids.contains(p));
+        let living = || self.tasks.iter().filter_map(|t| t.live.as_ref());
+        let pages = |of: &PrivatePages| of.ranges.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
+        // Mapped files have descriptions too, for which nobody is asked.
+        let open: HashSet<OpenFileId> = self.tables.iter().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();
+        let asked = self.objects.files.iter().filter(|f| open.contains(&f.id) && objects::is_asked(&f.kind));
+        DumpCounts {
+            processes: living().count() as u64,
+            threads: living().map(|l| l.threads.len() as u64).sum(),
+            descriptors: self.tables.iter().map(|t| t.fds.len() as u64).sum(),
+            files: open.len() as u64,
+            asked: asked.count() as u64,
+            mappings: self.spaces.iter().map(|s| s.vmas.len() as u64).sum(),
+            ranges: self.private.iter().map(|p| p.ranges.len() as u64).sum(),
+            pages: self.private.iter().map(pages).sum(),
+            compared: self.private.iter().filter(|p| inherits(p.pid)).map(pages).sum(),
+        }
+    }
+
+    pub(super) fn into_records(self, options: &DumpOptions) -> Result<image::Records> {
+        let uname = nix::sys::utsname::uname().context(|| "uname".into())?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(image::Records {
+            inventory: Inventory {
+                writer: env!("CARGO_PKG_VERSION").into(),
+                kernel: uname.release().to_string_lossy().into(),
+                machine: uname.machine().to_string_lossy().into(),
+                created: now.as_secs(),
+                root: self.root,
+                shell_job: options.shell_job,
+                vdso: self.vdso,
+            },
+            tasks: self.tasks,
+            spaces: self.spaces,
+            tables: self.tables,
+            files: self.objects.files,
+            pipes: self.objects.pipes.into_values().collect(),
+            shared: self.objects.shared,
+        })
+    }
+}
+
+fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {
+    let mut by_pid: HashMap<i32, Vec<Descriptor>> = HashMap::new();
+    for e in entries {
+        by_pid.entry(e.tgid).or_default().push(Descriptor { fd: e.fd, cloexec: e.cloexec, file: e.file.0 });
+    }
+    pids.iter()
+        .enumerate()
+        .map(|(n, pid)| FdTable { id: n as u32, fds: by_pid.remove(pid).unwrap_or_default() })
+        .collect()
+}

@@ -1,0 +1,58 @@
+//! The target before the freeze: whether it can be one, and how large it is.
+
+use crate::{
+    error::{Context, Error, Result},
+    kernel::{proc, sys},
+};
+
+/// Refuses what can never be a target.
+pub(crate) fn check(pid: i32) -> Result<()> {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    if !sys::page_size_is_supported() {
+        return Err(Error::Missing { what: "a kernel with pages of 4 KiB".into(), remedy: "use such a kernel".into() });
+    }
+    if pid <= 0 {
+        return Err(Error::Target(format!("{pid} is not a process id")));
+    }
+    let stat = match proc::stat(pid) {
+        Ok(stat) => stat,
+        Err(e) if proc::is_gone(&e) => return Err(Error::Target(format!("no such process: {pid}"))),
+        Err(e) => return Err(e).context(|| format!("read /proc/{pid}/stat")),
+    };
+    let leader = proc::status(pid, pid).map(|s| s.tgid).unwrap_or(pid);
+    if leader != pid {
+        return Err(Error::Target(format!("{pid} is a thread of process {leader}: give that pid")));
+    }
+    if stat.flags & PF_KTHREAD != 0 {
+        return Err(Error::Target(format!("process {pid} is a kernel thread")));
+    }
+    if stat.state == b'Z' {
+        return Err(Error::Target(format!("process {pid} is dead, only its parent has to notice")));
+    }
+    let mut ancestor = std::process::id() as i32;
+    while ancestor > 0 {
+        if ancestor == pid {
+            return Err(Error::Target(format!(
+                "process {pid} is this standstill process or an ancestor of it, which it cannot freeze: run it from elsewhere"
+            )));
+        }
+        ancestor = proc::stat(ancestor).map_or(0, |s| s.ppid);
+    }
+    Ok(())
+}
+
+/// Memory that the processes have in use: a hint.
+pub(super) fn resident_bytes(pids: &[i32]) -> u64 {
+    let anonymous = |pid: &i32| -> Option<u64> {
+        let text = std::fs::read_to_string(proc::path(*pid, "status")).ok()?;
+        let kib: u64 = proc::field(&text, "RssAnon")?.trim_end_matches(" kB").parse().ok()?;
+        Some(kib << 10)
+    };
+    pids.iter().filter_map(anonymous).sum()
+}
+
+/// Memory that the machine can spare.
+pub(super) fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
+}

@@ -1,0 +1,84 @@
+//! Write tracking of the processes of a tree, and what is known of their pages.
+
+use crate::{
+    error::Result,
+    memory::{copy::Parent, tracking::Tracking},
+    observe::FdEntry,
+};
+use std::{collections::HashMap, time::Duration};
+use tracing::{info, warn};
+
+/// The tracked processes.
+#[derive(Debug, Default)]
+pub(super) struct Trackings {
+    by_pid: HashMap<i32, Tracking>,
+    /// Processes that could not be tracked. They are not asked again.
+    unable: Vec<i32>,
+}
+
+impl Trackings {
+    /// Nothing is tracked.
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_pid.is_empty()
+    }
+
+    /// Ends all tracking.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// A process's tracking.
+    pub(super) fn of(&self, pid: i32) -> Option<&Tracking> {
+        self.by_pid.get(&pid)
+    }
+
+    /// The same, to change what is known.
+    pub(super) fn of_mut(&mut self, pid: i32) -> Option<&mut Tracking> {
+        self.by_pid.get_mut(&pid)
+    }
+
+    /// Begins to track a running process, unless it is tracked or cannot be. An error: the process has ended.
+    pub(super) fn begin(&mut self, pid: i32, limit: Duration) -> Result<()> {
+        if self.by_pid.contains_key(&pid) || self.unable.contains(&pid) {
+            return Ok(());
+        }
+        match Tracking::begin(pid, limit) {
+            Ok(tracking) => {
+                self.by_pid.insert(pid, tracking);
+            }
+            Err(e) if e.is_death() => return Err(e),
+            Err(e) => {
+                warn!("writes of process {pid} cannot be tracked: {e}; all of its memory is copied under the freeze");
+                self.unable.push(pid);
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets all processes but these.
+    pub(super) fn retain(&mut self, pids: &[i32]) {
+        self.by_pid.retain(|pid, _| pids.contains(pid));
+        self.unable.retain(|pid| pids.contains(pid));
+    }
+
+    /// A tracked process as the parent of another.
+    pub(super) fn parent(&self, pid: i32) -> Option<Parent<'_>> {
+        self.of(pid).map(|tracking| Parent { pid, runs: tracking.known.runs() })
+    }
+
+    /// Ends the tracking of processes with descriptors for direct I/O: a device may write into a page that was protected
+    /// after it was given to the device, and nobody would know.
+    pub(super) fn refuse_direct_io(&mut self, entries: &[FdEntry]) {
+        // For a pipe the same flag means another thing.
+        let direct = |e: &&FdEntry| e.flags & libc::O_DIRECT as u32 != 0 && e.mode & libc::S_IFMT != libc::S_IFIFO;
+        for entry in entries.iter().filter(direct) {
+            if self.by_pid.remove(&entry.tgid).is_some() {
+                info!(
+                    "process {} has descriptor {} for direct I/O: its writes cannot be tracked",
+                    entry.tgid, entry.fd
+                );
+                self.unable.push(entry.tgid);
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! userfaultfd(2) as a tracker of writes: protected pages lose their protection at the first write, which the kernel
+//! resolves by itself (UFFD_FEATURE_WP_ASYNC, Linux 6.7), and [`Pagemap`](super::pagemap::Pagemap) tells which did.
+//!
+//! Kernel doc: Documentation/admin-guide/mm/userfaultfd.rst. Nothing is left of it once the descriptor is closed.
+
+use super::pagemap::Range;
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+const UFFD_API: u64 = 0xaa;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const REGISTER_MODE_WP: u64 = 1 << 1;
+
+/// Flags of the system call. No fault ever waits for a handler, so those of the kernel need not be among the handled
+/// ones, and no privilege is needed.
+pub(crate) const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | UFFD_USER_MODE_ONLY;
+const UFFD_USER_MODE_ONLY: u64 = 1;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, Api);
+nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, Register);
+
+/// A userfaultfd of the address space that it was made in.
+#[derive(Debug)]
+pub(crate) struct Userfault(OwnedFd);
+
+impl Userfault {
+    /// For a descriptor that userfaultfd(2) has just made.
+    ///
+    /// # Errors
+    /// EINVAL: the kernel cannot track writes (it is older than 6.7).
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        let mut api = Api { api: UFFD_API, features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED, ioctls: 0 };
+        // SAFETY: `api` is a struct uffdio_api.
+        unsafe { uffdio_api(fd.as_raw_fd(), &raw mut api) }?;
+        Ok(Self(fd))
+    }
+
+    /// For a descriptor that [`Self::new`] has had before.
+    pub(crate) fn again(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Lets pages of all mappings in a range be protected; again, where they can be already.
+    ///
+    /// # Errors
+    /// ESRCH: the address space is no more. EBUSY: the range belongs to a userfaultfd of somebody else. Others: a mapping
+    /// that cannot be tracked. None of the mappings is registered anew then.
+    pub(crate) fn register(&self, range: Range) -> io::Result<()> {
+        let mut arg = Register { start: range.start, len: range.end - range.start, mode: REGISTER_MODE_WP, ioctls: 0 };
+        // SAFETY: `arg` is a struct uffdio_register.
+        unsafe { uffdio_register(self.0.as_raw_fd(), &raw mut arg) }?;
+        Ok(())
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

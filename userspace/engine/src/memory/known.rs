@@ -1,0 +1,139 @@
+//! What of an address space is in the store already, and true as long as nobody writes to it.
+
+use super::ranges;
+use crate::kernel::{PAGE, pagemap::Range};
+use serde::{Deserialize, Serialize};
+use standstill_images::types::PageRun;
+
+/// Pages whose contents are known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Known {
+    /// All of them.
+    covered: Vec<Range>,
+    /// Where the store has them, by address; those that hold only zeros are not there.
+    runs: Vec<PageRun>,
+}
+
+impl Known {
+    /// All known pages.
+    pub(crate) fn covered(&self) -> &[Range] {
+        &self.covered
+    }
+
+    /// Where the pages are.
+    pub(crate) fn runs(&self) -> &[PageRun] {
+        &self.runs
+    }
+
+    /// Forgets all but `kept`, which are known.
+    pub(crate) fn keep(&mut self, kept: Vec<Range>) {
+        if kept != self.covered {
+            self.runs = cut(&self.runs, &kept);
+            self.covered = kept;
+        }
+    }
+
+    /// Adds pages that were not known; `runs` says where those are that hold something.
+    pub(crate) fn learn(&mut self, pages: &[Range], runs: Vec<PageRun>) {
+        self.covered = ranges::union(&self.covered, pages);
+        let old = std::mem::take(&mut self.runs);
+        self.runs.reserve(old.len() + runs.len());
+        let (mut old, mut new) = (old.into_iter().peekable(), runs.into_iter().peekable());
+        loop {
+            let next = match (old.peek(), new.peek()) {
+                (Some(a), Some(b)) if a.start < b.start => old.next(),
+                (_, Some(_)) => new.next(),
+                _ => old.next(),
+            };
+            let Some(run) = next else { return };
+            push(&mut self.runs, run);
+        }
+    }
+
+    /// Changes the numbers of pages in the store.
+    pub(crate) fn renumber(&mut self, new: impl Fn(PageRun) -> Vec<PageRun>) {
+        self.runs = self.runs.drain(..).flat_map(new).collect();
+    }
+}
+
+/// Adds pages to a list of runs.
+pub(crate) fn push(runs: &mut Vec<PageRun>, run: PageRun) {
+    match runs.last_mut() {
+        Some(last) if last.start + last.pages * PAGE == run.start && last.store + last.pages == run.store => {
+            last.pages += run.pages;
+        }
+        _ => runs.push(run),
+    }
+}
+
+/// Where the page at an address is.
+pub(crate) fn find(runs: &[PageRun], address: u64) -> Option<u64> {
+    let run = runs.get(runs.partition_point(|r| r.start + r.pages * PAGE <= address))?;
+    (run.start <= address).then(|| run.store + (address - run.start) / PAGE)
+}
+
+/// The parts of runs that are in a set.
+fn cut(runs: &[PageRun], set: &[Range]) -> Vec<PageRun> {
+    let mut all = Vec::with_capacity(runs.len());
+    let mut next = 0;
+    for run in runs {
+        let end = run.start + run.pages * PAGE;
+        while next < set.len() && set[next].end <= run.start {
+            next += 1;
+        }
+        for range in set[next..].iter().take_while(|r| r.start < end) {
+            let (start, end) = (range.start.max(run.start), range.end.min(end));
+            push(
+                &mut all,
+                PageRun { start, pages: (end - start) / PAGE, store: run.store + (start - run.start) / PAGE },
+            );
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::ranges::tests::{flat, sets};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// In bytes instead of pages.
+    fn bytes(set: &[Range]) -> Vec<Range> {
+        set.iter().map(|r| Range { start: r.start * PAGE, end: r.end * PAGE }).collect()
+    }
+
+    proptest! {
+        /// A sequence of rounds: some pages change or vanish, others are copied, every third of which are zeros.
+        #[test]
+        fn knowledge_is_what_was_last_copied(rounds in proptest::collection::vec((sets(), sets()), 1..6)) {
+            let mut known = Known::default();
+            let mut model: BTreeMap<u64, Option<u64>> = BTreeMap::new();
+            let mut store = 0;
+            for (gone, copied) in rounds {
+                known.keep(ranges::subtract(known.covered(), &bytes(&gone)));
+                model.retain(|page, _| !flat(&gone).contains(page));
+                let copied = ranges::subtract(&bytes(&copied), known.covered());
+                let mut runs = Vec::new();
+                for page in copied.iter().flat_map(|r| r.start / PAGE..r.end / PAGE) {
+                    if page % 3 == 0 {
+                        model.insert(page, None);
+                        continue;
+                    }
+                    push(&mut runs, PageRun { start: page * PAGE, pages: 1, store });
+                    model.insert(page, Some(store));
+                    store += 1;
+                }
+                known.learn(&copied, runs);
+                let covered: Vec<u64> = known.covered().iter().flat_map(|r| r.start / PAGE..r.end / PAGE).collect();
+                prop_assert_eq!(covered, model.keys().copied().collect::<Vec<_>>());
+                for page in 0..100 {
+                    let place = model.get(&page).copied().flatten();
+                    prop_assert_eq!(find(known.runs(), page * PAGE), place);
+                }
+                prop_assert!(known.runs().is_sorted_by(|a, b| a.start + a.pages * PAGE <= b.start));
+            }
+        }
+    }
+}
