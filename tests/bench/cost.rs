@@ -1,6 +1,7 @@
 //! What tracking costs those who are tracked: a server under load, and a build that forks and executes all the time.
 //! Without a tracker, with one, and with one that sees system calls in turn, each time another one first.
 
+use crate::options::Options;
 use standstill_tests::harness::Tool;
 use std::{
     fs,
@@ -24,7 +25,8 @@ const WAYS: [Option<&[&str]>; 3] = [None, Some(&[]), Some(&["--syscalls"])];
 type Series = [Vec<f64>; WAYS.len()];
 
 /// Measures both, and prints a line for each.
-pub(crate) fn print(tool: &Tool, dir: &Path, runs: usize) -> Result<(), String> {
+pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
+    let (runs, dir) = (options.runs, &options.dir);
     let say = |what: &str, unit: &str, series: &Series, speed: fn(f64) -> f64| {
         let figures = series.each_ref().map(|values| median(values));
         for (way, figure) in WAYS.iter().zip(figures) {
@@ -41,7 +43,7 @@ pub(crate) fn print(tool: &Tool, dir: &Path, runs: usize) -> Result<(), String> 
     Ok(())
 }
 
-fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)

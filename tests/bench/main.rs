@@ -4,6 +4,7 @@ mod cases;
 mod cost;
 mod measure;
 mod options;
+mod prediction;
 mod report;
 
 use std::process::ExitCode;
@@ -37,8 +38,9 @@ fn main() -> ExitCode {
             tools.push(("criu", Tool::at(path)));
         }
     }
-    if options.tracking_cost {
-        return match cost::print(&tools[0].1, &options.dir, options.runs) {
+    if options.tracking_cost || options.prediction {
+        let print = if options.prediction { prediction::print } else { cost::print };
+        return match print(&tools[0].1, &options) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("bench: error: {error}");

@@ -13,6 +13,9 @@ Usage: scripts/bench [options]
   --tracker     also measure dumps of a target that has a tracker
   --tracking-cost
                 measure only what a tracker costs its target: redis under load, and make -j2
+  --prediction  measure only how near the freezes that `watch` predicts are to those of dumps that follow, with and
+                without a tracker, without copying before the freeze: fds-15000 vmas-20000 processes-300
+                threads-1000 heap-64m, and a redis-server that idles
   --case NAME   only this case (may be repeated): heap-64m heap-1g fds-1000 fds-15000
                 vmas-20000 threads-100 threads-1000 processes-300
   --runs N      runs of each case (default 5)
@@ -32,6 +35,7 @@ pub(crate) struct Options {
     pub(crate) criu: Option<PathBuf>,
     pub(crate) tracker: bool,
     pub(crate) tracking_cost: bool,
+    pub(crate) prediction: bool,
     pub(crate) runs: usize,
     pub(crate) json: Option<PathBuf>,
     pub(crate) dir: PathBuf,
@@ -45,6 +49,7 @@ impl Options {
             criu: None,
             tracker: false,
             tracking_cost: false,
+            prediction: false,
             runs: 5,
             json: None,
             dir: "/var/tmp".into(),
@@ -61,6 +66,10 @@ impl Options {
             }
             if name == "--tracking-cost" {
                 options.tracking_cost = true;
+                continue;
+            }
+            if name == "--prediction" {
+                options.prediction = true;
                 continue;
             }
             let value = args.next().ok_or_else(|| format!("{name}: unknown, or its value is missing"))?;

@@ -113,6 +113,8 @@ pub struct Viewer {
     /// As measured last: something else may run at any of these times.
     costs: VecDeque<Costs>,
     pages: Pages,
+    /// Who would read for a dump, which takes a tracker if there is one.
+    dump_reader: &'static str,
     prediction_note: Option<String>,
 }
 
@@ -158,6 +160,7 @@ impl Viewer {
             rehearsal: Paced::new(),
             costs: VecDeque::new(),
             pages: Pages::new(),
+            dump_reader: "",
             prediction_note: None,
         })
     }
@@ -257,8 +260,13 @@ impl Viewer {
         let Some(own) = self.specimen.value else { return };
         let members = self.members(order);
         let begin = Instant::now();
-        match rehearse::rehearse(&members, &mut self.iterators, &mut self.pages) {
-            Ok(Found { amounts, costs, descriptors }) => {
+        match rehearse::rehearse(self.root, &members, &mut self.iterators, &mut self.pages) {
+            Ok(Found { amounts, costs, descriptors, reader }) => {
+                if self.dump_reader != reader {
+                    // What one reader costs says nothing of another.
+                    self.costs.clear();
+                    self.dump_reader = reader;
+                }
                 self.costs.push_back(merge(own, costs));
                 if self.costs.len() > MEASURED {
                     self.costs.pop_front();
@@ -306,7 +314,13 @@ impl Viewer {
         };
         let prediction = self.rehearsal.value.as_ref().map(|amounts| Prediction {
             age: self.rehearsal.age(),
-            ..predict::predict(self.root, self.reader(), amounts, &Costs::median(self.costs.iter()), &history::load())
+            ..predict::predict(
+                self.root,
+                self.dump_reader,
+                amounts,
+                &Costs::median(self.costs.iter()),
+                &history::load(),
+            )
         });
         Sample {
             root: self.root,

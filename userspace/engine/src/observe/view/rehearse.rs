@@ -15,7 +15,7 @@ use crate::{
         private::{self, PrivatePages},
     },
     objects::{Collected, shared_memory},
-    observe::{self, FdEntry, Iterators, ProcessState, VmaEntry},
+    observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -40,6 +40,8 @@ pub(super) struct Found {
     pub costs: Costs,
     /// The descriptors, by the way.
     pub descriptors: Vec<FdEntry>,
+    /// Who would read for the dump, by the name that the dump gives it.
+    pub reader: &'static str,
 }
 
 /// A process of the tree with its parent and its threads.
@@ -54,10 +56,16 @@ pub(super) struct Member {
 ///
 /// # Errors
 /// When the tree has memory that cannot be dumped, or changes too quickly to be read.
-pub(super) fn rehearse(members: &[Member], iterators: &mut Option<Iterators>, pages: &mut Pages) -> Result<Found> {
+pub(super) fn rehearse(
+    root: i32,
+    members: &[Member],
+    iterators: &mut Option<Iterators>,
+    pages: &mut Pages,
+) -> Result<Found> {
     let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
-    let mut found = Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new() };
-    let seen = read(&pids, iterators, &mut found)?;
+    let mut found =
+        Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new(), reader: "procfs" };
+    let seen = read(root, &pids, iterators, &mut found)?;
     let (spaces, shared) = spaces(members, &seen, &mut found)?;
     count(members, &spaces, &mut found);
     let zeros = pages.copy(&spaces, &mut found.costs);
@@ -80,7 +88,8 @@ fn each(total: f64, count: u64) -> f64 {
 type Seen = HashMap<i32, (ProcessState, Vec<VmaEntry>)>;
 
 /// The reader's passes.
-fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<Seen> {
+#[cfg_attr(not(feature = "ebpf"), expect(unused_variables, reason = "there are no trackers"))]
+fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<Seen> {
     let failed = |e: observe::ObserveError| match e {
         // It was there when the list was made.
         observe::ObserveError::Io { source, .. } if proc::is_gone(&source) => changed(pids[0]),
@@ -92,23 +101,42 @@ fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> R
         found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
         return Ok(HashMap::new());
     };
+    // The dump would take the tree's tracker, too.
+    #[cfg(feature = "ebpf")]
+    if let Ok(Some(mut lease)) = observe::Lease::take(root) {
+        found.reader = "tracker";
+        lease.iterators().prefetch_paths(pids).map_err(failed)?;
+        let begin = Instant::now();
+        let (processes, fresh) = lease.check(pids).map_err(failed)?;
+        found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
+        let begin = Instant::now();
+        let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
+        found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
+        let begin = Instant::now();
+        found.descriptors = lease.iterators().files(pids).map_err(failed)?;
+        found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+        return Ok(join(processes, mapped));
+    }
+    found.reader = "ebpf";
     iterators.prefetch_paths(pids).map_err(failed)?;
     let begin = Instant::now();
     found.descriptors = iterators.files(pids).map_err(failed)?;
     found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
     let begin = Instant::now();
-    let mapped = iterators.vmas(pids).map_err(failed)?;
-    found.costs.read_mapping = each(nanoseconds(begin), mapped.len() as u64);
+    let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
+    found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
     let begin = Instant::now();
     let processes = iterators.processes(pids).map_err(failed)?;
     found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
-    let mut seen: Seen = processes.into_iter().map(|p| (p.tgid, (p, Vec::new()))).collect();
-    for vma in mapped {
-        if let Some((_, vmas)) = seen.get_mut(&vma.tgid) {
-            vmas.push(vma);
-        }
-    }
-    Ok(seen)
+    Ok(join(processes, mapped))
+}
+
+fn join(processes: Vec<ProcessState>, mut mapped: HashMap<i32, Vec<VmaEntry>>) -> Seen {
+    let mut both = |process: ProcessState| {
+        let vmas = mapped.remove(&process.tgid).unwrap_or_default();
+        (process.tgid, (process, vmas))
+    };
+    processes.into_iter().map(&mut both).collect()
 }
 
 fn changed(pid: i32) -> Error {
@@ -334,7 +362,7 @@ mod tests {
         let ours = member(pid, 0);
         // It has to be executed, and to have set itself up.
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let found = rehearse(&[ours], &mut None, &mut pages).unwrap();
+        let found = rehearse(pid, &[ours], &mut None, &mut pages).unwrap();
         let counts = found.amounts.counts;
         assert_eq!((counts.processes, counts.threads, counts.compared), (1, 1, 0));
         assert!(counts.mappings > 10 && counts.pages > 20 && counts.descriptors > 2, "{counts:?}");
@@ -342,6 +370,6 @@ mod tests {
         assert!(found.amounts.stored <= found.amounts.copied && found.amounts.copied >= counts.pages / 2);
         sleep.kill().unwrap();
         sleep.wait().unwrap();
-        assert!(matches!(rehearse(&[ours], &mut None, &mut pages), Err(Error::System { .. })));
+        assert!(matches!(rehearse(pid, &[ours], &mut None, &mut pages), Err(Error::System { .. })));
     }
 }
