@@ -38,6 +38,27 @@ pub enum ImageError {
         /// What is wrong there.
         flaw: Flaw,
     },
+    /// The image's page stores are not all in its directory and those of its parents.
+    #[error("{}: {reason}", dir.display())]
+    Chain {
+        /// Directory of the image.
+        dir: PathBuf,
+        /// What is missing, and what to do about it.
+        reason: String,
+    },
+    /// Pages of the image were given up for a newer one.
+    #[error(
+        "{}: superseded by the image in {}, for which --auto-dedup took pages out of {store}: use that one",
+        dir.display(), by.display()
+    )]
+    Superseded {
+        /// Directory of the image.
+        dir: PathBuf,
+        /// Directory of the newer one.
+        by: PathBuf,
+        /// The page store that is not complete any more.
+        store: String,
+    },
     /// A record that cannot be written.
     #[error("record kind {kind} cannot be written: {reason}")]
     Unwritable {
@@ -115,7 +136,8 @@ impl ImageError {
         matches!(self, Self::Io { .. } | Self::NoSpace(_) | Self::Locked(_))
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    /// What an I/O error at this path is.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(path),

@@ -1,7 +1,7 @@
 //! What tracking costs those who are tracked: a server under load, and a build that forks and executes all the time.
 //! Without a tracker, with one, and with one that sees system calls in turn, each time another one first.
 
-use crate::options::Options;
+use crate::{options::Options, report::high_median};
 use standstill_tests::harness::Tool;
 use std::{
     fs,
@@ -28,7 +28,7 @@ type Series = [Vec<f64>; WAYS.len()];
 pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
     let (runs, dir) = (options.runs, &options.dir);
     let say = |what: &str, unit: &str, series: &Series, speed: fn(f64) -> f64| {
-        let figures = series.each_ref().map(|values| median(values));
+        let figures = series.each_ref().map(|values| high_median(values));
         for (way, figure) in WAYS.iter().zip(figures) {
             let way = way.map_or("no tracker".to_owned(), |options| format!("track {}", options.join(" ")));
             let share = speed(figure) / speed(figures[0]);
@@ -41,12 +41,6 @@ pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
     let build = build(tool, dir, runs).map_err(|e| format!("build: {e}"))?;
     say(&format!("make -j2, {SOURCES} files"), "ms", &build, |time| 1.0 / time);
     Ok(())
-}
-
-pub(crate) fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Calls `measure` with the options of each tracker, `runs` times each.

@@ -2,10 +2,14 @@
 
 mod cases;
 mod cost;
+mod criu;
+mod curve;
 mod measure;
 mod options;
 mod prediction;
 mod report;
+mod server;
+mod small;
 
 use std::process::ExitCode;
 
@@ -34,22 +38,38 @@ fn main() -> ExitCode {
         if options.tracker {
             tools.push((measure::TRACKED, Tool::get()));
         }
+        if options.precopy {
+            tools.push((measure::PRECOPY, Tool::get()));
+        }
         if let Some(path) = &options.criu {
             tools.push(("criu", Tool::at(path)));
         }
     }
-    if options.tracking_cost || options.prediction {
-        let print = if options.prediction { prediction::print } else { cost::print };
-        return match print(&tools[0].1, &options) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("bench: error: {error}");
-                ExitCode::FAILURE
-            }
-        };
+    // A store is made without a tracker and without pre-copy of its own.
+    let plain = |tool: &&(&str, Tool)| ![measure::TRACKED, measure::PRECOPY].contains(&tool.0);
+    let plain: Vec<(&str, Tool)> = tools.iter().filter(plain).cloned().collect();
+    let by_name = |name: &str, measure: &dyn Fn() -> Result<(), String>| match options.names(name) {
+        true => measure(),
+        false => Ok(()),
+    };
+    let others = if options.tracking_cost {
+        cost::print(&tools[0].1, &options)
+    } else if options.prediction {
+        prediction::print(&tools[0].1, &options)
+    } else {
+        by_name("server", &|| server::print(&plain, &options))
+            .and_then(|()| by_name("small-20hz", &|| small::print(&tools[0].1, &options)))
+            .and_then(|()| by_name("tracking-curve", &|| curve::print(&options)))
+    };
+    if let Err(error) = others {
+        eprintln!("bench: error: {error}");
+        return ExitCode::FAILURE;
+    }
+    if options.tracking_cost || options.prediction || !cases::ALL.iter().any(|case| options.wants(case)) {
+        return ExitCode::SUCCESS;
     }
     let mut report = Report::new(options.runs);
-    for case in cases::ALL.iter().filter(|case| options.wants(case.name)) {
+    for case in cases::ALL.iter().filter(|case| options.wants(case)) {
         for run in 0..options.runs {
             // In turn, and each time another one first: whatever drifts meets both.
             for number in 0..tools.len() {

@@ -7,19 +7,22 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use standstill_tests::harness::{Outcome, Setting, Target, Tool};
+use standstill_tests::harness::{Outcome, Run, Setting, Target, Tool};
 use standstill_tests::verdict::Verdict;
 
 use crate::cases::Case;
+use crate::criu;
 
 /// Sleep of the target's clock loop, in microseconds: what a freeze is measured with.
-const CLOCK_US: &str = "50";
+pub(crate) const CLOCK_US: &str = "50";
 
 /// Figures of one run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Figures {
     pub(crate) idle_us: u64,
     pub(crate) freeze_us: u64,
+    /// As the tool tells it.
+    pub(crate) told_us: Option<u64>,
     pub(crate) dump_us: u64,
     pub(crate) durable_us: u64,
     pub(crate) restore_cold_us: u64,
@@ -29,6 +32,24 @@ pub(crate) struct Figures {
 
 /// Name of Standstill with a tracker.
 pub(crate) const TRACKED: &str = "tracked";
+
+/// Name of Standstill with pre-copy.
+pub(crate) const PRECOPY: &str = "precopy";
+
+/// A dump as the name asks for it.
+fn dump(target: &Target, name: &str, tool: &Tool, images: &Path) -> Run {
+    let run = tool.dump(target.pid(), images);
+    let run = if name == PRECOPY { run.arg("--precopy") } else { run };
+    if tool.is_criu() { run } else { run.arg("--json") }
+}
+
+/// The freeze as the tool tells it: Standstill on its standard output, CRIU in a file of the image.
+fn told_us(tool: &Tool, outcome: &Outcome, images: &Path) -> Option<u64> {
+    if tool.is_criu() {
+        return criu::frozen_us(&fs::read(images.join("stats-dump")).ok()?);
+    }
+    serde_json::from_str::<serde_json::Value>(&outcome.stdout).ok()?["frozen_us"].as_u64()
+}
 
 /// Gives the target a tracker that ends with it, if the name asks for one.
 fn track(target: &Target, name: &str, tool: &Tool) -> Result<(), String> {
@@ -43,12 +64,14 @@ fn track(target: &Target, name: &str, tool: &Tool) -> Result<(), String> {
 pub(crate) fn run(case: &Case, name: &str, tool: &Tool, dir: &Path) -> Result<Figures, String> {
     let setting = Setting { base: dir.to_owned(), ..Setting::default() };
     let args: Vec<&str> = case.args.iter().copied().chain(["--clock-us", CLOCK_US]).collect();
-    let mut target = Target::launch(&setting, "clock", &args);
+    let mut target = Target::launch(&setting, case.workload, &args);
     settle(dir);
     track(&target, name, tool)?;
 
     target.reset_meter();
-    let outcome = succeed(tool.dump(target.pid(), &target.images("running")).arg("--leave-running").run())?;
+    let images = target.images("running");
+    let outcome = succeed(dump(&target, name, tool, &images).arg("--leave-running").run())?;
+    let told_us = told_us(tool, &outcome, &images);
     let freeze_us = well(&target)?.longest_pause_us;
     target.images("running");
     settle(dir);
@@ -57,11 +80,11 @@ pub(crate) fn run(case: &Case, name: &str, tool: &Tool, dir: &Path) -> Result<Fi
     thread::sleep(outcome.wall);
     let idle_us = well(&target)?.longest_pause_us;
 
-    let mut figures = Figures { idle_us, freeze_us, ..Figures::default() };
+    let mut figures = Figures { idle_us, freeze_us, told_us, ..Figures::default() };
     for cache in [Cache::Cold, Cache::Warm] {
         let images = target.images("killed");
         target.processes();
-        let dump_us = wall_us(&succeed(tool.dump(target.pid(), &images).run())?);
+        let dump_us = wall_us(&succeed(dump(&target, name, tool, &images).run())?);
         let begin = Instant::now();
         sync(dir);
         let durable_us = dump_us + u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -110,7 +133,7 @@ impl Cache {
 }
 
 /// Lets nothing that was written before be written during the measurement.
-fn settle(dir: &Path) {
+pub(crate) fn settle(dir: &Path) {
     sync(dir);
     thread::sleep(Duration::from_millis(200));
 }
@@ -124,7 +147,7 @@ fn sync(dir: &Path) {
 }
 
 /// A figure counts only when the target is well afterwards.
-fn well(target: &Target) -> Result<Verdict, String> {
+pub(crate) fn well(target: &Target) -> Result<Verdict, String> {
     let begin = Instant::now();
     let verdict = target.verdict();
     match verdict.ok && verdict.checks > 0 {
@@ -133,7 +156,7 @@ fn well(target: &Target) -> Result<Verdict, String> {
     }
 }
 
-fn succeed(outcome: Outcome) -> Result<Outcome, String> {
+pub(crate) fn succeed(outcome: Outcome) -> Result<Outcome, String> {
     if outcome.status == Some(0) { Ok(outcome) } else { Err(outcome.to_string()) }
 }
 

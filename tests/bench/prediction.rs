@@ -11,8 +11,8 @@ use serde_json::Value;
 use standstill_tests::harness::{Setting, Target, Tool};
 
 use crate::cases;
-use crate::cost::median;
 use crate::options::Options;
+use crate::report::high_median;
 
 /// Those of [`cases::ALL`] that are measured, besides redis.
 const CASES: [&str; 5] = ["fds-15000", "vmas-20000", "processes-300", "threads-1000", "heap-64m"];
@@ -40,11 +40,13 @@ pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
         "{:<14} {:<8} {:>20} {:>22} {:>9} {:>6} {:>6}",
         "case", "reader", "first pred. / obs.", "median pred. / obs.", "worst", "near", "fresh"
     );
-    for case in CASES.into_iter().chain([REDIS]).filter(|case| options.wants(case)) {
+    let all = || CASES.into_iter().chain([REDIS]);
+    let some = all().any(|case| options.names(case));
+    for case in all().filter(|case| !some || options.names(case)) {
         for tracked in [false, true] {
             let (freezes, fresh) =
                 measure(tool, &options.dir, case, tracked, options.runs).map_err(|error| format!("{case}: {error}"))?;
-            let ms = |of: fn(&Freeze) -> f64| median(&freezes.iter().map(of).collect::<Vec<_>>()) / 1e3;
+            let ms = |of: fn(&Freeze) -> f64| high_median(&freezes.iter().map(of).collect::<Vec<_>>()) / 1e3;
             let worst =
                 freezes.iter().map(|f| f.predicted / f.observed - 1.0).max_by(|a, b| a.abs().total_cmp(&b.abs()));
             let near = freezes.iter().filter(|f| f.is_near()).count();
@@ -76,9 +78,8 @@ fn measure(tool: &Tool, dir: &Path, case: &str, tracked: bool, runs: usize) -> R
         let args = ["-R", "--json", "--precopy=0", "-v"];
         let stats = tool.dump(target.pid(), &images).args(args).run().expect_success().json();
         let log = std::fs::read_to_string(images.join("dump.log")).unwrap_or_default();
-        fresh = log.split("fresh=").nth(1).map_or("-".into(), |rest| {
-            rest.split(['"', '%']).nth(1 - usize::from(!rest.starts_with('"'))).unwrap_or("?").trim().to_owned() + " %"
-        });
+        let told = log.split_once("fresh=").and_then(|(_, rest)| rest.split_once('%'));
+        fresh = told.map_or("-".to_owned(), |(share, _)| format!("{} %", share.trim_matches(['"', ' '])));
         let us = |name: &str| stats[name].as_f64().ok_or_else(|| format!("no {name} in {stats}"));
         Ok(Freeze { predicted, observed: us("freezing_us")? + us("frozen_us")? })
     });

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::measure::Figures;
+use crate::options::Options;
 
 /// All runs of one case with one tool.
 #[derive(Default, Serialize)]
@@ -14,6 +15,7 @@ struct Series {
     tool: String,
     idle_us: Vec<u64>,
     freeze_us: Vec<u64>,
+    told_us: Vec<u64>,
     dump_us: Vec<u64>,
     durable_us: Vec<u64>,
     restore_cold_us: Vec<u64>,
@@ -35,9 +37,10 @@ pub(crate) struct Report {
 type Figure = fn(&Series) -> &[u64];
 
 /// The figures that are compared.
-const COLUMNS: [(&str, Figure); 6] = [
+const COLUMNS: [(&str, Figure); 7] = [
     ("idle ms", |series| &series.idle_us),
     ("freeze ms", |series| &series.freeze_us),
+    ("told ms", |series| &series.told_us),
     ("dump ms", |series| &series.dump_us),
     ("durable ms", |series| &series.durable_us),
     ("restore cold ms", |series| &series.restore_cold_us),
@@ -62,6 +65,7 @@ impl Report {
             Ok(figures) => {
                 series.idle_us.push(figures.idle_us);
                 series.freeze_us.push(figures.freeze_us);
+                series.told_us.extend(figures.told_us);
                 series.dump_us.push(figures.dump_us);
                 series.durable_us.push(figures.durable_us);
                 series.restore_cold_us.push(figures.restore_cold_us);
@@ -129,7 +133,7 @@ impl Series {
 }
 
 fn write_ratios(text: &mut String, ours: &Series, theirs: &Series) {
-    _ = write!(text, "{:<14} {:<11}", "", format!("criu/{}", &ours.tool[..6]));
+    _ = write!(text, "{:<14} {:<11}", "", format!("criu/{:.6}", ours.tool));
     for (_, values) in COLUMNS {
         _ = write!(text, " {:>22}", ratio(values(ours), values(theirs)));
     }
@@ -162,4 +166,18 @@ fn median(values: &[u64]) -> Option<f64> {
         (length, half) if length % 2 == 1 => Some(sorted[half] as f64),
         (_, half) => Some((sorted[half - 1] + sorted[half]) as f64 / 2.0),
     }
+}
+
+/// The middle one of some figures, or the upper of two.
+pub(crate) fn high_median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Writes figures to the file that was asked for.
+pub(crate) fn write_json(options: &Options, value: &serde_json::Value) -> Result<(), String> {
+    let Some(path) = &options.json else { return Ok(()) };
+    let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
+    std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
 }

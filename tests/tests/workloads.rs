@@ -190,3 +190,33 @@ fn five_thousand_files() {
 fn a_big_heap_uncompressed() {
     twice("clock", &["--heap-mib", "256"], |run| run);
 }
+
+#[test]
+fn memory_that_is_written_all_the_time() {
+    twice("writer", &["--heap", "48", "--pages-per-second", "max", "--threads", "3", "--thp"], |run| run);
+}
+
+#[test]
+fn a_tree_that_writes_shared_memory_and_its_own() {
+    let sizes = ["--heap", "32", "--shared", "8", "--file", "8"];
+    let args = [&sizes[..], &["--pages-per-second", "2000", "--threads", "2", "--children", "2"]].concat();
+    twice("writer", &args, |run| run);
+}
+
+#[test]
+fn memory_that_comes_and_goes() {
+    let _turn = Turn::take();
+    let tool = Tool::get();
+    let args =
+        ["--heap", "16", "--shared", "4", "--file", "4", "--children", "1", "--pages-per-second", "500", "--churn"];
+    let mut target = Target::workload("writer", &args);
+    for _ in 0..8 {
+        let images = target.images("moving");
+        target.processes();
+        tool.dump(target.pid(), &images).run().expect_success();
+        target.await_gone();
+        tool.restore(&images).arg("-d").run().expect_success();
+        target.assert_well();
+    }
+    target.finish(0);
+}

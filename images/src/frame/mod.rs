@@ -81,6 +81,14 @@ impl RecordWriter {
         Ok(())
     }
 
+    /// Adds a record as it is in another manifest, whether its kind is known or not.
+    pub fn copy(&mut self, record: &RawRecord<'_>) {
+        self.bytes.extend_from_slice(&RECORD_MAGIC);
+        self.bytes.extend_from_slice(&XxHash3_64::oneshot(&record.bytes).to_le_bytes());
+        self.bytes.extend_from_slice(&record.bytes);
+        self.count += 1;
+    }
+
     fn frame(&mut self, kind: u16, version: u16, flags: u32, body: &impl Serialize) -> Result<(), ImageError> {
         let unwritable = |reason: String| ImageError::Unwritable { kind, reason };
         let start = self.bytes.len();

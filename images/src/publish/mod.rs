@@ -3,12 +3,19 @@
 //! The manifest is the image: what it does not name does not belong to it. It appears under its name in one step, after
 //! everything it names is on disk.
 
-use crate::{Flaw, ImageError, store::PageStoreIndex};
+mod chain;
+mod superseded;
+
+pub use chain::{MOST_PARENTS, PARENT};
+pub use superseded::supersede;
+
+use crate::{Flaw, ImageError};
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     hash::{BuildHasher, RandomState},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink},
     path::{Path, PathBuf},
 };
 
@@ -27,6 +34,10 @@ pub struct ImageDir {
     created: bool,
     committed: bool,
     pages: String,
+    /// Where the link to the parent will lead.
+    parent: Option<PathBuf>,
+    /// Names of page stores of others that were linked into the directory.
+    linked: Vec<String>,
 }
 
 impl ImageDir {
@@ -48,9 +59,10 @@ impl ImageDir {
                 result => result?,
             };
             let pages = format!("pages-{:016x}.img", RandomState::new().hash_one(std::process::id()));
-            let image = Self { path: path.into(), dir, created, committed: false, pages };
+            let (parent, linked) = Default::default();
+            let image = Self { path: path.into(), dir, created, committed: false, pages, parent, linked };
             if !fs::exists(path.join(MANIFEST)).map_err(ImageError::io(path))? {
-                image.sweep();
+                image.sweep(&[]);
             }
             return Ok(image);
         }
@@ -62,35 +74,101 @@ impl ImageDir {
         self.path.join(&self.pages)
     }
 
-    /// Publishes the image, in place of an older one if there is one. What the manifest names must be on disk.
+    /// Makes the image in `parent` the one whose directory page stores are looked for in that are not in this one. The
+    /// link is made by [`commit`](Self::commit); without this, the image will have no parent.
+    ///
+    /// # Errors
+    /// `parent` is no directory, or this one.
+    pub fn set_parent(&mut self, parent: &Path) -> Result<(), ImageError> {
+        let there = parent.canonicalize().map_err(ImageError::io(parent))?;
+        let here = self.path.canonicalize().map_err(ImageError::io(&self.path))?;
+        if !there.is_dir() {
+            return Err(ImageError::io(parent)(io::ErrorKind::NotADirectory.into()));
+        }
+        if there == here {
+            let reason = "an image cannot be its own parent: use another directory for one of them";
+            return Err(ImageError::Chain { dir: self.path.clone(), reason: reason.into() });
+        }
+        self.parent = Some(relative(&here, &there));
+        Ok(())
+    }
+
+    /// Gives a page store of another directory the same name in this one, so that the image need not look for it
+    /// elsewhere. Both names are of one file, so nobody may write to it any more.
+    ///
+    /// # Errors
+    /// I/O errors: hard links do not lead to other file systems.
+    pub fn link(&mut self, store: &Path) -> Result<(), ImageError> {
+        let name = store.file_name().and_then(OsStr::to_str).filter(|name| is_page_store(name));
+        let Some(name) = name else {
+            let flaw = Flaw::Content("not the name of a page store".into());
+            return Err(ImageError::invalid(store, 0, flaw));
+        };
+        let here = self.path.join(name);
+        match fs::hard_link(store, &here) {
+            Ok(()) => self.linked.push(name.into()),
+            // Of an older image in this directory, which stays if the new one fails.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let id = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).map_err(ImageError::io(path));
+                if id(store)? != id(&here)? {
+                    return Err(ImageError::io(&here)(e));
+                }
+            }
+            Err(e) => return Err(ImageError::io(&here)(e)),
+        }
+        Ok(())
+    }
+
+    /// Publishes the image, in place of an older one if there is one. What the manifest names must be on disk; `stores`
+    /// are the names of its page stores, wherever they are.
     ///
     /// # Errors
     /// I/O errors. There is no new image then, unless it is only its name that could not be made durable.
-    pub fn commit(mut self, manifest: &[u8]) -> Result<(), ImageError> {
+    pub fn commit(mut self, manifest: &[u8], stores: &[&str]) -> Result<(), ImageError> {
         let (aside, name) = (self.path.join(ASIDE), self.path.join(MANIFEST));
+        let (parent_aside, parent_name) = (self.parent_aside(), self.path.join(PARENT));
         let written = remove(&aside).and_then(|()| {
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
             file.write_all(manifest)?;
             file.sync_all()?;
+            if let Some(parent) = &self.parent {
+                symlink(parent, &parent_aside)?;
+            }
             self.dir.sync_all()?;
             fs::rename(&aside, &name)
         });
         written.map_err(ImageError::io(&name))?;
         self.committed = true;
+        // Until here the old image had its parent. From here on readers find the new one's aside as well.
+        let linked = match &self.parent {
+            Some(_) => fs::rename(&parent_aside, &parent_name),
+            None if parent_name.is_symlink() => remove(&parent_name),
+            None => Ok(()),
+        };
+        linked.map_err(ImageError::io(&parent_name))?;
         self.dir.sync_all().map_err(ImageError::io(&self.path))?;
         if self.created {
             let parent = self.path.join("..");
             File::open(&parent).and_then(|d| d.sync_all()).map_err(ImageError::io(&parent))?;
         }
-        self.sweep();
+        self.sweep(stores);
         Ok(())
     }
 
-    /// Removes page stores other than ours: those of the image that ours has replaced, and of writers that died. That
-    /// it does not work is no reason to fail: the next dump does it.
-    fn sweep(&self) {
+    /// The link to the parent while the image is not published.
+    fn parent_aside(&self) -> PathBuf {
+        self.path.join(format!("{}{}", chain::ASIDE_PREFIX, self.pages))
+    }
+
+    /// Removes page stores other than ours and those to `keep`: those of the image that ours has replaced, and of
+    /// writers that died; and what else these left. That it does not work is no reason to fail: the next dump does it.
+    fn sweep(&self, keep: &[&str]) {
+        let kept = |store: &str| store == self.pages || keep.contains(&store);
         for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            if entry.file_name().to_str().is_some_and(|name| is_page_store(name) && name != self.pages) {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let store = superseded::store_of(name).unwrap_or(name);
+            if is_page_store(store) && !kept(store) || name.starts_with(chain::ASIDE_PREFIX) {
                 let _ = remove(&entry.path());
             }
         }
@@ -115,7 +193,11 @@ impl Drop for ImageDir {
             return;
         }
         let _ = remove(&self.path.join(ASIDE));
+        let _ = remove(&self.parent_aside());
         let _ = remove(&self.pages_path());
+        for store in &self.linked {
+            let _ = remove(&self.path.join(store));
+        }
         if self.created {
             // Files of others keep it.
             let _ = fs::remove_dir(&self.path);
@@ -151,6 +233,18 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The way from one directory to another, both without links in their paths; the whole path if they have nothing in
+/// common.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    if common <= 1 {
+        return to.into();
+    }
+    let up = from.components().skip(common).map(|_| Path::new(".."));
+    let down = to.components().skip(common).map(|part| Path::new(part.as_os_str()));
+    up.chain(down).collect()
+}
+
 /// Whether a file has a name that [`ImageDir`] gives to page stores.
 fn is_page_store(name: &str) -> bool {
     let middle = name.strip_prefix("pages-").and_then(|n| n.strip_suffix(".img"));
@@ -175,18 +269,6 @@ impl OpenDir {
     /// I/O errors.
     pub fn manifest(&self) -> Result<File, ImageError> {
         File::open(self.manifest_path()).map_err(ImageError::io(self.manifest_path()))
-    }
-
-    /// Path of the page store.
-    ///
-    /// # Errors
-    /// A name that is none of a page store, which could lead anywhere.
-    pub fn pages_path(&self, index: &PageStoreIndex) -> Result<PathBuf, ImageError> {
-        if is_page_store(&index.file) {
-            return Ok(self.path.join(&index.file));
-        }
-        let flaw = Flaw::Content(format!("{:?} is not the name of a page store", index.file));
-        Err(ImageError::invalid(&self.manifest_path(), 0, flaw))
     }
 }
 

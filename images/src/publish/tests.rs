@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     frame::{Record, RecordReader, RecordWriter},
-    store::{Compression, PAGE, PageReader, PageWriter},
+    store::{Compression, PAGE, PageReader, PageStoreIndex, PageWriter},
 };
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -20,7 +20,7 @@ fn dump(dir: ImageDir, pages: &[u8]) -> Result<(), ImageError> {
     writer.append(pages)?;
     let mut manifest = RecordWriter::new();
     manifest.push(&writer.finish()?)?;
-    dir.commit(&manifest.finish())
+    dir.commit(&manifest.finish(), &[])
 }
 
 /// Reads an image as a restore does.
@@ -34,7 +34,8 @@ fn restore(path: &Path) -> Result<Vec<u8>, ImageError> {
     }
     let index = index.expect("an index is there");
     let mut pages = vec![0; index.pages() as usize * PAGE];
-    PageReader::open(&open.pages_path(&index)?, &index)?.read_pages(0, &mut pages)?;
+    let found = open.locate(std::slice::from_ref(&index))?;
+    PageReader::open(&found[0], &index)?.read_pages(0, &mut pages)?;
     Ok(pages)
 }
 
@@ -179,8 +180,9 @@ fn a_page_store_elsewhere_is_refused() {
     dump(ImageDir::create(&path).expect("create"), &pages(1, 1)).expect("dump");
     let open = ImageDir::open(&path).expect("open");
     for file in ["../pages-0123456789abcdef.img", "/etc/passwd", "", ".", "pages-0123456789abcde/.img"] {
-        let index = PageStoreIndex { file: file.into(), compression: Compression::None, chunks: vec![] };
-        let error = open.pages_path(&index).expect_err(file);
+        let index =
+            PageStoreIndex { file: file.into(), compression: Compression::None, chunks: vec![], dropped: vec![] };
+        let error = open.locate(&[index]).expect_err(file);
         assert!(error.to_string().contains("not the name of a page store"), "{error}");
     }
 }
@@ -233,7 +235,7 @@ fn a_full_disk_gives_an_error_and_nothing_is_left() {
     assert_eq!(restore(&path).expect("the old image is whole"), pages(10, 1));
     assert_eq!(names(&path), before);
 
-    let error = ImageDir::create(&path).and_then(|d| d.commit(&pages(500, 3))).expect_err("full");
+    let error = ImageDir::create(&path).and_then(|d| d.commit(&pages(500, 3), &[])).expect_err("full");
     assert!(
         error.to_string().ends_with("standstill.img: no space left: free some, or use another directory"),
         "{error}"

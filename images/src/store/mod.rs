@@ -4,14 +4,21 @@
 
 mod buffer;
 mod codec;
+mod dropped;
 mod reader;
+mod set;
 mod writer;
 
 pub use buffer::Buffer;
+pub use dropped::punch;
 pub use reader::PageReader;
+pub use set::PageSet;
 pub use writer::PageWriter;
 
-use crate::{Flaw, ImageError, frame::Record};
+use crate::{
+    Flaw, ImageError,
+    frame::{RawRecord, Record},
+};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -38,12 +45,30 @@ pub enum Compression {
 /// Table of contents of a page store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageStoreIndex {
-    /// File name within the image directory.
+    /// Name of the file, within the image's directory or that of one of its parents.
     pub file: String,
     /// Compression of the chunks.
     pub compression: Compression,
     /// Chunks in the order of their pages.
     pub chunks: Vec<Chunk>,
+    /// Pages that this image does not need, as first page and number of pages in their order. Their data may be gone
+    /// from the file, whose chunks have the checksums that they have with zeros in their place. None where the store is
+    /// compressed.
+    pub dropped: Vec<(PageIndex, u64)>,
+}
+
+/// [`PageStoreIndex`] before pages could be dropped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageStoreIndexV1 {
+    file: String,
+    compression: Compression,
+    chunks: Vec<Chunk>,
+}
+
+impl From<PageStoreIndexV1> for PageStoreIndex {
+    fn from(old: PageStoreIndexV1) -> Self {
+        Self { file: old.file, compression: old.compression, chunks: old.chunks, dropped: Vec::new() }
+    }
 }
 
 /// A piece of the page store.
@@ -60,6 +85,11 @@ pub struct Chunk {
 }
 
 impl Record for PageStoreIndex {
+    const KIND: u16 = 7;
+    const VERSION: u16 = 2;
+}
+
+impl Record for PageStoreIndexV1 {
     const KIND: u16 = 7;
     const VERSION: u16 = 1;
 }
@@ -82,6 +112,17 @@ impl Chunk {
 }
 
 impl PageStoreIndex {
+    /// Decodes the record in any of its versions.
+    ///
+    /// # Errors
+    /// As those of [`RawRecord::decode`].
+    pub fn decode(record: &RawRecord<'_>) -> Result<Self, ImageError> {
+        if record.version() == PageStoreIndexV1::VERSION {
+            return record.decode::<PageStoreIndexV1>().map(Self::from);
+        }
+        record.decode()
+    }
+
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.chunks.iter().map(Chunk::pages).sum()
@@ -89,6 +130,7 @@ impl PageStoreIndex {
 
     /// The length that the file must have, if the table makes sense.
     fn file_length(&self, path: &Path) -> Result<u64, ImageError> {
+        let nonsense = || Flaw::Content("the page store's table of contents makes no sense".into());
         let (mut at, mut length) = (0, 0);
         for chunk in &self.chunks {
             let invalid = |flaw| Err(ImageError::invalid(path, chunk.offset, flaw));
@@ -103,9 +145,17 @@ impl PageStoreIndex {
             };
             match chunk.end() {
                 Some(end) if sizes && place => length = length.max(end),
-                _ => return invalid(Flaw::Content("the page store's table of contents makes no sense".into())),
+                _ => return invalid(nonsense()),
             }
             at += u64::from(chunk.raw);
+        }
+        let (mut page, pages) = (0, at / PAGE as u64);
+        for &(first, count) in &self.dropped {
+            let end = first.checked_add(count).filter(|&end| first >= page && end > first && end <= pages);
+            match end {
+                Some(end) if self.compression == Compression::None => page = end,
+                _ => return Err(ImageError::invalid(path, 0, nonsense())),
+            }
         }
         Ok(length)
     }

@@ -1,11 +1,11 @@
 //! Reading a page store.
 
-use super::{Chunk, PAGE, PageIndex, PageStoreIndex, codec::Unpacker};
+use super::{Chunk, PAGE, PageIndex, PageSet, PageStoreIndex, codec::Unpacker};
 use crate::{Flaw, ImageError};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -22,10 +22,13 @@ pub struct PageReader {
     /// Number of each chunk's first page.
     starts: Vec<PageIndex>,
     pages: u64,
+    dropped: PageSet,
+    /// Numbers of the chunks that are of interest.
+    chosen: Vec<usize>,
 }
 
 /// What a thread needs to read chunks.
-struct Scratch {
+pub(super) struct Scratch {
     unpacker: Unpacker,
     stored: Vec<u8>,
     raw: Vec<u8>,
@@ -51,7 +54,25 @@ impl PageReader {
             starts.push(pages);
             pages += chunk.pages();
         }
-        Ok(Self { path: path.into(), file, index: index.clone(), starts, pages })
+        let (dropped, chosen) = (PageSet::from_pairs(&index.dropped), (0..starts.len()).collect());
+        Ok(Self { path: path.into(), file, index: index.clone(), starts, pages, dropped, chosen })
+    }
+
+    /// The same, but what goes through all chunks goes only through those with pages that are `needed`.
+    #[must_use]
+    pub fn only(mut self, needed: &PageSet) -> Self {
+        self.chosen = (0..self.starts.len()).filter(|&number| needed.overlaps(self.range(number))).collect();
+        self
+    }
+
+    /// The pages of a chunk.
+    pub(super) fn range(&self, number: usize) -> Range<PageIndex> {
+        self.starts[number]..self.starts[number] + self.index.chunks[number].pages()
+    }
+
+    /// The table of contents.
+    pub fn index(&self) -> &PageStoreIndex {
+        &self.index
     }
 
     /// Whether page n is at offset n × 4096 of the file.
@@ -62,20 +83,6 @@ impl PageReader {
     /// The file as it is.
     pub fn file(&self) -> &File {
         &self.file
-    }
-
-    /// A file with page n at offset n × 4096: the store itself, unchecked, or else a checked copy in memory.
-    ///
-    /// # Errors
-    /// I/O errors; a copy fails as [`Self::decompress_into`] does.
-    pub fn raw(&self) -> Result<File, ImageError> {
-        if self.is_raw() {
-            return self.file.try_clone().map_err(ImageError::io(&self.path));
-        }
-        let copy = memfd_create(c"standstill-pages", MFdFlags::MFD_CLOEXEC);
-        let copy = File::from(copy.map_err(|e| ImageError::io(&self.path)(e.into()))?);
-        self.decompress_into(&copy)?;
-        Ok(copy)
     }
 
     /// Reads pages and verifies them. It costs a whole chunk of up to 1 MiB at each end.
@@ -101,10 +108,10 @@ impl PageReader {
             let length = (chunk.raw as usize - skip).min(rest.len());
             let (now, later) = rest.split_at_mut(length);
             if length == chunk.raw as usize {
-                self.read_chunk(chunk, &mut scratch, now)?;
+                self.read_chunk(number, &mut scratch, now)?;
             } else {
                 raw.resize(chunk.raw as usize, 0);
-                self.read_chunk(chunk, &mut scratch, &mut raw)?;
+                self.read_chunk(number, &mut scratch, &mut raw)?;
                 now.copy_from_slice(&raw[skip..skip + length]);
             }
             page += (length / PAGE) as u64;
@@ -113,7 +120,7 @@ impl PageReader {
         Ok(())
     }
 
-    /// Compares all checksums with the page data where they were put: `read` gets them from there, by the number of
+    /// Compares the checksums with the page data where they were put: `read` gets them from there, by the number of
     /// their first page.
     ///
     /// # Errors
@@ -127,10 +134,11 @@ impl PageReader {
         read: impl Fn(PageIndex, &mut [u8]) -> Result<(), ImageError> + Sync,
     ) -> Result<(), ImageError> {
         assert!(self.is_raw(), "the checksums are of compressed data");
-        self.each(threads, |number, chunk, scratch| {
-            scratch.raw.resize(chunk.raw as usize, 0);
+        self.each(threads, |number, scratch| {
+            scratch.raw.resize(self.index.chunks[number].raw as usize, 0);
             read(self.starts[number], &mut scratch.raw)?;
-            self.compare(chunk, &scratch.raw)
+            self.blank(number, &mut scratch.raw);
+            self.compare(&self.index.chunks[number], &scratch.raw)
         })
     }
 
@@ -141,22 +149,38 @@ impl PageReader {
     /// The first page data found that are not what was written.
     pub fn verify(&self, threads: usize, progress: impl Fn(u64, u64) + Sync) -> Result<(), ImageError> {
         let done = AtomicU64::new(0);
+        let total = self.chosen.iter().map(|&number| u64::from(self.index.chunks[number].raw)).sum();
         self.each_chunk(threads, |_, raw| {
             let before = done.fetch_add(raw.len() as u64, Ordering::Relaxed);
-            progress(before + raw.len() as u64, self.pages * PAGE as u64);
+            progress(before + raw.len() as u64, total);
             Ok(())
         })
     }
 
-    /// Makes `target` a file with page n at offset n × 4096, verified.
+    /// Writes page n to offset (`at` + n) × 4096 of a file, verified.
     ///
     /// # Errors
     /// Page data that are not what was written, or a `target` that cannot be written.
-    pub fn decompress_into(&self, target: &File) -> Result<(), ImageError> {
+    pub fn copy_into(&self, target: &File, at: PageIndex) -> Result<(), ImageError> {
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
-        target.set_len(self.pages * PAGE as u64).map_err(ImageError::io(&self.path))?;
         self.each_chunk(threads, |first, raw| {
-            target.write_all_at(raw, first * PAGE as u64).map_err(ImageError::io(&self.path))
+            target.write_all_at(raw, (at + first) * PAGE as u64).map_err(ImageError::io(&self.path))
+        })
+    }
+
+    /// Calls `action` with each chunk's first page and verified page data, in their order.
+    ///
+    /// # Errors
+    /// Page data that are not what was written, and the errors of `action`.
+    pub fn in_order<E: From<ImageError>>(
+        &self,
+        mut action: impl FnMut(PageIndex, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut scratch, mut raw) = (self.scratch()?, Vec::new());
+        self.chosen.iter().try_for_each(|&number| {
+            raw.resize(self.index.chunks[number].raw as usize, 0);
+            self.read_chunk(number, &mut scratch, &mut raw)?;
+            action(self.starts[number], &raw)
         })
     }
 
@@ -166,38 +190,35 @@ impl PageReader {
         threads: usize,
         action: impl Fn(PageIndex, &[u8]) -> Result<(), ImageError> + Sync,
     ) -> Result<(), ImageError> {
-        self.each(threads, |number, chunk, scratch| {
+        self.each(threads, |number, scratch| {
             let mut raw = std::mem::take(&mut scratch.raw);
-            raw.resize(chunk.raw as usize, 0);
-            self.read_chunk(chunk, scratch, &mut raw)?;
+            raw.resize(self.index.chunks[number].raw as usize, 0);
+            self.read_chunk(number, scratch, &mut raw)?;
             action(self.starts[number], &raw)?;
             scratch.raw = raw;
             Ok(())
         })
     }
 
-    /// Calls `action` with each chunk and its number, in several threads.
+    /// Calls `action` with the number of each chunk, in several threads.
     fn each(
         &self,
         threads: usize,
-        action: impl Fn(usize, &Chunk, &mut Scratch) -> Result<(), ImageError> + Sync,
+        action: impl Fn(usize, &mut Scratch) -> Result<(), ImageError> + Sync,
     ) -> Result<(), ImageError> {
-        let chunks = &self.index.chunks;
         let next = AtomicUsize::new(0);
         let work = || {
             let mut scratch = self.scratch()?;
-            while let number = next.fetch_add(1, Ordering::Relaxed)
-                && let Some(chunk) = chunks.get(number)
-            {
-                action(number, chunk, &mut scratch).inspect_err(|_| {
+            while let Some(&number) = self.chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+                action(number, &mut scratch).inspect_err(|_| {
                     // The others need not go on.
-                    next.store(chunks.len(), Ordering::Relaxed);
+                    next.store(self.chosen.len(), Ordering::Relaxed);
                 })?;
             }
             Ok(())
         };
         thread::scope(|scope| {
-            let others: Vec<_> = (1..threads.min(chunks.len())).map(|_| scope.spawn(work)).collect();
+            let others: Vec<_> = (1..threads.min(self.chosen.len())).map(|_| scope.spawn(work)).collect();
             let mut result = work();
             for other in others {
                 let theirs = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -207,18 +228,20 @@ impl PageReader {
         })
     }
 
-    fn scratch(&self) -> Result<Scratch, ImageError> {
+    pub(super) fn scratch(&self) -> Result<Scratch, ImageError> {
         let unpacker = Unpacker::new(self.index.compression).map_err(ImageError::io(&self.path))?;
         Ok(Scratch { unpacker, stored: Vec::new(), raw: Vec::new() })
     }
 
     /// Reads and verifies the page data of a chunk.
-    fn read_chunk(&self, chunk: &Chunk, scratch: &mut Scratch, raw: &mut [u8]) -> Result<(), ImageError> {
+    pub(super) fn read_chunk(&self, number: usize, scratch: &mut Scratch, raw: &mut [u8]) -> Result<(), ImageError> {
+        let chunk = &self.index.chunks[number];
         let invalid = |flaw| Err(ImageError::invalid(&self.path, chunk.offset, flaw));
         let compressed = chunk.stored < chunk.raw;
         scratch.stored.resize(if compressed { chunk.padded() } else { 0 }, 0);
         let bytes = if compressed { &mut scratch.stored[..] } else { &mut *raw };
         self.read_at(bytes, chunk.offset)?;
+        self.blank(number, bytes);
         self.compare(chunk, bytes)?;
         if !compressed {
             return Ok(());
@@ -227,6 +250,14 @@ impl PageReader {
             Ok(length) if length == raw.len() => Ok(()),
             Ok(length) => invalid(Flaw::Content(format!("{length} bytes of page data instead of {}", raw.len()))),
             Err(reason) => invalid(Flaw::Content(format!("page data that cannot be decompressed: {reason}"))),
+        }
+    }
+
+    /// Puts zeros in the place of dropped pages. A compressed store has none.
+    fn blank(&self, number: usize, raw: &mut [u8]) {
+        let range = self.range(number);
+        for part in self.dropped.within(range.clone()) {
+            raw[bytes_of(&range, &part)].fill(0);
         }
     }
 
@@ -243,4 +274,9 @@ impl PageReader {
             _ => ImageError::io(&self.path)(e),
         })
     }
+}
+
+/// Where the pages of `part` are in the page data of a chunk with the pages of `chunk`.
+pub(super) fn bytes_of(chunk: &Range<PageIndex>, part: &Range<PageIndex>) -> Range<usize> {
+    (part.start - chunk.start) as usize * PAGE..(part.end - chunk.start) as usize * PAGE
 }

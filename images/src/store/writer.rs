@@ -207,6 +207,7 @@ impl PageWriter {
             file: path.file_name().unwrap_or_default().to_string_lossy().into(),
             compression: *compression,
             chunks: chunks.into_iter().map(|(_, chunk)| chunk).collect(),
+            dropped: Vec::new(),
         })
     }
 

@@ -136,7 +136,7 @@ pub struct Round {
     pub pages: u64,
     /// Microseconds that it took.
     pub us: u64,
-    /// Microseconds from the beginning of the last round to that of this one; of the first one, since the dump began.
+    /// Microseconds since it was last looked which pages had changed; 0: all had to be copied.
     pub since_us: u64,
 }
 

@@ -26,6 +26,39 @@ pub fn expect_no_process(tool: &Tool) {
     assert!(gone, "processes of the tool are still there: {:?}", left());
 }
 
+/// Fails when a mapping of the target is still registered with a userfaultfd, or a process of it has one.
+#[track_caller]
+pub fn expect_not_tracked(target: &mut Target) {
+    let processes = target.processes();
+    let tracked = || processes.iter().flat_map(|pid| tracked_parts(*pid)).collect::<Vec<String>>();
+    // The kernel takes the registrations away when the last descriptor is closed, soon after its owner's death.
+    let free = wait_until(Duration::from_secs(3), || tracked().is_empty());
+    assert!(free, "still tracked: {:#?}", tracked());
+}
+
+/// Mappings and descriptors of a process that have to do with userfaultfd.
+fn tracked_parts(pid: Pid) -> Vec<String> {
+    let mut parts = Vec::new();
+    let mut mapping = String::new();
+    for line in proc::text(pid, "smaps").lines() {
+        match line.strip_prefix("VmFlags:") {
+            Some(flags) if flags.split(' ').any(|flag| matches!(flag, "uw" | "um" | "ui")) => {
+                parts.push(format!("{pid}: {mapping}"));
+            }
+            Some(_) => {}
+            None if line.split(' ').next().is_some_and(|range| range.contains('-')) => line.clone_into(&mut mapping),
+            None => {}
+        }
+    }
+    for fd in proc::numbers_in(&proc::path(pid, "fd")) {
+        let link = fs::read_link(proc::path(pid, &format!("fd/{fd}"))).unwrap_or_default();
+        if link.to_string_lossy().contains("userfaultfd") {
+            parts.push(format!("{pid}: descriptor {fd}"));
+        }
+    }
+    parts
+}
+
 /// Fails when any of these processes exists in any form.
 #[track_caller]
 pub fn expect_none_of(processes: &[Pid]) {

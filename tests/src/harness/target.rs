@@ -283,6 +283,26 @@ impl Target {
         assert!(gone, "{} is still there: {:?}", self.name, self.seen);
     }
 
+    /// Kills the whole tree the hard way, and waits until it is gone.
+    #[track_caller]
+    pub fn kill_tree(&mut self) {
+        for pid in self.processes() {
+            if let Ok(pidfd) = Pidfd::open(pid) {
+                pidfd.kill();
+            }
+        }
+        self.await_gone();
+    }
+
+    /// Removes all verdicts: the target is about to be taken back to an earlier moment, from which it counts on.
+    pub fn forget_verdicts(&self) {
+        for entry in fs::read_dir(self.dir()).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with("verdict.") {
+                _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Waits for the end of the root and takes its status.
     #[track_caller]
     pub fn await_exit(&mut self, limit: Duration) -> Option<WaitStatus> {

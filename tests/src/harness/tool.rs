@@ -57,6 +57,22 @@ impl Tool {
         run.log(&dir.join("dump.log"))
     }
 
+    /// `pre-dump -t PID -D DIR -o dump.log`.
+    pub fn pre_dump(&self, pid: Pid, dir: &Path) -> Run {
+        let run = self.command(["pre-dump", "-t", &pid.to_string(), "-o", "dump.log", "-D"]).arg(dir);
+        run.log(&dir.join("dump.log"))
+    }
+
+    /// `snapshot -t PID -D STORE --every INTERVAL`.
+    pub fn snapshot(&self, pid: Pid, store: &Path, every: &str) -> Run {
+        self.command(["snapshot", "-t", &pid.to_string(), "--every", every, "-D"]).arg(store)
+    }
+
+    /// `restore -D STORE --at WHICH -d`, without a log: the store may be full.
+    pub fn restore_at(&self, store: &Path, which: &str) -> Run {
+        self.command(["restore", "-d", "--at", which, "-D"]).arg(store)
+    }
+
     /// `restore -D DIR -o restore.log`.
     pub fn restore(&self, dir: &Path) -> Run {
         let run = self.command(["restore", "-o", "restore.log", "-D"]).arg(dir);

@@ -56,6 +56,12 @@ impl Checker {
         *notes.entry(name.to_owned()).or_default() += add;
     }
 
+    /// Sets a figure that is neither right nor wrong.
+    pub fn figure(&self, name: &str, value: u64) {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.insert(name.to_owned(), value);
+    }
+
     /// Takes over the verdict of another process of the same workload.
     pub fn merge(&self, member: &str, verdict: &Verdict) {
         self.checks.fetch_add(verdict.checks, Ordering::Relaxed);

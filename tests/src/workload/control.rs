@@ -58,6 +58,7 @@ pub struct Control {
     signals: SigSet,
     family: Family,
     exit_status: i32,
+    on_reset: Option<Box<dyn FnMut()>>,
 }
 
 impl Control {
@@ -74,7 +75,7 @@ impl Control {
     fn with(name: &'static str, member: &str, dir: PathBuf, signals: SigSet) -> Self {
         let member = member.to_owned();
         let (checker, family) = (Arc::default(), Family::default());
-        Self { name, member, dir, seq: 0, checker, signals, family, exit_status: 0 }
+        Self { name, member, dir, seq: 0, checker, signals, family, exit_status: 0, on_reset: None }
     }
 
     /// The same for a process forked by the workload, with a verdict of its own.
@@ -85,6 +86,11 @@ impl Control {
     /// The same for a process that will have the workload's directory as its root directory.
     pub fn for_jailed_child(&self, member: &str) -> Self {
         Self::with(self.name, member, PathBuf::from("/"), self.signals)
+    }
+
+    /// Has something called when the figures shall begin anew, besides the pause meter's reset.
+    pub fn on_reset(&mut self, action: impl FnMut() + 'static) {
+        self.on_reset = Some(Box::new(action));
     }
 
     /// Makes a child process answer to this one: it is asked for its verdict with each verdict of this process, and
@@ -115,6 +121,9 @@ impl Control {
                     let pauses = Pauses::now(meter);
                     if let Some(meter) = meter {
                         meter.reset();
+                    }
+                    if let Some(action) = &mut self.on_reset {
+                        action();
                     }
                     self.write(&pauses);
                 }

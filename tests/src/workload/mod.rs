@@ -6,21 +6,31 @@
 //! something was wrong).
 
 mod args;
+mod book;
 mod checker;
+mod computation;
 mod control;
 mod family;
+mod histogram;
 mod meter;
 mod pattern;
+mod random;
 mod rseq;
 mod selfstate;
 mod sys;
+mod wp;
 
 pub use args::Args;
+pub use book::{Book, PAGE};
 pub use checker::Checker;
+pub use computation::Computation;
 pub use control::{Control, Request};
 pub use family::Family;
+pub use histogram::Histogram;
 pub use meter::Meter;
 pub use pattern::Pattern;
+pub use random::Random;
 pub use rseq::check_rseq;
 pub use selfstate::SelfState;
 pub use sys::{Mapping, fork_child, monotonic, now_us, proc_stat_fields, smaps_entry};
+pub use wp::Tracking;

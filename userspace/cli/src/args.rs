@@ -2,8 +2,11 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{Precopy, PrecopyOptions, Reader, observe::Scope};
-use std::{path::PathBuf, time::Duration};
+use standstill_engine::{At, Precopy, PrecopyOptions, Reader, observe::Scope};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 /// Checkpoint and restore running Linux process trees
 #[derive(Debug, Parser)]
@@ -17,8 +20,12 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Write a process tree to an image
     Dump(DumpArgs),
+    /// The same as dump --leave-running --track-mem: the first of several that go on from each other
+    PreDump(DumpArgs),
     /// Bring a process tree back from an image
     Restore(RestoreArgs),
+    /// Checkpoint a running tree again and again
+    Snapshot(SnapshotArgs),
     /// Watch a tree by eBPF, so that dumps know what did not change
     Track(TrackArgs),
     /// Show a running tree: processes, memory, descriptors, and how long a dump would stop it
@@ -29,6 +36,8 @@ pub(crate) enum Command {
     Inspect(ImageArgs),
     /// Check every checksum and cross-reference of an image
     Verify(ImageArgs),
+    /// Make images complete in themselves: without parents, with one file of pages each
+    Merge(MergeArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -83,10 +92,64 @@ pub(crate) struct DumpArgs {
     pub paranoid: bool,
     #[command(flatten)]
     pub precopy: PrecopyArgs,
+    #[command(flatten)]
+    pub chain: ChainArgs,
     /// Print what the dump cost, phase by phase
     #[arg(long)]
     pub display_stats: bool,
     /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// Going on from an earlier image
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ChainArgs {
+    /// Directory of the image to go on from, relative to the image directory: what has not changed since is not copied
+    #[arg(long, value_name = "DIR")]
+    pub prev_images_dir: Option<PathBuf>,
+    /// Track writes after the dump, so that the next one can go on from it; a process in the background does so
+    #[arg(long)]
+    pub track_mem: bool,
+    /// Punch pages out of the earlier images that this one replaces: those cannot be restored afterwards
+    #[arg(long, requires = "prev_images_dir")]
+    pub auto_dedup: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SnapshotArgs {
+    /// Root of the tree to checkpoint
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    pub tree: i32,
+    /// Directory of the checkpoints
+    #[arg(short = 'D', long = "images-dir", value_name = "STORE")]
+    pub store: PathBuf,
+    /// Time from one checkpoint to the next: 50ms, 10s, 5m
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub every: Duration,
+    /// How many checkpoints to keep
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: u32,
+    /// How many checkpoints to make; without it, until the tree ends
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
+    /// The tree is a job of a shell outside of it
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Seconds within which the tree must be frozen
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u64,
+    /// Compression of the pages
+    #[arg(long, value_enum, default_value_t)]
+    pub compress: Compress,
+    /// Who lists the descriptors
+    #[arg(long, value_enum, default_value_t)]
+    pub reader: ReaderArg,
+    #[command(flatten)]
+    pub precopy: PrecopyArgs,
+    /// Print a JSON object for each checkpoint
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -104,6 +167,9 @@ pub(crate) struct PrecopyArgs {
     /// Freeze to aim at with these rounds: 5ms, 1s
     #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
     pub max_freeze: Duration,
+    /// How many rounds there are at most with --precopy=auto
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    pub max_rounds: u32,
     /// Page data that may wait to be written while the tree runs, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub buffer: u64,
@@ -111,8 +177,22 @@ pub(crate) struct PrecopyArgs {
 
 impl From<PrecopyArgs> for PrecopyOptions {
     fn from(args: PrecopyArgs) -> Self {
-        Self { mode: args.precopy, max_freeze: args.max_freeze, buffer: args.buffer << 20 }
+        Self { mode: args.precopy, max_freeze: args.max_freeze, max_rounds: args.max_rounds, buffer: args.buffer << 20 }
     }
+}
+
+fn at(text: &str) -> Result<At, String> {
+    if text == "latest" {
+        return Ok(At::Latest);
+    }
+    if let Ok(number) = text.parse() {
+        return Ok(At::Number(number));
+    }
+    if let Some(seconds) = text.strip_prefix('@') {
+        return seconds.parse().map(At::Time).map_err(|e| e.to_string());
+    }
+    let time = humantime::parse_rfc3339_weak(text).map_err(|e| format!("{e}: `latest`, a number or a time"))?;
+    Ok(At::Time(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()))
 }
 
 fn precopy(text: &str) -> Result<Precopy, String> {
@@ -127,6 +207,10 @@ pub(crate) struct RestoreArgs {
     /// Directory of the image
     #[arg(short = 'D', long = "images-dir", value_name = "DIR", default_value = ".")]
     pub images_dir: PathBuf,
+    /// Which checkpoint, if the directory is that of `standstill snapshot`: `latest`, its number, or the newest at a time
+    /// (2026-11-26T10:00:00Z, or @SECONDS since the epoch)
+    #[arg(long, value_name = "latest|N|TIME", value_parser = at)]
+    pub at: Option<At>,
     /// Exit once the tree runs, instead of waiting for it
     #[arg(short = 'd', long)]
     pub restore_detached: bool,
@@ -246,6 +330,16 @@ pub(crate) struct ImageArgs {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct MergeArgs {
+    /// Directories of images; images that build on one of them can be restored afterwards only if they are given too
+    #[arg(required = true, value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct JsonArgs {
     /// Print JSON
     #[arg(long)]
@@ -293,8 +387,24 @@ mod tests {
         for (text, ms) in [("500ms", 500), ("1s", 1000), ("2", 2000), ("1.5s", 1500), ("2m", 120_000)] {
             assert_eq!(interval(text), Ok(Duration::from_millis(ms)), "{text}");
         }
+        assert_eq!(time("1.5ms"), Ok(Duration::from_micros(1500)));
+        assert!(time("-1s").is_err());
         for text in ["", "s", "0", "1ms", "-1s", "1d", "inf", "nan", "99999999h", "ä"] {
             assert!(interval(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn moments() {
+        for (text, expected) in [
+            ("latest", At::Latest),
+            ("17", At::Number(17)),
+            ("@1000", At::Time(1000)),
+            ("1970-01-01T00:01:00Z", At::Time(60)),
+            ("1970-01-01 00:01:00", At::Time(60)),
+        ] {
+            assert_eq!(at(text), Ok(expected), "{text}");
+        }
+        assert!(at("yesterday").is_err() && at("@x").is_err() && at("-1").is_err());
     }
 }

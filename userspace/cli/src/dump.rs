@@ -4,13 +4,25 @@ use crate::{
     Failure,
     args::{Compress, DumpArgs},
     logging,
+    terminal::leave_terminal,
 };
-use standstill_engine::{Afterwards, DumpOptions, dump};
+use nix::unistd::{ForkResult, fork, setsid};
+use standstill_engine::{Afterwards, DumpOptions, Keeper, dump};
 use standstill_images::{
     store::Compression,
     types::{DumpStats, PrecopyStats},
 };
 use std::time::Duration;
+
+impl From<Compress> for Compression {
+    fn from(compress: Compress) -> Self {
+        match compress {
+            Compress::None => Self::None,
+            Compress::Lz4 => Self::Lz4,
+            Compress::Zstd => Self::Zstd(1),
+        }
+    }
+}
 
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
@@ -24,14 +36,13 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
         },
         shell_job: args.shell_job,
         timeout: Duration::from_secs(args.timeout),
-        compression: match args.compress {
-            Compress::None => Compression::None,
-            Compress::Lz4 => Compression::Lz4,
-            Compress::Zstd => Compression::Zstd(1),
-        },
+        compression: args.compress.into(),
         reader: args.reader.into(),
         paranoid: args.paranoid,
         precopy: args.precopy.into(),
+        prev_images: args.chain.prev_images_dir.clone(),
+        auto_dedup: args.chain.auto_dedup,
+        track: args.chain.track_mem,
     };
     let dumped = dump(&options)?;
     if args.json {
@@ -39,6 +50,28 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
     } else if args.display_stats {
         print(&dumped.stats);
         dumped.precopy.iter().for_each(print_precopy);
+    }
+    match dumped.keeper {
+        Some(keeper) => keep(keeper),
+        None => Ok(0),
+    }
+}
+
+/// `standstill pre-dump`.
+pub(crate) fn run_before(mut args: DumpArgs) -> Result<u8, Failure> {
+    args.leave_running = !args.leave_stopped;
+    args.chain.track_mem = true;
+    run(&args)
+}
+
+/// Goes on tracking in a process of its own.
+fn keep(keeper: Keeper) -> Result<u8, Failure> {
+    let failed = |e: nix::Error| Failure::io("track writes in the background", &e.into());
+    // SAFETY: this process has one thread: those of the dump have ended.
+    if let ForkResult::Child = unsafe { fork() }.map_err(failed)? {
+        setsid().map_err(failed)?;
+        leave_terminal().map_err(|e| Failure::io("leave the terminal", &e))?;
+        keeper.run()?;
     }
     Ok(0)
 }

@@ -5,7 +5,11 @@ mod check;
 mod dump;
 mod inspect;
 mod logging;
+mod merge;
+mod progress;
 mod restore;
+mod snapshot;
+mod terminal;
 #[cfg(feature = "ebpf")]
 mod track;
 mod verify;
@@ -40,7 +44,9 @@ fn main() -> ExitCode {
     let cli = args::Cli::parse();
     let result = match cli.command {
         args::Command::Dump(args) => dump::run(&args),
+        args::Command::PreDump(args) => dump::run_before(args),
         args::Command::Restore(args) => restore::run(&args),
+        args::Command::Snapshot(args) => snapshot::run(&args),
         #[cfg(feature = "ebpf")]
         args::Command::Track(args) => track::run(&args),
         #[cfg(not(feature = "ebpf"))]
@@ -51,6 +57,7 @@ fn main() -> ExitCode {
         args::Command::Check(args) => check::run(&args),
         args::Command::Inspect(args) => inspect::run(&args),
         args::Command::Verify(args) => verify::run(&args),
+        args::Command::Merge(args) => merge::run(&args),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "standstill", &mut std::io::stdout());
             Ok(0)

@@ -8,12 +8,13 @@ use nix::{
     },
     unistd::Pid,
 };
-use standstill_engine::{Image, RestoreOptions, restore};
-use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt};
+use standstill_engine::{At, Image, RestoreOptions, find, list, restore};
+use standstill_images::publish::MANIFEST;
+use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
-    let image = Image::open(&args.images_dir)?;
+    let image = Image::open(&directory(args)?)?;
     if image.inventory.shell_job && !args.shell_job {
         return Err(Failure {
             status: 2,
@@ -47,6 +48,16 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
         return Ok(0);
     }
     stay(Pid::from_raw(restored.root), &forwarded)
+}
+
+/// Where the image is: the directory itself, or one of its checkpoints.
+fn directory(args: &RestoreArgs) -> Result<PathBuf, Failure> {
+    let dir = &args.images_dir;
+    let at = match args.at {
+        None if dir.join(MANIFEST).exists() || list(dir)?.is_empty() => return Ok(dir.clone()),
+        at => at.unwrap_or(At::Latest),
+    };
+    Ok(find(dir, at)?.dir)
 }
 
 /// Forwards signals to the root and ends as it does.

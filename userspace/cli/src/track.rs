@@ -1,16 +1,15 @@
 //! `standstill track`.
 
-use crate::{Failure, args::TrackArgs, inspect::output, logging};
+use crate::{Failure, args::TrackArgs, inspect::output, logging, terminal::leave_terminal};
 use nix::{
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
-    unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid},
+    unistd::{ForkResult, fork, setsid},
 };
 use standstill_engine::observe::{ObserveError, Serving, Status};
 use std::{
-    fs::OpenOptions,
     io::{PipeWriter, Read, Write},
     os::fd::AsFd,
     path::Path,
@@ -139,13 +138,4 @@ fn detach(args: &TrackArgs) -> Result<u8, Failure> {
             }
         }
     }
-}
-
-fn leave_terminal() -> std::io::Result<()> {
-    std::env::set_current_dir("/")?;
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    dup2_stdin(&null)?;
-    dup2_stdout(&null)?;
-    dup2_stderr(&null)?;
-    Ok(())
 }

@@ -1,9 +1,9 @@
 //! `standstill verify`.
 
-use crate::{Failure, args::ImageArgs, inspect::output};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use crate::{Failure, args::ImageArgs, inspect::output, progress};
+use indicatif::HumanBytes;
 use standstill_engine::{Error, Image};
-use standstill_images::{ImageError, publish::ImageDir, store::PageReader};
+use standstill_images::ImageError;
 use std::{io, path::Path, thread, time::Instant};
 
 pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
@@ -18,7 +18,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
             return Err(failure);
         }
     };
-    let (processes, pages) = (image.tasks.len(), image.pages.pages());
+    let (processes, pages) = (image.tasks.len(), image.pages());
     if args.json {
         output::json(&serde_json::json!({ "ok": true, "processes": processes, "pages": pages }))?;
     } else {
@@ -36,22 +36,15 @@ pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
 /// Reads all of an image. Opening it checks its records and what they refer to.
 fn verify(dir: &Path) -> Result<Image, Error> {
     let image = Image::open(dir)?;
-    let store = PageReader::open(&ImageDir::open(dir)?.pages_path(&image.pages)?, &image.pages)?;
     let threads = thread::available_parallelism().map_or(1, |n| n.get());
-    // Draws on standard error, and only if that is a terminal.
-    let bar = ProgressBar::new(image.pages.pages() * 4096).with_style(style());
-    let result = store.verify(threads, |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
+    let bar = progress::bar(image.pages() * 4096);
+    let verified: Result<(), Error> = image.stores.iter().try_for_each(|store| {
+        let before = store.first * 4096;
+        Ok(store.reader()?.verify(threads, |done, _| bar.set_position(before + done))?)
     });
     bar.finish_and_clear();
-    result?;
+    verified?;
     Ok(image)
-}
-
-fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// A page store that is missing is a bad image, not a failed read.

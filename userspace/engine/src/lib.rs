@@ -11,10 +11,12 @@ mod memory;
 mod objects;
 pub mod observe;
 mod restore;
+mod snapshot;
 mod task;
 mod tree;
 
-pub use dump::{Afterwards, DumpOptions, Dumped, Precopy, PrecopyOptions, Reader, dump};
+pub use dump::{Afterwards, DumpOptions, Dumped, Keeper, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
-pub use image::Image;
+pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
+pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};

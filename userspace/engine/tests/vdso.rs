@@ -84,6 +84,9 @@ fn dump_to(dir: &Path, pid: i32) {
         reader: Reader::Auto,
         paranoid: false,
         precopy: Default::default(),
+        prev_images: None,
+        auto_dedup: false,
+        track: false,
     })
     .unwrap();
     // The tracer has reaped it already, unless it is not the parent.

@@ -29,6 +29,7 @@ pub(crate) fn render(view: &View) -> String {
     header(&mut text, view);
     processes(&mut text, view);
     memory(&mut text, view);
+    chain(&mut text, view);
     descriptors(&mut text, view);
     pipes(&mut text, view);
     listening(&mut text, view);
@@ -125,6 +126,32 @@ fn memory(text: &mut String, view: &View) {
     };
     line!(text, "  stored: {}, {compression}, in {}", pages(store.pages), plain(store.pages_file));
     line!(text, "  shared copy-on-write: {}; only zeros: {}", pages(store.shared_pages), pages(store.zero_pages));
+}
+
+/// The page stores of an image that has several, or parents.
+fn chain(text: &mut String, view: &View) {
+    let chain = &view.chain;
+    if chain.stores.len() < 2 && chain.parents.is_empty() {
+        return;
+    }
+    line!(
+        text,
+        "\n{:<28} {:>10} {:>10} {:>12}  directory",
+        "Page stores, oldest first",
+        "pages",
+        "used here",
+        "in the file"
+    );
+    for store in &chain.stores {
+        let (file, bytes) = (plain(store.pages_file), HumanBytes(store.stored_bytes).to_string());
+        let dropped =
+            if store.dropped_pages == 0 { String::new() } else { format!(", {} given up", pages(store.dropped_pages)) };
+        let place = plain(&store.directory);
+        line!(text, "  {file:<26} {:>10} {:>10} {bytes:>12}  {place}{dropped}", store.pages, store.used_pages);
+    }
+    for (n, parent) in chain.parents.iter().enumerate() {
+        line!(text, "  {} {}", if n == 0 { "parent" } else { "its parent" }, plain(parent));
+    }
 }
 
 /// Who has something open: `pid,pid:fd,fd`, processes with the same numbers together. JSON has them all.

@@ -5,10 +5,12 @@ use super::{
     memory::{KindTotal, SharedObject, totals},
     output::date,
     processes::Process,
+    store::{Chain, Store},
 };
 use serde::Serialize;
 use standstill_engine::Image;
-use standstill_images::{store::Compression, types::DumpStats};
+use standstill_images::types::DumpStats;
+use std::path::PathBuf;
 
 /// An image. The names of the fields are those of the JSON.
 #[derive(Serialize)]
@@ -19,6 +21,7 @@ pub(crate) struct View<'a> {
     /// Memory of all processes by kind.
     pub memory: Vec<KindTotal>,
     pub store: Store<'a>,
+    pub chain: Chain<'a>,
     /// Open file descriptions, and files that are only mapped or executed.
     pub files: Vec<File<'a>>,
     pub pipes: Vec<Pipe>,
@@ -42,25 +45,8 @@ pub(crate) struct Header<'a> {
     pub shell_job: bool,
 }
 
-/// The page store.
-#[derive(Serialize)]
-pub(crate) struct Store<'a> {
-    pub pages_file: &'a str,
-    pub compression: &'static str,
-    /// Level, of a compression that has them.
-    pub level: Option<i32>,
-    /// Pages stored.
-    pub pages: u64,
-    /// Pages that are stored once but belong to several processes.
-    pub shared_pages: u64,
-    /// Pages not stored because they hold only zeros.
-    pub zero_pages: u64,
-    pub page_bytes: u64,
-    pub stored_bytes: u64,
-}
-
 impl<'a> View<'a> {
-    pub(crate) fn new(image: &'a Image) -> Self {
+    pub(crate) fn new(image: &'a Image, parents: &[PathBuf]) -> Self {
         let inventory = &image.inventory;
         let files = File::all(image);
         Self {
@@ -77,31 +63,11 @@ impl<'a> View<'a> {
             processes: image.tasks.values().map(|t| Process::new(t, image)).collect(),
             memory: totals(image),
             store: Store::new(image),
+            chain: Chain::new(image, parents),
             pipes: Pipe::all(image, &files),
             files,
             shared_memory: image.shared.values().map(SharedObject::new).collect(),
             timings: &image.stats,
-        }
-    }
-}
-
-impl<'a> Store<'a> {
-    fn new(image: &'a Image) -> Self {
-        let index = &image.pages;
-        let (compression, level) = match index.compression {
-            Compression::None => ("none", None),
-            Compression::Lz4 => ("lz4", None),
-            Compression::Zstd(level) => ("zstd", Some(level)),
-        };
-        Self {
-            pages_file: &index.file,
-            compression,
-            level,
-            pages: index.pages(),
-            shared_pages: image.stats.pages_shared,
-            zero_pages: image.stats.pages_zero,
-            page_bytes: index.chunks.iter().map(|c| u64::from(c.raw)).sum(),
-            stored_bytes: index.chunks.iter().map(|c| u64::from(c.stored)).sum(),
         }
     }
 }

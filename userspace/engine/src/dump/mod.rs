@@ -1,20 +1,23 @@
 //! The order of a dump; nothing but the order.
 
+mod chain;
+mod keeper;
 mod observer;
 mod rounds;
 mod state;
 mod target;
 mod trackings;
 
+pub use keeper::Keeper;
 pub use observer::Reader;
 pub(crate) use observer::no_reader;
 pub use rounds::{Precopy, PrecopyOptions};
 pub(crate) use target::check as check_target;
 
 use crate::{
-    error::{Error, Result},
-    image,
-    kernel::{PAGE, proc},
+    error::{Context, Error, Result},
+    image::{self, Image, dedup::Dedup},
+    kernel::{PAGE, proc, sys},
     memory::{
         copy::{Copier, Parent},
         private::PrivatePages,
@@ -23,21 +26,23 @@ use crate::{
     observe,
     task::{Family, FrozenTree},
 };
-use observer::Observer;
+use chain::Chain;
+use keeper::Told;
+pub(crate) use observer::Observer;
 use rounds::Rounds;
 use serde::Serialize;
 use standstill_images::{
     publish::ImageDir,
-    store::{Compression, PageStoreIndex, PageWriter},
+    store::{Compression, PageWriter},
     types::{AddressSpace, DumpCounts, DumpStats, PrecopyStats},
 };
 use state::State;
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
-use tracing::info;
+use tracing::{info, warn};
 use trackings::Trackings;
 
 /// Memory for page data that is touched before the freeze, in bytes.
@@ -76,16 +81,26 @@ pub struct DumpOptions {
     pub paranoid: bool,
     /// What is copied before the freeze.
     pub precopy: PrecopyOptions,
+    /// Directory of the image that this one goes on from, relative to `dir`. What has not changed since is not copied, if
+    /// that was tracked.
+    pub prev_images: Option<PathBuf>,
+    /// Pages that this image replaces are punched out of its parents, which cannot be restored afterwards.
+    pub auto_dedup: bool,
+    /// Writes are tracked after the dump, so that the next one can go on from it; for trees that go on.
+    pub track: bool,
 }
 
 /// What a dump cost.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Dumped {
     /// Times and amounts.
     #[serde(flatten)]
     pub stats: DumpStats,
     /// What was copied before the freeze, if anything.
     pub precopy: Option<PrecopyStats>,
+    /// If writes are tracked further on: who has to, in a process of its own.
+    #[serde(skip)]
+    pub keeper: Option<Keeper>,
 }
 
 /// Measures named parts of the frozen time.
@@ -109,48 +124,136 @@ impl Phases {
 pub fn dump(options: &DumpOptions) -> Result<Dumped> {
     target::check(options.pid)?;
     let dir = ImageDir::create(&options.dir)?;
-    Session::open(options, Instant::now())?.checkpoint(dir, options.afterwards, false)
+    let mut session = Session::open(options, Observer::open(options.reader, options.pid)?);
+    session.resume()?;
+    let track = options.track && options.afterwards != Afterwards::Kill;
+    let wanted = Wanted { dir: &options.dir, afterwards: options.afterwards, track, link: false };
+    let mut dumped = session.checkpoint(dir, &wanted)?;
+    if track {
+        dumped.keeper = Some(session.into_keeper()?);
+    }
+    Ok(dumped)
 }
 
 /// Makes one image of a tree after the other. What has not changed since the last one is not copied again.
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     options: &'a DumpOptions,
     observer: Observer,
     trackings: Trackings,
-    /// Page stores of the last image, to which the known pages refer.
-    stores: Vec<PageStoreIndex>,
-    /// When the work for the next image began.
-    begin: Instant,
+    /// When it was last looked which pages have changed.
+    looked: Option<Duration>,
+    chain: Chain,
+    /// The image that the next one goes on from, if somebody asked for it.
+    parent: Option<Image>,
+    /// The tracking is somebody else's, and must not be disturbed.
+    guest: bool,
+}
+
+/// An image that is to be made.
+pub(crate) struct Wanted<'a> {
+    /// Its directory.
+    pub dir: &'a Path,
+    /// What becomes of the tree.
+    pub afterwards: Afterwards,
+    /// Writes are tracked further on, for the next image.
+    pub track: bool,
+    /// The image gets links to the page stores of earlier ones, instead of a parent.
+    pub link: bool,
 }
 
 impl<'a> Session<'a> {
-    fn open(options: &'a DumpOptions, begin: Instant) -> Result<Self> {
-        let observer = Observer::open(options.reader, options.pid)?;
-        Ok(Self { options, observer, trackings: Trackings::default(), stores: Vec::new(), begin })
+    pub(crate) fn open(options: &'a DumpOptions, observer: Observer) -> Self {
+        let (trackings, looked, chain, parent, guest) = Default::default();
+        Self { options, observer, trackings, looked, chain, parent, guest }
     }
 
-    /// Makes an image. `track`: writes are tracked further on, for the next one.
-    fn checkpoint(&mut self, dir: ImageDir, afterwards: Afterwards, track: bool) -> Result<Dumped> {
-        let result = self.attempt(dir, afterwards, track);
-        if result.is_err() || !track {
+    /// Goes on with what the keeper of the tree knows, if the image that it knows of is to be the parent.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        let options = self.options;
+        let told = Told::ask(options.pid)?;
+        let parent = match &options.prev_images {
+            // As in CRIU, from the directory of the image.
+            Some(prev) => Some(Image::open(&options.dir.join(prev))?),
+            None => None,
+        };
+        match (parent, told) {
+            (None, None) => {}
+            (None, Some(told)) if options.track => {
+                self.trackings = told.take()?.0;
+                self.trackings.forget();
+            }
+            (None, Some(told)) => {
+                self.trackings = told.look();
+                self.guest = true;
+            }
+            (Some(parent), told) => {
+                let content = |reason: String| Err(Error::ImageContent { dir: parent.dir.clone(), reason });
+                if parent.inventory.root != options.pid {
+                    return content(format!("it is of process {}, not {}", parent.inventory.root, options.pid));
+                }
+                let Some(told) = told else {
+                    warn!(
+                        "nobody has tracked the writes of process {} since {} was made: all of its memory is copied",
+                        options.pid,
+                        parent.dir.display()
+                    );
+                    return Ok(());
+                };
+                let known = |chain: &Chain| chain.stores.last().map(|s| s.file.clone());
+                if known(&told.chain) != parent.stores.last().map(|s| s.index.file.clone()) {
+                    let dir = told.chain.dir.display();
+                    return content(format!(
+                        "the writes of process {} are tracked since another image was made, in {dir}: give that one as the \
+                         parent, or none",
+                        options.pid
+                    ));
+                }
+                (self.trackings, self.chain, self.looked) = told.take()?;
+                self.chain.dir = parent.dir.clone();
+                self.parent = Some(parent);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the next dump goes on with.
+    fn into_keeper(self) -> Result<Keeper> {
+        let Self { trackings, mut chain, looked, .. } = self;
+        chain.dir = chain.dir.canonicalize().context(|| format!("resolve {}", chain.dir.display()))?;
+        Keeper::new(self.options.pid, trackings, chain, looked)
+    }
+
+    /// Makes an image in `dir`, which is that of `wanted`.
+    pub(crate) fn checkpoint(&mut self, dir: ImageDir, wanted: &Wanted<'_>) -> Result<Dumped> {
+        let result = self.attempt(dir, wanted);
+        if result.is_err() || !wanted.track {
             // What was copied for an image that failed is in no store.
             self.trackings.clear();
-            self.stores.clear();
+            self.chain = Chain::default();
+            (self.looked, self.parent) = (None, None);
         }
         result
     }
 
-    fn attempt(&mut self, dir: ImageDir, afterwards: Afterwards, track: bool) -> Result<Dumped> {
+    fn attempt(&mut self, mut dir: ImageDir, wanted: &Wanted<'_>) -> Result<Dumped> {
+        let begin = Instant::now();
+        let Wanted { afterwards, track, .. } = *wanted;
         let options = self.options;
         let (_, running) = Family::of(options.pid, self.observer.iterators());
         self.observer.read_ahead(&running);
-        let first = self.stores.iter().map(PageStoreIndex::pages).sum();
         let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
+        let mut first = self.chain.pages();
+        if wanted.link {
+            first = self.chain.absorb(&mut self.trackings, &mut pages)?;
+            self.chain.stores.iter().try_for_each(|store| dir.link(&self.chain.dir.join(&store.file)))?;
+        } else if !self.chain.stores.is_empty() {
+            dir.set_parent(&self.chain.dir)?;
+        }
         let resident = target::resident_bytes(&running);
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, first);
-        let precopy = match rounds > 0 || track || !self.trackings.is_empty() {
+        let precopy = match !self.guest && (rounds > 0 || track || !self.trackings.is_empty()) {
             true => Some(self.precopy(&mut copier, rounds.max(1))?),
             false => None,
         };
@@ -162,11 +265,12 @@ impl<'a> Session<'a> {
             copier.store.reserve(expected.max(MIN_RESERVE));
         }
         let (mut family, _) = Family::of(options.pid, self.observer.iterators());
-        let prepare_us = self.begin.elapsed().as_micros() as u64;
+        let prepare_us = begin.elapsed().as_micros() as u64;
 
         let freezing = Instant::now();
         let tree = FrozenTree::freeze(options.pid, options.timeout, &mut family)?;
         let frozen = Instant::now();
+        self.looked = Some(sys::monotonic());
         let mut phases = Phases { last: frozen, phases: Vec::new() };
         let mut state = state::collect(&tree, options, &mut self.observer, &mut self.trackings, track, &mut phases)
             .map_err(|e| unless_dead(&tree, e))?;
@@ -204,24 +308,40 @@ impl<'a> Session<'a> {
         };
         regular::check_names(&mut state.objects)?;
         place_the_childless(&mut state, &mut self.trackings);
-        self.stores.push(pages.finish()?);
+        let dedup = self.dedup(&state)?;
+        self.chain.stores.push(pages.finish()?);
+        self.chain.dir = wanted.dir.to_path_buf();
         phases.end("write");
         if tree.is_some() {
             stats.frozen_us = frozen.elapsed().as_micros() as u64;
         }
         stats.phases = phases.phases;
         stats.counts = state.counts();
-        stats.total_us = self.begin.elapsed().as_micros() as u64;
+        stats.total_us = begin.elapsed().as_micros() as u64;
         let precopy = precopy.map(|p| PrecopyStats { late_pages: counts.stored - before.stored, ..p });
-        image::publish(dir, &state.into_records(options)?, &self.stores, &stats, precopy.as_ref())?;
+        image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
+        if let Some(dedup) = dedup {
+            let freed = dedup.punch(wanted.dir)?;
+            info!(freed, "pages of the parents are given up");
+        }
         if let Some(tree) = tree {
             tree.kill();
-        } else {
-            // A dump that kills writes under the freeze: its times say nothing of one that does not.
+        } else if precopy.is_none() {
+            // A dump that kills writes under the freeze, and one with a pre-copy leaves most to do before: their times say
+            // nothing of others.
             observe::view::remember(options.pid, &stats);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
-        Ok(Dumped { stats, precopy })
+        Ok(Dumped { stats, precopy, keeper: None })
+    }
+
+    /// Which pages of the parents are not needed any more, if they are to be given up.
+    fn dedup(&mut self, state: &State) -> Result<Option<Dedup>> {
+        let Some(parent) = self.parent.as_ref().filter(|_| self.options.auto_dedup) else { return Ok(None) };
+        let runs = state.spaces.iter().flat_map(|s| &s.pages).chain(state.objects.shared.iter().flat_map(|o| &o.pages));
+        let dedup = image::dedup::drop_unused(parent, runs)?;
+        self.chain.stores.clone_from(&dedup.stores);
+        Ok(Some(dedup))
     }
 
     /// Copies memory while the tree runs.
@@ -236,7 +356,7 @@ impl<'a> Session<'a> {
         }
         let members = || Family::of(options.pid, observer.iterators()).1;
         let mut rounds = Rounds { trackings: &mut self.trackings, copier, timeout: options.timeout };
-        let rounds = rounds.run(max, options.precopy.max_freeze, members)?;
+        let rounds = rounds.run(&mut self.looked, max, options.precopy.max_freeze, members)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
         Ok(PrecopyStats { rounds, expected_pages, expected_us, late_pages: 0 })
     }

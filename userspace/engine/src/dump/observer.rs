@@ -20,7 +20,7 @@ pub enum Reader {
 }
 
 /// A way to know the tree.
-pub(super) struct Observer {
+pub(crate) struct Observer {
     source: Source,
     reader: Reader,
 }
@@ -48,8 +48,14 @@ impl Seen {
 
 impl Observer {
     /// The best one there is for the tree of `root`.
-    pub(super) fn open(reader: Reader, root: i32) -> Result<Self> {
+    pub(crate) fn open(reader: Reader, root: i32) -> Result<Self> {
         Ok(Self { source: source(reader, root)?, reader })
+    }
+
+    /// The same without a tracker.
+    pub(crate) fn own(reader: Reader) -> Result<Self> {
+        let source = if reader == Reader::Procfs { Source::Procfs } else { own(reader)? };
+        Ok(Self { source, reader })
     }
 
     /// Its name for people.
@@ -113,6 +119,11 @@ fn source(reader: Reader, root: i32) -> Result<Source> {
     }
     #[cfg(not(feature = "ebpf"))]
     let _ = root;
+    own(reader)
+}
+
+/// Iterators of our own.
+fn own(reader: Reader) -> Result<Source> {
     match Iterators::load() {
         Ok(iterators) => Ok(Source::Iterators(Box::new(iterators))),
         Err(e) if reader == Reader::Auto => {

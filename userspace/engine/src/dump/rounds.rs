@@ -4,7 +4,7 @@
 use super::trackings::Trackings;
 use crate::{
     error::{Context, Error, Result},
-    kernel::{PAGE, proc},
+    kernel::{PAGE, proc, sys},
     memory::{
         copy::Copier,
         private::{self, Area},
@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 /// When memory is copied before the freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precopy {
-    /// If the tree is so large that it is worth it.
+    /// If the tree is so large that it is worth it, and as often as it helps.
     Auto,
     /// At most so many rounds; 0: never.
     Rounds(u32),
@@ -31,26 +31,26 @@ pub struct PrecopyOptions {
     pub mode: Precopy,
     /// The freeze that is aimed at.
     pub max_freeze: Duration,
+    /// Rounds of [`Precopy::Auto`] at most.
+    pub max_rounds: u32,
     /// Bytes of page data that may wait to be written while the tree runs.
     pub buffer: u64,
 }
 
 impl Default for PrecopyOptions {
     fn default() -> Self {
-        Self { mode: Precopy::Auto, max_freeze: Duration::from_millis(5), buffer: 64 << 20 }
+        Self { mode: Precopy::Auto, max_freeze: Duration::from_millis(5), max_rounds: 12, buffer: 64 << 20 }
     }
 }
 
 /// Private memory from which on `Precopy::Auto` is worth another look at the tree.
 const LARGE: u64 = 16 << 20;
-/// Rounds of `Precopy::Auto` at most.
-const ROUNDS: u32 = 12;
 
 impl PrecopyOptions {
     /// How many rounds at most there are for a tree with so much memory.
     pub(super) fn rounds(&self, resident: u64) -> u32 {
         match self.mode {
-            Precopy::Auto if resident >= LARGE => ROUNDS,
+            Precopy::Auto if resident >= LARGE => self.max_rounds,
             Precopy::Auto => 0,
             Precopy::Rounds(n) => n,
         }
@@ -66,22 +66,23 @@ pub(super) struct Rounds<'a, 'b> {
 }
 
 impl Rounds<'_, '_> {
-    /// `members`: the tree's processes at the moment, parents first.
+    /// `looked`: when it was last looked which pages have changed. `members`: the tree's processes at the moment, parents
+    /// first.
     pub(super) fn run(
         &mut self,
+        looked: &mut Option<Duration>,
         max: u32,
         max_freeze: Duration,
         mut members: impl FnMut() -> Vec<i32>,
     ) -> Result<Vec<Round>> {
         let mut rounds = Vec::new();
-        let mut last = Instant::now();
         loop {
             let begin = Instant::now();
+            let now = sys::monotonic();
             let pids = members();
             let pages = self.round(&pids)?;
-            let interval = std::mem::replace(&mut last, begin);
-            let us = |from: Instant, to: Instant| (to - from).as_micros() as u64;
-            rounds.push(Round { pages, us: us(begin, Instant::now()), since_us: us(interval, begin) });
+            let since_us = looked.replace(now).map_or(0, |last| now.saturating_sub(last).as_micros() as u64);
+            rounds.push(Round { pages, us: begin.elapsed().as_micros() as u64, since_us });
             debug!(?pids, round = ?rounds.last(), "pre-copied");
             let next = decide(&rounds, max, max_freeze);
             if next == Next::Freeze {
@@ -117,7 +118,7 @@ impl Rounds<'_, '_> {
 
     fn process(&mut self, pid: i32) -> Result<u64> {
         self.trackings.begin(pid, self.timeout)?;
-        let Some(tracking) = self.trackings.of(pid) else { return Ok(0) };
+        let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
         let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
         let areas: Vec<Area> = maps.iter().map(Area::from).collect();
         let (found, _) = private::look(pid, &areas, Some(tracking), true)?;
@@ -148,23 +149,24 @@ enum Next {
 /// lasts, and how long it takes to copy them, in microseconds.
 pub(super) fn expect(rounds: &[Round]) -> (u64, u64) {
     let Some(last) = rounds.last() else { return (0, 0) };
-    // All of the memory is new in the first round.
-    let left = if rounds.len() < 2 { 0 } else { last.pages * last.us / last.since_us.max(1) };
+    // Where nothing was known, all pages had to be copied, changed or not.
+    let left = if last.since_us == 0 { 0 } else { last.pages * last.us / last.since_us };
     // Rounds that waited for the disk do not tell how long it takes.
     let costs = rounds.iter().filter(|r| r.pages >= 64).map(|r| 1000 * r.us / r.pages);
     (left, left * costs.min().unwrap_or(0) / 1000)
 }
 
 fn decide(rounds: &[Round], max: u32, max_freeze: Duration) -> Next {
-    let [.., before, last] = rounds else { return if max > 1 { Next::Another } else { Next::Freeze } };
-    let (_, us) = expect(rounds);
-    let soon = us <= max_freeze.as_micros() as u64 / 4;
-    let shrinking = last.pages < before.pages / 4 * 3;
+    let Some(last) = rounds.last() else { return Next::Another };
+    let max_us = max_freeze.as_micros() as u64;
+    let (_, left_us) = expect(rounds);
+    let soon = last.since_us != 0 && left_us <= max_us / 4;
+    let shrinking = rounds.len() < 2 || last.pages < rounds[rounds.len() - 2].pages / 4 * 3;
     match (rounds.len() as u32) < max {
-        // The first round that has little to do may have waited for the disk.
-        true if soon && last.us > 4 * max_freeze.as_micros() as u64 && shrinking => Next::Another,
-        _ if soon => Next::Freeze,
-        true if shrinking => Next::Another,
+        // A long round may have waited for the disk: another is short.
+        true if soon && last.us > 4 * max_us && shrinking => Next::Another,
+        true if !soon && shrinking => Next::Another,
+        _ if last.since_us == 0 || left_us <= max_us => Next::Freeze,
         _ => Next::GiveUp,
     }
 }

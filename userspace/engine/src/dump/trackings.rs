@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    memory::{copy::Parent, tracking::Tracking},
+    memory::{copy::Parent, known::Known, tracking::Tracking},
     observe::FdEntry,
 };
 use std::{collections::HashMap, time::Duration};
@@ -22,9 +22,24 @@ impl Trackings {
         self.by_pid.is_empty()
     }
 
+    /// All tracked processes.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (i32, &Tracking)> {
+        self.by_pid.iter().map(|(pid, tracking)| (*pid, tracking))
+    }
+
     /// Ends all tracking.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
+    }
+
+    /// Nothing is known of the pages any more.
+    pub(super) fn forget(&mut self) {
+        self.known_mut().for_each(|known| *known = Known::default());
+    }
+
+    /// Whether it is of use to copy a process before the freeze.
+    pub(super) fn is_able(&self, pid: i32) -> bool {
+        self.by_pid.contains_key(&pid) && !self.unable.contains(&pid)
     }
 
     /// A process's tracking.
@@ -35,6 +50,16 @@ impl Trackings {
     /// The same, to change what is known.
     pub(super) fn of_mut(&mut self, pid: i32) -> Option<&mut Tracking> {
         self.by_pid.get_mut(&pid)
+    }
+
+    /// What is known of all processes.
+    pub(super) fn known(&self) -> impl Iterator<Item = &Known> {
+        self.by_pid.values().map(|tracking| &tracking.known)
+    }
+
+    /// The same, to change it.
+    pub(super) fn known_mut(&mut self) -> impl Iterator<Item = &mut Known> {
+        self.by_pid.values_mut().map(|tracking| &mut tracking.known)
     }
 
     /// Begins to track a running process, unless it is tracked or cannot be. An error: the process has ended.
@@ -66,19 +91,28 @@ impl Trackings {
         self.of(pid).map(|tracking| Parent { pid, runs: tracking.known.runs() })
     }
 
-    /// Ends the tracking of processes with descriptors for direct I/O: a device may write into a page that was protected
+    /// Forgets the pages of processes with descriptors for direct I/O: a device may write into a page that was protected
     /// after it was given to the device, and nobody would know.
     pub(super) fn refuse_direct_io(&mut self, entries: &[FdEntry]) {
         // For a pipe the same flag means another thing.
         let direct = |e: &&FdEntry| e.flags & libc::O_DIRECT as u32 != 0 && e.mode & libc::S_IFMT != libc::S_IFIFO;
         for entry in entries.iter().filter(direct) {
-            if self.by_pid.remove(&entry.tgid).is_some() {
+            if !self.unable.contains(&entry.tgid) {
                 info!(
                     "process {} has descriptor {} for direct I/O: its writes cannot be tracked",
                     entry.tgid, entry.fd
                 );
                 self.unable.push(entry.tgid);
             }
+            if let Some(tracking) = self.by_pid.get_mut(&entry.tgid) {
+                tracking.known = Known::default();
+            }
         }
+    }
+}
+
+impl FromIterator<(i32, Tracking)> for Trackings {
+    fn from_iter<T: IntoIterator<Item = (i32, Tracking)>>(trackings: T) -> Self {
+        Self { by_pid: trackings.into_iter().collect(), unable: Vec::new() }
     }
 }

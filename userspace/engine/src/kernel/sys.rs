@@ -1,9 +1,11 @@
 //! System calls without a wrapper elsewhere.
 
 use super::PAGE;
+use nix::time::{ClockId, clock_gettime};
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::Duration,
 };
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -14,6 +16,11 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 pub(crate) fn page_size_is_supported() -> bool {
     // SAFETY: sysconf only reads a number.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) == PAGE as libc::c_long }
+}
+
+/// CLOCK_MONOTONIC, which all processes of the machine share.
+pub(crate) fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Into::into)
 }
 
 /// pidfd_open(2), Linux 5.3.

@@ -1,7 +1,9 @@
 //! The address space in the restorer's words: what to map, what to read where, and what only becomes right at the end.
 
 use crate::{
+    image::push_run,
     kernel::PAGE,
+    memory::pages::PageFiles,
     restore::program::{Arg, Program},
 };
 use standstill_images::types::{AddressSpace, Backing, OpenFileId, PageRun, SharedMemoryId, Vma};
@@ -11,14 +13,7 @@ use std::collections::{BTreeSet, HashMap};
 pub(crate) struct MapFds<'a> {
     pub files: &'a HashMap<OpenFileId, i32>,
     pub shared: &'a HashMap<SharedMemoryId, i32>,
-    pub pages: StoreFds,
-}
-
-/// Descriptors of the page store: one that reads through the page cache, and one for large reads that need not.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StoreFds {
-    pub cached: i32,
-    pub direct: i32,
+    pub pages: &'a PageFiles,
 }
 
 const WRITE: u8 = libc::PROT_WRITE as u8;
@@ -209,19 +204,16 @@ fn advise(vma: &Vma, program: &mut Program) {
 const LARGE: u64 = 64;
 
 /// Runs that follow each other in memory and in the store are one read.
-fn read(runs: &[PageRun], store: StoreFds, program: &mut Program) {
-    let mut merged: Vec<PageRun> = Vec::new();
-    for run in runs {
-        match merged.last_mut() {
-            Some(last) if last.start + last.pages * PAGE == run.start && last.store + last.pages == run.store => {
-                last.pages += run.pages;
-            }
-            _ => merged.push(*run),
-        }
-    }
+fn read(runs: &[PageRun], files: &PageFiles, program: &mut Program) {
+    let mut merged = Vec::new();
+    runs.iter().for_each(|run| push_run(&mut merged, *run));
     for run in merged {
-        let fd = if run.pages < LARGE { store.cached } else { store.direct };
-        program.read_full("read pages", fd, run.start, run.pages * PAGE, run.store * PAGE);
+        for part in files.find(run.store..run.store + run.pages) {
+            let pages = part.pages.end - part.pages.start;
+            let fd = if pages < LARGE { part.fds.cached } else { part.fds.direct };
+            let (to, from) = (part.pages.start - run.store, part.pages.start - part.origin);
+            program.read_full("read pages", fd, run.start + to * PAGE, pages * PAGE, from * PAGE);
+        }
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod collect;
 pub(crate) mod copy;
 pub(crate) mod known;
 pub(crate) mod map;
+pub(crate) mod pages;
 pub(crate) mod private;
 pub(crate) mod ranges;
 pub(crate) mod smaps;

@@ -20,7 +20,11 @@ use crate::{
     },
     task::{FrozenTree, Remote},
 };
-use std::{io, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
 
 /// Tracks the writes to one address space until it is dropped.
 #[derive(Debug)]
@@ -46,6 +50,11 @@ impl Tracking {
             remedy: "use such a kernel".into(),
         })?;
         Ok(Self { userfault, known: Known::default() })
+    }
+
+    /// Goes on with what another process has begun.
+    pub(crate) fn again(fd: OwnedFd, known: Known) -> Self {
+        Self { userfault: Userfault::again(fd), known }
     }
 
     /// Known pages that have not been written to. `protect`: further writes are tracked.
@@ -94,6 +103,12 @@ impl Tracking {
             }
         }
         Ok(able)
+    }
+}
+
+impl AsFd for Tracking {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.userfault.as_fd()
     }
 }
 

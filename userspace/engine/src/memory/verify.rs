@@ -5,7 +5,7 @@ use crate::{
     error::{Context, Result},
     image::Image,
     kernel::{PAGE, proc},
-    memory::copy::read_all,
+    memory::{copy::read_all, pages::OpenPages},
 };
 use standstill_images::{ImageError, types::SharedMemoryId};
 use std::{
@@ -19,7 +19,7 @@ use std::{
 struct Piece {
     store: u64,
     pages: u64,
-    /// Number of the memory that they are in.
+    /// Number of the memory that they are in; 0 is the store itself.
     memory: usize,
     /// Byte address there.
     at: u64,
@@ -29,8 +29,11 @@ struct Piece {
 ///
 /// # Errors
 /// A page that is not what was written.
-pub(crate) fn verify(image: &Image, pages: &File, shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<()> {
-    let mut memories = vec![(image.dir.clone(), pages.try_clone().context(|| "duplicate a descriptor".into())?)];
+pub(crate) fn verify(image: &Image, pages: &OpenPages<'_>, shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<()> {
+    if pages.uncached().next().is_none() {
+        return Ok(());
+    }
+    let mut memories = Vec::new();
     let mut pieces = Vec::new();
     let mut seen = HashSet::new();
     for (pid, live) in image.tasks.iter().filter_map(|(pid, task)| Some((*pid, task.live.as_ref()?))) {
@@ -40,33 +43,38 @@ pub(crate) fn verify(image: &Image, pages: &File, shared: &HashMap<SharedMemoryI
         }
         let path = proc::path(pid, "mem");
         let file = File::open(&path).context(|| format!("open the memory of {pid}"))?;
+        memories.push((path, file));
         pieces.extend(space.pages.iter().map(|r| Piece {
             store: r.store,
             pages: r.pages,
             memory: memories.len(),
             at: r.start,
         }));
-        memories.push((path, file));
     }
     for (id, fd) in shared {
         let file = File::from(fd.try_clone().context(|| "duplicate a descriptor".into())?);
+        memories.push((format!("shared memory object {id}").into(), file));
         let runs = image.shared[id].pages.iter();
         pieces.extend(runs.map(|r| Piece { store: r.store, pages: r.pages, memory: memories.len(), at: r.start }));
-        memories.push((format!("shared memory object {id}").into(), file));
     }
     let pieces = once_each(pieces);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let read = |first, buffer: &mut [u8]| {
+    let read = |first: u64, buffer: &mut [u8]| {
         each_piece(&pieces, first, buffer.len() as u64 / PAGE, |piece, place| {
-            let (path, file) = &memories[piece.memory];
             let part = &mut buffer[(place * PAGE) as usize..][..(piece.pages * PAGE) as usize];
+            let Some((path, file)) = piece.memory.checked_sub(1).map(|n| &memories[n]) else {
+                return pages.read(piece.store, part);
+            };
             let n = read_all(file, piece.at, part).map_err(|source| ImageError::Io { path: path.clone(), source })?;
             // The last page of a shared file may reach beyond the file's end.
             part[n..].fill(0);
             Ok(())
         })
     };
-    Ok(image.verify_copy(threads, read)?)
+    for (origin, reader) in pages.uncached() {
+        reader.verify_copy(threads, |first, buffer| read(origin + first, buffer))?;
+    }
+    Ok(())
 }
 
 /// The same in the order of the store, without pages that were put in several places.

@@ -24,7 +24,7 @@ mod loader;
 pub mod procfs;
 #[cfg(feature = "ebpf")]
 mod restart;
-mod run_dir;
+pub(crate) mod run_dir;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;

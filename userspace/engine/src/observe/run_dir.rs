@@ -8,10 +8,10 @@ use std::{
 };
 
 /// Readable and writable for its owner only: the pids and sizes of others are nobody's business.
-pub(super) const PATH: &str = "/run/standstill";
+pub(crate) const PATH: &str = "/run/standstill";
 
 /// Makes the directory, which nobody else may enter: what is in it is believed.
-pub(super) fn make(path: &Path) -> io::Result<()> {
+pub(crate) fn make(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
         other => other?,

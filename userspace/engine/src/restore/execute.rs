@@ -14,19 +14,16 @@ use crate::{
         ptrace::{self, Wait},
         sys::{self, CloneArgs, Mapping},
     },
-    memory::verify::verify,
+    memory::{pages::OpenPages, verify::verify},
     objects::shared_memory,
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs::{File, OpenOptions},
+    fs::File,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 use tracing::{debug, info, trace, warn};
@@ -70,49 +67,25 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     let layout = Layout::new(plan.base, BLOB.len(), &plan.programs);
     let memory = Mapping::shared_executable_at(plan.base, layout.size()).context(|| "map the restorer".into())?;
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
-    let pages = image.raw_pages()?;
-    let is_cached = is_cached(&pages).context(|| "open the page store".into())?;
-    let direct = if is_cached { None } else { direct(&pages).context(|| "open the page store".into())? };
+    let pages = OpenPages::open(image, &plan.pages)?;
     let shared = make_shared(image, &pages)?;
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
-    let store_fds = [(&pages, plan.pages_fds.cached), (direct.as_ref().unwrap_or(&pages), plan.pages_fds.direct)];
-    let root = run.create_root(store_fds, &shared)?;
-    debug!(root, is_cached, is_direct = direct.is_some(), "root created");
+    let root = run.create_root(pages.descriptors(), &shared)?;
+    debug!(root, "root created");
     // The pages are checked before the kernel or a task changes one (registering a thread's rseq area does): in the
     // page cache while the tasks read them from there, otherwise where they were put.
     std::thread::scope(|scope| {
-        let check = is_cached.then(|| scope.spawn(|| image.verify_pages()));
-        let result = run.reach(Stage::Forked);
-        match check.map(|c| c.join()) {
-            Some(Ok(checked)) => checked.and(result),
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => result.and_then(|()| verify(image, &pages, &shared)),
-        }
+        let check = scope.spawn(|| pages.verify_cached());
+        let result = run.reach(Stage::Forked).and_then(|()| verify(image, &pages, &shared));
+        check.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(result)
     })?;
-    drop((pages, direct, shared));
+    drop((pages, shared));
     debug!("pages verified");
     [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     handover::hand_over(&mut run)?;
     run.created.clear();
     Ok(())
-}
-
-/// Whether most of the page store is in the page cache; no where the kernel cannot tell.
-fn is_cached(pages: &File) -> io::Result<bool> {
-    let length = pages.metadata()?.len();
-    let cached = sys::cached_pages(pages.as_fd(), length).unwrap_or(0) * crate::kernel::PAGE;
-    Ok(cached > length / 2)
-}
-
-/// The page store past the page cache, if its file system has direct I/O: page cache that is used once costs only the
-/// time and memory to make it.
-fn direct(pages: &File) -> io::Result<Option<File>> {
-    let path = format!("/proc/self/fd/{}", pages.as_raw_fd());
-    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
-        other => other.map(Some),
-    }
 }
 
 /// A dumped tree was killed a moment ago perhaps, and its parent may take a while to reap it.
@@ -133,7 +106,7 @@ fn check_ids_are_free(plan: &Plan) -> Result<()> {
 }
 
 /// Shared memory objects, filled.
-fn make_shared(image: &Image, pages: &File) -> Result<HashMap<SharedMemoryId, OwnedFd>> {
+fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<HashMap<SharedMemoryId, OwnedFd>> {
     let mut made = HashMap::new();
     let mut buffer = vec![0u8; 1 << 20];
     for object in image.shared.values() {
@@ -143,9 +116,8 @@ fn make_shared(image: &Image, pages: &File) -> Result<HashMap<SharedMemoryId, Ow
             let mut done = 0;
             while done < total {
                 let n = (total - done).min(buffer.len() as u64) as usize;
-                let at = run.store * crate::kernel::PAGE + done;
-                std::os::unix::fs::FileExt::read_exact_at(pages, &mut buffer[..n], at)
-                    .and_then(|()| shared_memory::fill(&fd, object, run.start + done, &buffer[..n]))
+                pages.read(run.store + done / crate::kernel::PAGE, &mut buffer[..n])?;
+                shared_memory::fill(&fd, object, run.start + done, &buffer[..n])
                     .context(|| format!("fill shared memory object {}", object.id))?;
                 done += n as u64;
             }
@@ -158,13 +130,13 @@ fn make_shared(image: &Image, pages: &File) -> Result<HashMap<SharedMemoryId, Ow
 
 impl Execution<'_> {
     /// clone3(2) of the root: a copy of this process that leaves it for the restorer at once.
-    /// It gets descriptors of the page store and of the shared memory.
-    fn create_root(&mut self, pages: [(&File, i32); 2], shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<i32> {
+    /// It gets descriptors of files with pages and of the shared memory.
+    fn create_root(&mut self, pages: Vec<(&File, i32)>, shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<i32> {
         let root = self.image.inventory.root;
         let context = || format!("create process {root}");
         let mut fds: Vec<(i32, i32)> =
             shared.iter().map(|(id, fd)| (fd.as_raw_fd(), self.plan.shared_fds[id])).collect();
-        fds.extend(pages.map(|(file, to)| (file.as_raw_fd(), to)));
+        fds.extend(pages.into_iter().map(|(file, to)| (file.as_raw_fd(), to)));
         // Sources must not be among the targets.
         let highest = fds.iter().map(|f| f.1).max().unwrap_or(0) + 1;
         let copies: Vec<(OwnedFd, i32)> = fds

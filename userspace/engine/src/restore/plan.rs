@@ -13,7 +13,10 @@ use crate::{
     error::{Error, Result},
     image::Image,
     kernel::{PAGE, arch, sys},
-    memory::map::{self, Inherited, MapFds, Prots, StoreFds},
+    memory::{
+        map::{self, Inherited, MapFds, Prots},
+        pages::PageFiles,
+    },
     objects::{self, Referenced, shared_memory},
     tree::{creds, limits, process, signals, thread, timers},
 };
@@ -64,8 +67,8 @@ pub(crate) struct Plan {
     pub tasks: Vec<PlannedTask>,
     /// Where the restorer lies in every task.
     pub base: u64,
-    /// Numbers at which every task inherits the page store.
-    pub pages_fds: StoreFds,
+    /// Files with pages that every task inherits.
+    pub pages: PageFiles,
     /// Numbers at which every task inherits shared memory objects.
     pub shared_fds: HashMap<SharedMemoryId, i32>,
 }
@@ -79,7 +82,7 @@ struct Planner<'a> {
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
-    pages_fds: StoreFds,
+    pages: PageFiles,
     /// All numbers above the tree's own.
     high: BTreeSet<i32>,
     vdso: Vdso<'a>,
@@ -102,12 +105,12 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
 fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
     let births = sessions::order(&image.tasks, image.inventory.root)?;
     let mut high = HighNumbers::new(image.tables.values(), image.files.values(), env.fd_limit);
-    let pages_fds = StoreFds { cached: high.take()?, direct: high.take()? };
+    let pages = PageFiles::plan(image, || high.take())?;
     let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
     let opened: BTreeSet<OpenFileId> = image.tables.values().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();
     let first_writers = shared_memory::first_writers(opened.iter().map(|id| &image.files[id]), &image.shared);
     let files = Distribution::new(&image.files, &image.tables, &mut high)?;
-    let high = [pages_fds.cached, pages_fds.direct].into_iter().chain(shared_fds.values().copied()).collect();
+    let high = pages.numbers().chain(shared_fds.values().copied()).collect();
     let mut planner = Planner {
         image,
         env,
@@ -116,7 +119,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         files,
         shared_fds,
         first_writers,
-        pages_fds,
+        pages,
         high,
         vdso: Vdso::plan(image, env, base + programs_size)?,
         base,
@@ -131,7 +134,8 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
             reason: "some processes are not descendants of the root".into(),
         });
     }
-    Ok(Plan { programs: planner.programs, tasks: planner.tasks, base, pages_fds, shared_fds: planner.shared_fds })
+    let Planner { programs, tasks, pages, shared_fds, .. } = planner;
+    Ok(Plan { programs, tasks, base, pages, shared_fds })
 }
 
 /// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
@@ -304,7 +308,7 @@ impl<'a> Planner<'a> {
         for id in map::files_needed(space, inherited) {
             fds.insert(id, self.open(id, numbers, program)?);
         }
-        let map_fds = MapFds { files: &fds, shared: &self.shared_fds, pages: self.pages_fds };
+        let map_fds = MapFds { files: &fds, shared: &self.shared_fds, pages: &self.pages };
         let prots = map::restore(space, inherited, &map_fds, program);
         for fd in fds.into_values().collect::<BTreeSet<_>>() {
             program.call("close a mapped file", libc::SYS_close, &[fd.into()]);

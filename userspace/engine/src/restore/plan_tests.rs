@@ -12,7 +12,7 @@ mod model;
 use super::*;
 use crate::restore::environment::KernelMapping;
 use dump::Store;
-use history::{History, KERNEL, Op, ROOT, Start, ops, starts};
+use history::{History, KERNEL, Op, Start, ops, starts};
 use interpreter::Interpreter;
 use model::{Origin, PAGE, Page, compare};
 use proptest::prelude::*;
@@ -69,7 +69,7 @@ fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Re
         Err(e) if is_expected(&e.to_string()) => return Ok(false),
         Err(e) => return Err(e.to_string()),
     };
-    let mut run = Interpreter::new(&plan, ROOT, own_memory(env), env, seed);
+    let mut run = Interpreter::new(&plan, &image, own_memory(env), env, seed);
     run.run()?;
     for task in plan.tasks.iter().filter(|t| !t.ends) {
         let page = &run.world.processes[&task.pid].memory.get(&(task.syscall_at & !(PAGE - 1)));
@@ -94,10 +94,10 @@ fn is_expected(refusal: &str) -> bool {
 }
 
 fn check(start: Start, ops: &[Op], fd_limit: i32, seed: u64) -> Result<(), TestCaseError> {
-    thread_local!(static STORE: Store = Store::new());
+    thread_local!(static STORES: [Store; 3] = [1, 3, 12].map(Store::new));
     let history = History::new(start, ops);
     prop_assume!(history.stored < 512);
-    let outcome = STORE.with(|store| restore(store, &history, &environment(fd_limit), seed));
+    let outcome = STORES.with(|stores| restore(&stores[(seed % 3) as usize], &history, &environment(fd_limit), seed));
     prop_assert!(outcome.is_ok(), "{}", outcome.unwrap_err());
     Ok(())
 }

@@ -344,10 +344,12 @@ impl Viewer {
 /// What was measured with our own processes and what was measured on the tree.
 fn merge(own: Costs, tree: Costs) -> Costs {
     Costs {
+        list_process: tree.list_process,
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
         mapping: tree.mapping,
+        scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,
         copy_range: tree.copy_range,
         copy_page: tree.copy_page,

@@ -16,6 +16,7 @@ use crate::{
     },
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
+    task::Family,
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -65,6 +66,7 @@ pub(super) fn rehearse(
     let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let mut found =
         Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new(), reader: "procfs" };
+    found.costs.list_process = each(list(root, &pids, iterators.as_mut()), pids.len() as u64);
     let seen = read(root, &pids, iterators, &mut found)?;
     let (spaces, shared) = spaces(members, &seen, &mut found)?;
     count(members, &spaces, &mut found);
@@ -82,6 +84,21 @@ fn nanoseconds(since: Instant) -> f64 {
 
 fn each(total: f64, count: u64) -> f64 {
     if count == 0 { 0.0 } else { total / count as f64 }
+}
+
+/// How long a freeze takes to list the threads and children of the processes: it looks a second time for new ones.
+pub(super) fn list(root: i32, pids: &[i32], iterators: Option<&mut Iterators>) -> f64 {
+    let (mut family, _) = Family::of(root, iterators);
+    let begin = Instant::now();
+    for _ in 0..2 {
+        family.look();
+        for &pid in pids {
+            // Whoever is gone by now costs nothing.
+            let tids = family.threads(pid).unwrap_or_default();
+            let _ = family.children(pid, &tids);
+        }
+    }
+    nanoseconds(begin)
 }
 
 /// State and mappings of each process, if the reader tells.
@@ -150,26 +167,29 @@ fn changed(pid: i32) -> Error {
 fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
     let mut all = Collected::new(0);
     let mut spaces = Vec::with_capacity(members.len());
-    let (mut took, mut mappings) = (0.0, 0);
+    let (mut collecting, mut looking, mut mappings) = (0.0, 0.0, 0);
     for (n, member) in members.iter().enumerate() {
         let seen = seen.get(&member.pid);
         let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
         let vmas = seen.map_or(&[][..], |(_, vmas)| vmas.as_slice());
-        let begin = Instant::now();
-        let whole = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false)
-            .and_then(|(space, areas)| Ok((space, private::look(member.pid, &areas, None, false)?.0)));
-        let (space, pages) = whole.map_err(|e| match e {
+        let gone = |e| match e {
             Error::System { source, .. } if proc::is_gone(&source) => changed(member.pid),
             other => other,
-        })?;
-        took += nanoseconds(begin);
+        };
+        let begin = Instant::now();
+        let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false).map_err(gone)?;
+        collecting += nanoseconds(begin);
+        let begin = Instant::now();
+        let (pages, _) = private::look(member.pid, &areas, None, false).map_err(gone)?;
+        looking += nanoseconds(begin);
         mappings += space.vmas.len() as u64;
         spaces.push(pages);
     }
     found.amounts.counts.mappings = mappings;
     let (scan, pages) = scan(&spaces)?;
     found.costs.scan_page = scan;
-    found.costs.mapping = each((took - scan * pages as f64).max(0.0), mappings);
+    found.costs.mapping = each(collecting, mappings);
+    found.costs.scan_mapping = each((looking - scan * pages as f64).max(0.0), mappings);
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
         let ranges = shared_memory::data_ranges(source, object.size).context(|| "look for shared memory".into())?;

@@ -13,19 +13,25 @@ use standstill_images::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A directory with a page store that images of this test can share.
+/// A directory with page stores that images of this test can share.
 pub(super) struct Store {
     dir: tempfile::TempDir,
-    index: PageStoreIndex,
+    indexes: Vec<PageStoreIndex>,
 }
 
 impl Store {
-    pub(super) fn new() -> Self {
+    /// So many stores with 512 pages together, each third one compressed.
+    pub(super) fn new(count: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pages-0000000000000001.img");
-        let mut writer = PageWriter::create(&path, Compression::None).unwrap();
-        writer.append(&vec![1; 512 * PAGE as usize]).unwrap();
-        Self { index: writer.finish().unwrap(), dir }
+        let store = |n: usize| {
+            let path = dir.path().join(format!("pages-{n:016x}.img"));
+            let compression = if n % 3 == 2 { Compression::Lz4 } else { Compression::None };
+            let mut writer = PageWriter::create(&path, compression).unwrap();
+            let pages = 512 * (n + 1) / count - 512 * n / count;
+            writer.append(&vec![1; pages * PAGE as usize]).unwrap();
+            writer.finish().unwrap()
+        };
+        Self { indexes: (0..count).map(store).collect(), dir }
     }
 
     /// Writes the image of a tree and reads it again, with all the checks that this implies. `vdso`: the bytes of the
@@ -42,7 +48,7 @@ impl Store {
             vdso: vdso.to_vec(),
         };
         writer.push(&inventory).unwrap();
-        writer.push(&self.index).unwrap();
+        self.indexes.iter().for_each(|index| writer.push(index).unwrap());
         let mut dump = Dump { history, records: Vec::new(), mapped: BTreeMap::new() };
         let opened: BTreeSet<usize> =
             history.world.processes.values().flat_map(|p| p.fds.values().map(|f| f.0)).collect();
@@ -182,7 +188,7 @@ fn open_file(id: u32, file: &File) -> OpenFile {
             let target = |&(fd, file): &(i32, usize)| EpollTarget { fd, file: file as u32, events: 1, data: 0 };
             FileKind::Epoll { targets: targets.iter().map(target).collect() }
         }
-        What::PageStore => unreachable!("only a restore has it"),
+        What::Pages(..) => unreachable!("only a restore has it"),
     };
     OpenFile { id, flags: file.flags as u32, pos: file.pos, owner: None, kind }
 }

@@ -4,10 +4,13 @@ use super::{
     BLOB,
     model::{File, OUTSIDE, Origin, PAGE, Page, What, World},
 };
-use crate::restore::{
-    environment::Environment,
-    plan::{Plan, Stage},
-    program::{Arg, Layout, Program},
+use crate::{
+    image::Image,
+    restore::{
+        environment::Environment,
+        plan::{Plan, Stage},
+        program::{Arg, Layout, Program},
+    },
 };
 use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,9 +54,16 @@ pub(super) struct Interpreter<'a> {
 }
 
 impl<'a> Interpreter<'a> {
-    /// The root as the restoring process forks it: with a copy of that one's memory, and descriptors of the page store
+    /// The root as the restoring process forks it: with a copy of that one's memory, and descriptors of the page stores
     /// and all shared memory.
-    pub(super) fn new(plan: &'a Plan, root: i32, memory: BTreeMap<u64, Page>, env: &Environment, seed: u64) -> Self {
+    pub(super) fn new(
+        plan: &'a Plan,
+        image: &Image,
+        memory: BTreeMap<u64, Page>,
+        env: &Environment,
+        seed: u64,
+    ) -> Self {
+        let root = image.inventory.root;
         let mut world = World::new();
         world.fork(OUTSIDE, root).expect("the number is free");
         let process = world.process(root);
@@ -62,7 +72,12 @@ impl<'a> Interpreter<'a> {
         for at in (plan.base..plan.base + size).step_by(PAGE as usize) {
             process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
         }
-        let mut handed = vec![(plan.pages_fds.cached, What::PageStore), (plan.pages_fds.direct, What::PageStore)];
+        let whole = |fd| (fd, What::Pages(0, 0..image.pages()));
+        let mut handed: Vec<_> = plan.pages.gathered.map(whole).into_iter().collect();
+        for (n, fds) in &plan.pages.stores {
+            let pages = image.stores[*n].range();
+            handed.extend([fds.cached, fds.direct].map(|fd| (fd, What::Pages(pages.start, pages.clone()))));
+        }
         handed.extend(plan.shared_fds.iter().map(|(object, fd)| (*fd, What::Memory(*object))));
         for (fd, what) in handed {
             world.files.push(File { what, flags: libc::O_RDWR, pos: 0 });
@@ -128,8 +143,14 @@ impl<'a> Interpreter<'a> {
                 return Ok(Some(ENDED));
             }
             Kind::Clone => self.clone_task(pid, program, args),
-            Kind::ReadFull => match self.world.file(pid, value(0) as i32).map(|f| f.what == What::PageStore) {
-                Ok(true) => self.world.fill(pid, value(1), value(2), value(3) / PAGE),
+            Kind::ReadFull => match self.world.file(pid, value(0) as i32).map(|f| f.what.clone()) {
+                Ok(What::Pages(origin, pages)) => {
+                    let first = origin + value(3) / PAGE;
+                    match pages.start <= first && first + value(2) / PAGE <= pages.end {
+                        true => self.world.fill(pid, value(1), value(2), first),
+                        false => Err(libc::ENODATA),
+                    }
+                }
                 _ => Err(libc::EBADF),
             },
             Kind::WriteFull => {

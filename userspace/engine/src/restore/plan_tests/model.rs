@@ -22,7 +22,8 @@ pub(super) enum What {
     PidFd(i32),
     /// Registrations by number and file.
     Epoll(BTreeSet<(i32, usize)>),
-    PageStore,
+    /// A file with pages: the one at its offset 0, and which of them it has.
+    Pages(u64, std::ops::Range<u64>),
 }
 
 /// An open file description.

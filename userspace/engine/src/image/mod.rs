@@ -1,11 +1,17 @@
 //! A whole image in memory: what the dump writes, what the restore reads, and the checks that its parts fit together.
 
+pub(crate) mod dedup;
+pub mod merge;
+mod stores;
+
+pub use stores::Store;
+pub(crate) use stores::{pages_of, push_run, split};
+
 use crate::error::{Error, Result};
 use standstill_images::{
-    ImageError,
     frame::{Record, RecordReader, RecordWriter},
     publish::ImageDir,
-    store::{PageIndex, PageReader, PageStoreIndex},
+    store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
         OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, SharedMemory, SharedMemoryId, Task,
@@ -13,7 +19,6 @@ use standstill_images::{
 };
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -28,7 +33,8 @@ pub(crate) struct Records {
     pub shared: Vec<SharedMemory>,
 }
 
-/// Writes all records as the manifest and publishes the image.
+/// Writes all records as the manifest and publishes the image. `stores`: those of its parents that it has pages in, oldest
+/// first, and its own as the last.
 pub(crate) fn publish(
     dir: ImageDir,
     records: &Records,
@@ -53,7 +59,8 @@ pub(crate) fn publish(
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
-    Ok(dir.commit(&writer.finish())?)
+    let names: Vec<&str> = stores.iter().map(|store| &store.file[..]).collect();
+    Ok(dir.commit(&writer.finish(), &names)?)
 }
 
 /// An image that was read and whose records fit together.
@@ -79,9 +86,9 @@ pub struct Image {
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Shared memory objects.
     pub shared: BTreeMap<SharedMemoryId, SharedMemory>,
-    /// The page store's table of contents.
-    pub pages: PageStoreIndex,
-    store: PageReader,
+    /// Page stores, oldest first; the last one is the image's own.
+    pub stores: Vec<Store>,
+    used: PageSet,
 }
 
 impl Image {
@@ -93,7 +100,7 @@ impl Image {
         let open = ImageDir::open(dir)?;
         let bytes = open.manifest()?;
         let content = |reason: &str| Error::ImageContent { dir: dir.into(), reason: reason.into() };
-        let (mut inventory, mut stats, mut precopy, mut pages) = (None, None, None, None);
+        let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut twice = false;
@@ -105,7 +112,7 @@ impl Image {
                     twice |= stats.replace(record.decode::<DumpStatsV1>()?.into()).is_some();
                 }
                 DumpStats::KIND => twice |= stats.replace(record.decode::<DumpStats>()?).is_some(),
-                PageStoreIndex::KIND => twice |= pages.replace(record.decode::<PageStoreIndex>()?).is_some(),
+                PageStoreIndex::KIND => stores.push(PageStoreIndex::decode(&record)?),
                 PrecopyStats::KIND => precopy = Some(record.decode::<PrecopyStats>()?),
                 Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
@@ -119,14 +126,11 @@ impl Image {
         if twice {
             return Err(content("a record is there twice"));
         }
-        let pages = pages.ok_or_else(|| content("the page store's index is missing"))?;
-        let store = match PageReader::open(&open.pages_path(&pages)?, &pages) {
-            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                return Err(content("the page store is missing"));
-            }
-            other => other?,
-        };
-        let image = Self {
+        if stores.is_empty() {
+            return Err(content("the page store's index is missing"));
+        }
+        let stores = stores::locate(&open, stores)?;
+        let mut image = Self {
             dir: dir.into(),
             inventory: inventory.ok_or_else(|| content("the inventory is missing"))?,
             stats: stats.unwrap_or_default(),
@@ -137,31 +141,28 @@ impl Image {
             files,
             pipes,
             shared,
-            pages,
-            store,
+            stores,
+            used: PageSet::default(),
         };
         image.check().map_err(|reason| content(&reason))?;
+        image.used = stores::pages_of(image.runs());
+        image.check_dropped().map_err(|reason| content(&reason))?;
         Ok(image)
     }
 
-    /// A file with page n at offset n × 4096: the store itself, or a decompressed and verified copy in memory.
-    pub(crate) fn raw_pages(&self) -> Result<File> {
-        Ok(self.store.raw()?)
+    /// How many pages its stores have.
+    pub fn pages(&self) -> u64 {
+        self.stores.last().map_or(0, |own| own.range().end)
     }
 
-    /// Compares the checksums of the pages with the store, unless [`Self::raw_pages`] did.
-    pub(crate) fn verify_pages(&self) -> Result<()> {
-        if self.store.is_raw() { Ok(self.store.verify(1, |_, _| ())?) } else { Ok(()) }
+    /// The pages that it uses.
+    pub fn used(&self) -> &PageSet {
+        &self.used
     }
 
-    /// Compares the checksums of the pages with what `read` finds where [`Self::raw_pages`] were put. Nothing is left to
-    /// compare when they came from a verified copy.
-    pub(crate) fn verify_copy(
-        &self,
-        threads: usize,
-        read: impl Fn(PageIndex, &mut [u8]) -> Result<(), ImageError> + Sync,
-    ) -> Result<(), ImageError> {
-        if self.store.is_raw() { self.store.verify_copy(threads, read) } else { Ok(()) }
+    /// All runs of pages, of address spaces and of shared memory.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = &PageRun> {
+        self.spaces.values().flat_map(|s| &s.pages).chain(self.shared.values().flat_map(|o| &o.pages))
     }
 
     /// Every number refers to something, and every address is one.
@@ -266,11 +267,26 @@ impl Image {
         Ok(())
     }
 
+    /// No page that is used may be gone.
+    fn check_dropped(&self) -> Result<(), String> {
+        for store in &self.stores {
+            if store
+                .local(&self.used)
+                .ranges()
+                .iter()
+                .any(|r| PageSet::from_pairs(&store.index.dropped).overlaps(r.clone()))
+            {
+                return Err(format!("it needs pages that it gave up in {}", store.index.file));
+            }
+        }
+        Ok(())
+    }
+
     fn check_runs(&self, runs: &[PageRun], start: u64, end: u64) -> Result<(), String> {
-        let mut at = start;
+        let (mut at, pages) = (start, self.pages());
         for run in runs {
             let run_end = run.pages.checked_mul(4096).and_then(|len| run.start.checked_add(len));
-            let in_store = run.store.checked_add(run.pages).is_some_and(|last| last <= self.pages.pages());
+            let in_store = run.store.checked_add(run.pages).is_some_and(|last| last <= pages);
             match run_end {
                 Some(run_end)
                     if run.pages > 0 && run.start % 4096 == 0 && run.start >= at && run_end <= end && in_store =>
@@ -287,3 +303,6 @@ impl Image {
 fn insert<K: Ord, T>(map: &mut BTreeMap<K, T>, record: T, key: impl Fn(&T) -> K) -> bool {
     map.insert(key(&record), record).is_some()
 }
+
+#[cfg(test)]
+mod tests;
