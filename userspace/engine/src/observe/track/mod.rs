@@ -159,7 +159,10 @@ impl Tracker {
     /// When the iterators or maps cannot be read.
     pub fn refresh(&mut self) -> Result<()> {
         self.programs.rearm()?;
-        self.shadow.refresh(&self.programs.maps, &mut self.iterators)
+        let result = self.shadow.refresh(&self.programs.maps, &mut self.iterators);
+        // It may be long until the next reading.
+        self.iterators.release();
+        result
     }
 
     /// The copy of the tree's state.

@@ -111,8 +111,7 @@ impl Serving {
         };
         let listener = listen().map_err(ObserveError::io(format!("listen on {}", socket.display())))?;
         // Reading the kernel's types took tens of MiB that are not needed again.
-        // SAFETY: malloc_trim takes no memory and may be called at any time.
-        unsafe { libc::malloc_trim(0) };
+        trim();
         Ok(Self { tracker, root: pidfd, listener, socket, since: Instant::now(), _lock: lock })
     }
 
@@ -182,6 +181,7 @@ impl Serving {
                 // Until the client is done, or dead.
                 client.set_read_timeout(None)?;
                 let _ = (&mut &*client).read(&mut [0]);
+                trim();
                 self.tracker.iterators.learn_tree().map_err(io::Error::other)
             }
             other => {
@@ -201,6 +201,12 @@ impl Serving {
             counters: self.tracker.counters()?,
         })
     }
+}
+
+/// Gives memory that is free back to the kernel.
+fn trim() {
+    // SAFETY: malloc_trim takes no memory and may be called at any time.
+    unsafe { libc::malloc_trim(0) };
 }
 
 /// Takes the place of the tree's only tracker.

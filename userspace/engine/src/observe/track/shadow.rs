@@ -10,7 +10,7 @@ use standstill_ebpf_abi::track::part;
 use standstill_images::types::SigAction;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// What is known of a tracked tree.
@@ -131,7 +131,7 @@ impl Shadow {
         self.processes.keys().copied()
     }
 
-    /// The copy of a process's descriptors.
+    /// The copy of a process's descriptors, without paths.
     pub fn files(&self, pid: i32) -> Option<&[FdEntry]> {
         Some(&self.processes.get(&pid)?.files.as_ref()?.value)
     }
@@ -260,7 +260,9 @@ fn read_files(iterators: &mut Iterators, pids: &[i32]) -> Vec<(i32, FdEntry)> {
     if pids.is_empty() {
         return Vec::new();
     }
-    iterators.files(pids).unwrap_or_default().into_iter().map(|f| (f.tgid, f)).collect()
+    let files = iterators.files(pids).unwrap_or_default().into_iter();
+    // Nobody takes a path from the copy: anybody may rename a file.
+    files.map(|f| (f.tgid, FdEntry { path: PathBuf::new(), ..f })).collect()
 }
 
 /// Groups entries; each process that was read has a group.
