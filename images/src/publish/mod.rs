@@ -89,6 +89,11 @@ impl ImageDir {
             let reason = "an image cannot be its own parent: use another directory for one of them";
             return Err(ImageError::Chain { dir: self.path.clone(), reason: reason.into() });
         }
+        let link = here.join(PARENT);
+        if !link.is_symlink() && link.exists() {
+            let reason = format!("{PARENT} is in it, which is not the link of an image: move it away");
+            return Err(ImageError::Chain { dir: self.path.clone(), reason });
+        }
         self.parent = Some(relative(&here, &there));
         Ok(())
     }

@@ -33,7 +33,7 @@ struct Superseded {
 }
 
 impl Record for Superseded {
-    const KIND: u16 = 10;
+    const KIND: u16 = 11;
     const VERSION: u16 = 1;
 }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::frame::{RecordReader, RecordWriter};
 use proptest::{collection::vec, prelude::*};
 use std::{
     fs,
@@ -241,4 +242,106 @@ fn an_existing_file_is_not_overwritten() {
     let error = PageWriter::create(&path, Compression::None).expect_err("it exists");
     assert!(error.is_io(), "{error}");
     assert_eq!(fs::read(&path).expect("read"), b"precious");
+}
+
+#[test]
+fn an_old_table_of_contents_has_nothing_dropped() {
+    // As version 1 was written: the name, no compression, one chunk.
+    let golden = [&[26][..], b"pages-0123456789abcdef.img", &[0, 1, 0, 0x80, 0x20, 0x80, 0x20, 7]].concat();
+    let file = "pages-0123456789abcdef.img".to_string();
+    let chunks = vec![Chunk { offset: 0, stored: 4096, raw: 4096, checksum: 7 }];
+    let mut writer = RecordWriter::new();
+    let old = PageStoreIndexV1 { file: file.clone(), compression: Compression::None, chunks: chunks.clone() };
+    writer.push(&old).expect("push");
+    let bytes = writer.finish();
+    let record = RecordReader::new("old".as_ref(), &bytes[..]).expect("a manifest").next().expect("a record");
+    let record = record.expect("a whole record");
+    assert_eq!((record.kind(), record.version(), record.body()), (PageStoreIndex::KIND, 1, &golden[..]));
+    let index = PageStoreIndex::decode(&record).expect("decode");
+    assert_eq!(index, PageStoreIndex { file, compression: Compression::None, chunks, dropped: vec![] });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Before and after they are punched out, the others are what they were.
+    #[test]
+    fn dropped_pages_are_zeros(first in vec((0..600_u64, 0..300_u64), 0..4), then in vec((0..600_u64, 0..300_u64), 0..4)) {
+        let (_dir, path) = scratch();
+        let data = pages(600, 3, 64);
+        let mut index = write_all(&path, Compression::None, &data);
+        let mut all = PageSet::default();
+        for dropped in [first, then] {
+            let dropped = PageSet::new(PageSet::from_pairs(&dropped).within(0..600));
+            let old = index.clone();
+            index = PageReader::open(&path, &index).and_then(|r| r.without(&dropped)).expect("drop");
+            all = all.union(&dropped);
+            prop_assert_eq!(PageSet::from_pairs(&index.dropped), all.clone());
+            let mut expected = data.clone();
+            all.ranges().iter().for_each(|r| expected[r.start as usize * PAGE..r.end as usize * PAGE].fill(0));
+            let open = PageReader::open(&path, &index).expect("open");
+            for _ in 0..2 {
+                open.verify(2, |_, _| ()).expect("verify");
+                open.verify_copy(2, |first, to| {
+                    to.copy_from_slice(&data[first as usize * PAGE..][..to.len()]);
+                    Ok(())
+                }).expect("verify the copy");
+                let mut back = vec![1; data.len()];
+                open.read_pages(0, &mut back).expect("read");
+                prop_assert!(back == expected);
+                punch(&path, &all).expect("punch");
+            }
+            // Whoever needs what is gone is not told that it is whole.
+            let damaged = PageReader::open(&path, &old).and_then(|r| r.verify(1, |_, _| ()));
+            prop_assert_eq!(damaged.is_err(), old.dropped != index.dropped);
+        }
+    }
+
+    #[test]
+    fn only_chunks_with_needed_pages_are_read(needed in vec((0..1000_u64, 0..300_u64), 0..3)) {
+        let (dir, path) = scratch();
+        let data = pages(1000, 3, 64);
+        let index = write_all(&path, Compression::Lz4, &data);
+        let needed = PageSet::new(PageSet::from_pairs(&needed).within(0..1000));
+        let reader = PageReader::open(&path, &index).expect("open").only(&needed);
+        let copy = fs::File::create_new(dir.path().join("copy")).expect("create");
+        reader.copy_into(&copy, 0).expect("copy");
+        let mut seen = Vec::new();
+        reader.in_order(|first, raw| {
+            assert!(raw == &data[first as usize * PAGE..][..raw.len()]);
+            seen.push(first..first + (raw.len() / PAGE) as u64);
+            Ok::<_, ImageError>(())
+        }).expect("read");
+        prop_assert!(seen.iter().all(|chunk| needed.overlaps(chunk.clone())));
+        prop_assert!(PageSet::new(seen).contains(&needed));
+        let copied = fs::read(dir.path().join("copy")).expect("read");
+        for r in needed.ranges() {
+            let range = r.start as usize * PAGE..r.end as usize * PAGE;
+            prop_assert!(copied[range.clone()] == data[range]);
+        }
+    }
+}
+
+#[test]
+fn nonsense_about_dropped_pages_is_refused() {
+    for compression in [Compression::None, Compression::Lz4] {
+        let (_dir, path) = scratch();
+        let index = write_all(&path, compression, &pages(10, 1, PAGE));
+        let cases: [&[(u64, u64)]; 7] = [
+            &[(0, 11)],
+            &[(10, 1)],
+            &[(3, 0)],
+            &[(u64::MAX, 2)],
+            &[(5, u64::MAX)],
+            &[(4, 2), (5, 2)],
+            &[(4, 2), (1, 1)],
+        ];
+        for dropped in cases {
+            let error = PageReader::open(&path, &PageStoreIndex { dropped: dropped.into(), ..index.clone() });
+            let error = error.expect_err("nonsense");
+            assert!(error.to_string().contains("makes no sense"), "{error}");
+        }
+        let all = PageStoreIndex { dropped: vec![(0, 10)], ..index.clone() };
+        assert_eq!(PageReader::open(&path, &all).is_ok(), compression == Compression::None);
+    }
 }

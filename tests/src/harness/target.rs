@@ -286,7 +286,20 @@ impl Target {
     /// Kills the whole tree the hard way, and waits until it is gone.
     #[track_caller]
     pub fn kill_tree(&mut self) {
-        for pid in self.processes() {
+        // While they run they can make others that nobody would find once their parents are dead.
+        let mut stopped = Vec::new();
+        loop {
+            let all = self.processes();
+            if all == stopped {
+                break;
+            }
+            for pid in all.iter().filter(|pid| !stopped.contains(pid)) {
+                _ = nix::sys::signal::kill(*pid, Signal::SIGSTOP);
+                wait_until(LIMIT, || proc::state(*pid).is_none_or(|state| matches!(state, 'T' | 'Z' | 't')));
+            }
+            stopped = all;
+        }
+        for pid in stopped {
             if let Ok(pidfd) = Pidfd::open(pid) {
                 pidfd.kill();
             }

@@ -235,7 +235,9 @@ impl Outcome {
     #[track_caller]
     pub fn expect_error(self, status: i32, words: &[&str]) -> Self {
         assert!(self.status == Some(status), "should end with status {status}: {self}");
-        let lines: Vec<&str> = self.stderr.lines().filter(|line| !line.trim().is_empty()).collect();
+        let warning = |line: &&str| line.contains(" WARN ");
+        let lines = self.stderr.lines().filter(|line| !line.trim().is_empty() && !warning(line));
+        let lines: Vec<&str> = lines.collect();
         let one = lines.len() == 1 && lines[0].starts_with("standstill: error: ");
         assert!(one, "should print exactly one error line: {self}");
         for word in words {

@@ -251,15 +251,17 @@ impl Churn {
                 Ok(())
             }
             ForkResult::Child => {
-                let right = if execute {
+                let status = if execute {
                     // SAFETY: path and arguments are strings that end with zero, their list ends with null.
                     unsafe { libc::execv(arguments[0], arguments.as_ptr()) };
-                    false
+                    100 + io::Error::last_os_error().raw_os_error().unwrap_or(0)
+                } else if self.live_briefly(pause) {
+                    0
                 } else {
-                    self.live_briefly(pause)
+                    2
                 };
                 // SAFETY: it takes a number, and runs nothing of the parent's.
-                unsafe { libc::_exit(i32::from(!right)) }
+                unsafe { libc::_exit(status) }
             }
         }
     }

@@ -164,8 +164,8 @@ pub(crate) struct PrecopyArgs {
     #[arg(long, value_name = "auto|ROUNDS", num_args = 0..=1, require_equals = true, default_value = "auto",
         default_missing_value = "auto", value_parser = precopy)]
     pub precopy: Precopy,
-    /// Freeze to aim at with these rounds: 5ms, 1s
-    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
+    /// Freeze to aim at with these rounds: 5ms, 1s; without a unit, milliseconds
+    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = milliseconds)]
     pub max_freeze: Duration,
     /// How many rounds there are at most with --precopy=auto
     #[arg(long, value_name = "N", default_value_t = 12)]
@@ -303,6 +303,11 @@ fn interval(text: &str) -> Result<Duration, String> {
         time if (0.1..=86_400.0).contains(&time.as_secs_f64()) => Ok(time),
         _ => Err("between 100ms and 24h".into()),
     }
+}
+
+/// A time with a unit, or milliseconds.
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    text.parse().map_or_else(|_| time(text), |ms| Ok(Duration::from_millis(ms)))
 }
 
 /// A time with a unit.

@@ -3,15 +3,14 @@
 use crate::{Failure, args::ImageArgs, inspect::output, progress};
 use indicatif::HumanBytes;
 use standstill_engine::{Error, Image};
-use standstill_images::ImageError;
-use std::{io, path::Path, thread, time::Instant};
+use std::{path::Path, thread, time::Instant};
 
 pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
     let begin = Instant::now();
     let image = match verify(&args.images_dir) {
         Ok(image) => image,
         Err(error) => {
-            let failure = failure(error);
+            let failure = Failure::from(error);
             if args.json {
                 output::json(&serde_json::json!({ "ok": false, "error": failure.text }))?;
             }
@@ -45,12 +44,4 @@ fn verify(dir: &Path) -> Result<Image, Error> {
     bar.finish_and_clear();
     verified?;
     Ok(image)
-}
-
-/// A page store that is missing is a bad image, not a failed read.
-fn failure(error: Error) -> Failure {
-    let missing =
-        matches!(&error, Error::Image(ImageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound);
-    let failure = Failure::from(error);
-    if missing { Failure { status: 5, ..failure } } else { failure }
 }

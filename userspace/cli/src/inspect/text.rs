@@ -124,7 +124,11 @@ fn memory(text: &mut String, view: &View) {
         (name, None) => format!("{} by {name}", HumanBytes(store.stored_bytes)),
         (name, Some(level)) => format!("{} by {name} level {level}", HumanBytes(store.stored_bytes)),
     };
-    line!(text, "  stored: {}, {compression}, in {}", pages(store.pages), plain(store.pages_file));
+    let place = match view.chain.stores.len() {
+        0 | 1 => plain(store.pages_file),
+        stores => format!("{stores} page stores"),
+    };
+    line!(text, "  stored: {}, {compression}, in {place}", pages(store.pages));
     line!(text, "  shared copy-on-write: {}; only zeros: {}", pages(store.shared_pages), pages(store.zero_pages));
 }
 

@@ -189,7 +189,10 @@ impl<'a> Session<'a> {
             (Some(parent), told) => {
                 let content = |reason: String| Err(Error::ImageContent { dir: parent.dir.clone(), reason });
                 if parent.inventory.root != options.pid {
-                    return content(format!("it is of process {}, not {}", parent.inventory.root, options.pid));
+                    return content(format!(
+                        "it is of the tree of process {}, not {}: give the image of this tree that was made last",
+                        parent.inventory.root, options.pid
+                    ));
                 }
                 let Some(told) = told else {
                     warn!(
@@ -320,10 +323,6 @@ impl<'a> Session<'a> {
         stats.total_us = begin.elapsed().as_micros() as u64;
         let precopy = precopy.map(|p| PrecopyStats { late_pages: counts.stored - before.stored, ..p });
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
-        if let Some(dedup) = dedup {
-            let freed = dedup.punch(wanted.dir)?;
-            info!(freed, "pages of the parents are given up");
-        }
         if let Some(tree) = tree {
             tree.kill();
         } else if precopy.is_none() {
@@ -332,6 +331,12 @@ impl<'a> Session<'a> {
             observe::view::remember(options.pid, &stats);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
+        // The image is complete without: what goes wrong now costs space only.
+        match dedup.map(|dedup| dedup.punch(wanted.dir)) {
+            Some(Ok(pages)) => info!(pages, "given up in the parents"),
+            Some(Err(e)) => warn!("the parents keep what they need no more: {e}"),
+            None => {}
+        }
         Ok(Dumped { stats, precopy, keeper: None })
     }
 

@@ -1,14 +1,12 @@
 //! The page stores of an image, whose pages are numbered through all of them.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use standstill_images::{
-    ImageError,
     publish::OpenDir,
     store::{Compression, PAGE, PageIndex, PageReader, PageSet, PageStoreIndex},
     types::PageRun,
 };
 use std::{
-    io,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -45,14 +43,9 @@ impl Store {
     /// Opens the file.
     ///
     /// # Errors
-    /// A file that has another length than it should, or is missing.
+    /// A file that has another length than it should; I/O errors.
     pub fn reader(&self) -> Result<PageReader> {
-        match PageReader::open(&self.path, &self.index) {
-            Err(ImageError::Io { source, path }) if source.kind() == io::ErrorKind::NotFound => {
-                Err(Error::ImageContent { dir: path, reason: "the page store is missing".into() })
-            }
-            other => Ok(other?),
-        }
+        Ok(PageReader::open(&self.path, &self.index)?)
     }
 
     /// The pages of `set`, by their numbers in the store.

@@ -355,7 +355,7 @@ fn merging_begins_with_those_who_need_others() {
         assert_eq!(read(dir).unwrap(), *memory);
     }
     let missing = root.path().join("missing");
-    assert!(merge(&[missing.clone()], |_, _, _| ()).is_err() && !missing.exists());
+    assert!(merge(std::slice::from_ref(&missing), |_, _, _| ()).is_err() && !missing.exists());
 }
 
 #[test]

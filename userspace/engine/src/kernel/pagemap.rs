@@ -102,8 +102,21 @@ impl Pagemap {
         self.guards_apart(|guard| {
             let any_of = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | guard;
             // Guards look like swapped pages, but for this.
-            let wanted = Wanted { inverted: without, all_of: without, any_of, told: guard, ..Default::default() };
-            self.scan(range, wanted, |r| found.push(Region::new(r)))
+            let told = PAGE_IS_SWAPPED | guard;
+            let wanted = Wanted { inverted: without, all_of: without, any_of, told, ..Default::default() };
+            let mut all = Vec::new();
+            self.scan(range, wanted, |r| all.push(*r))?;
+            all.iter().try_for_each(|r| match r.categories & told == PAGE_IS_SWAPPED {
+                true => self.swapped(r, |range, marker| {
+                    if !marker {
+                        found.push(Region { range, guard: false });
+                    }
+                }),
+                false => {
+                    found.push(Region::new(r));
+                    Ok(())
+                }
+            })
         })
     }
 
@@ -114,9 +127,17 @@ impl Pagemap {
             let any_of = PAGE_IS_PRESENT | PAGE_IS_PFNZERO;
             let told = PAGE_IS_SWAPPED | guard;
             let wanted = Wanted { inverted: PAGE_IS_PRESENT, any_of, told, ..Default::default() };
-            self.scan(range, wanted, |r| {
-                if r.categories & told != PAGE_IS_SWAPPED {
+            let mut all = Vec::new();
+            self.scan(range, wanted, |r| all.push(*r))?;
+            all.iter().try_for_each(|r| match r.categories & told == PAGE_IS_SWAPPED {
+                true => self.swapped(r, |range, marker| {
+                    if marker {
+                        found.push(Region { range, guard: false });
+                    }
+                }),
+                false => {
                     found.push(Region::new(r));
+                    Ok(())
                 }
             })
         })
@@ -142,6 +163,16 @@ impl Pagemap {
             ..Default::default()
         };
         self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+    }
+
+    /// Tells swapped pages from the marks that say of absent pages that they are protected against writing, which scans
+    /// do not: those have the last of the swap types, where the kernel keeps what is no swap.
+    fn swapped(&self, region: &PageRegion, mut part: impl FnMut(Range, bool)) -> io::Result<()> {
+        const TYPE: u64 = 0x1f;
+        let entries = self.entries(region.start, (region.end - region.start) / PAGE)?;
+        let pages = (region.start..).step_by(PAGE as usize).zip(&entries);
+        pages.for_each(|(start, entry)| part(Range { start, end: start + PAGE }, entry & TYPE == TYPE));
+        Ok(())
     }
 
     /// Scans with PAGE_IS_GUARD, or without where the kernel does not know it.
@@ -182,13 +213,19 @@ impl Pagemap {
     pub(crate) fn frames(&self, start: u64, pages: u64) -> io::Result<Vec<u64>> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;
+        let frame = |entry: u64| if entry & PRESENT != 0 { entry & FRAME } else { 0 };
+        Ok(self.entries(start, pages)?.into_iter().map(frame).collect())
+    }
+
+    /// What the file has for `pages` pages from `start`.
+    fn entries(&self, start: u64, pages: u64) -> io::Result<Vec<u64>> {
         let mut bytes = vec![0u8; pages as usize * 8];
-        self.0.read_exact_at(&mut bytes, start / PAGE * 8)?;
-        Ok(bytes
-            .chunks_exact(8)
-            .map(|b| u64::from_ne_bytes(b.try_into().expect("chunks of eight")))
-            .map(|entry| if entry & PRESENT != 0 { entry & FRAME } else { 0 })
-            .collect())
+        self.0.read_exact_at(&mut bytes, start / PAGE * 8).map_err(|e| match e.kind() {
+            // The file of a process that has ended is empty.
+            io::ErrorKind::UnexpectedEof => io::Error::from_raw_os_error(libc::ESRCH),
+            _ => e,
+        })?;
+        Ok(bytes.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().expect("chunks of eight"))).collect())
     }
 }
 

@@ -194,7 +194,14 @@ impl<'a> Copier<'a> {
             let first = self.next + (buffer.filled().len() / page) as u64;
             let spare = buffer.spare_mut();
             let len = spare.len().min((end - at) as usize);
-            let got = read(at, &mut spare[..len])? / page * page;
+            let got = match read(at, &mut spare[..len]) {
+                Ok(got) => got / page * page,
+                Err(e) => {
+                    // A process has ended. What the buffer has is of others.
+                    self.buffer = Some(buffer);
+                    return Err(e);
+                }
+            };
             let kept = self.keep(at, &mut spare[..got], first, &mut copied.runs);
             buffer.advance(kept);
             if got == 0 {
@@ -312,5 +319,31 @@ mod tests {
         let runs = copier.private(&pages, None).unwrap().runs;
         assert_eq!(runs, [PageRun { start: middle, pages: 1, store: 0 }]);
         assert_eq!((copier.finish().unwrap().zero, runs.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_read_costs_the_others_nothing() {
+        let memory = Mapping::anonymous(3 * PAGE).unwrap();
+        let page = PAGE as usize;
+        [1, 2, 3].into_iter().zip(memory.bytes_mut().chunks_mut(page)).for_each(|(n, page)| page.fill(n));
+        let at = |n: u64| memory.start() + n * PAGE;
+        let of = |ranges: Vec<Range>| PrivatePages { pid: std::process::id() as i32, ranges, ..Default::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pages");
+        let mut store = PageWriter::create(&path, Compression::None).unwrap();
+        let mut copier = Copier::new(&mut store, 0);
+        copier.stopped();
+        let first = copier.private(&of(vec![Range { start: at(0), end: at(2) }]), None).unwrap().runs;
+        copier.private(&of(vec![Range { start: PAGE, end: 2 * PAGE }]), None).unwrap_err();
+        let second = copier.private(&of(vec![Range { start: at(2), end: at(3) }]), None).unwrap().runs;
+        copier.finish().unwrap();
+        let index = store.finish().unwrap();
+        let reader = standstill_images::store::PageReader::open(&path, &index).unwrap();
+        for run in first.iter().chain(&second) {
+            let mut pages = vec![0; (run.pages * PAGE) as usize];
+            reader.read_pages(run.store, &mut pages).unwrap();
+            let expected = &memory.bytes_mut()[(run.start - memory.start()) as usize..][..pages.len()];
+            assert_eq!(pages, expected);
+        }
     }
 }
