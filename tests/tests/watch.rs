@@ -214,7 +214,7 @@ fn a_freeze_is_predicted() {
         };
         let (predicted, observed) = (middle(|t| t.0), middle(|t| t.1));
         say(&format!("{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}"));
-        let near = (predicted - observed).abs() <= (observed / 4.0).max(2000.0);
+        let near = (predicted - observed).abs() <= (observed * 0.4).max(2000.0);
         assert!(near, "{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}");
         thread::sleep(Duration::from_millis(100));
         target.assert_well();
