@@ -33,15 +33,15 @@ pub(crate) fn print(options: &Options) -> Result<(), String> {
     let mut points = Vec::new();
     for interval in INTERVALS_MS {
         let seconds = options.seconds.unwrap_or(2).max(interval * 5 / 2000 + 2);
-        let (mut off, mut on) = (Vec::new(), Vec::new());
+        let mut pairs = Vec::new();
         for run in 0..options.runs {
             eprintln!("tracking-curve: interval {interval} ms, run {} of {}", run + 1, options.runs);
-            for tracked in [run % 2 == 0, run % 2 != 0] {
-                let figures = stream(seconds, if tracked { interval } else { 0 }, &options.dir)?;
-                (if tracked { &mut on } else { &mut off }).push(figures);
-            }
+            // One after the other, each time another one first: whatever drifts meets both.
+            let first = stream(seconds, if run % 2 == 0 { interval } else { 0 }, &options.dir)?;
+            let second = stream(seconds, if run % 2 == 0 { 0 } else { interval }, &options.dir)?;
+            pairs.push(if run % 2 == 0 { (second, first) } else { (first, second) });
         }
-        points.push(point(interval, &off, &on));
+        points.push(point(interval, &pairs));
     }
     println!("interval_ms,overhead_percent,overhead_settled_percent,look_ms,untracked_mib_per_second");
     for point in &points {
@@ -52,34 +52,32 @@ pub(crate) fn print(options: &Options) -> Result<(), String> {
     write_json(options, &json!({ "case": "tracking-curve", "runs": options.runs, "points": points }))
 }
 
-fn point(interval_ms: u64, off: &[Value], on: &[Value]) -> Point {
-    let mean = |runs: &[Value]| {
-        let means: Vec<f64> = runs.iter().filter_map(|run| run["mib_per_second"].as_f64()).collect();
-        high_median(&means)
+/// Medians over pairs of an untracked and a tracked run.
+fn point(interval_ms: u64, pairs: &[(Value, Value)]) -> Point {
+    let mean = |run: &Value| run["mib_per_second"].as_f64().unwrap_or(f64::NAN);
+    let all = |of: &dyn Fn(&(Value, Value)) -> f64| high_median(&pairs.iter().map(of).collect::<Vec<f64>>());
+    let settled = |(off, on): &(Value, Value)| {
+        let (off, on) = (windows(off, false), windows(on, true));
+        (!on.is_empty()).then(|| 1.0 - high_median(&on) / high_median(&off))
     };
-    let (untracked, tracked) = (mean(off), mean(on));
-    let settled: Vec<f64> = on.iter().flat_map(settled_windows).collect();
-    let looks = |run: &Value| run["look_us"].as_array().cloned().unwrap_or_default();
-    let looks: Vec<f64> = on.iter().flat_map(looks).filter_map(|us| us.as_f64()).collect();
+    let settled: Vec<f64> = pairs.iter().filter_map(settled).collect();
+    let looks = |(_, on): &(Value, Value)| on["look_us"].as_array().cloned().unwrap_or_default();
+    let looks: Vec<f64> = pairs.iter().flat_map(looks).filter_map(|us| us.as_f64()).collect();
     Point {
         interval_ms,
-        overhead: 1.0 - tracked / untracked,
-        overhead_settled: (!settled.is_empty()).then(|| 1.0 - average(&settled) / untracked),
+        overhead: all(&|(off, on)| 1.0 - mean(on) / mean(off)),
+        overhead_settled: (!settled.is_empty()).then(|| high_median(&settled)),
         look_us: high_median(&looks),
-        untracked_mib_per_second: untracked,
-        tracked_mib_per_second: tracked,
+        untracked_mib_per_second: all(&|(off, _)| mean(off)),
+        tracked_mib_per_second: all(&|(_, on)| mean(on)),
     }
 }
 
-/// Throughput of the windows in which every page had been written since the look-up.
-fn settled_windows(run: &Value) -> Vec<f64> {
+/// Throughput of all windows, or of those in which every page had been written since the look-up.
+fn windows(run: &Value, settled: bool) -> Vec<f64> {
     let list = |name: &str| run[name].as_array().cloned().unwrap_or_default();
     let pairs = list("windows").into_iter().zip(list("settled"));
-    pairs.filter(|(_, settled)| *settled == true).filter_map(|(window, _)| window.as_f64()).collect()
-}
-
-fn average(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
+    pairs.filter(|(_, is)| !settled || *is == true).filter_map(|(window, _)| window.as_f64()).collect()
 }
 
 fn stream(seconds: u64, track_ms: u64, dir: &Path) -> Result<Value, String> {

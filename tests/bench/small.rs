@@ -87,5 +87,6 @@ fn micros(duration: Duration) -> u64 {
 /// Numbers of the snapshots in a store.
 fn numbers(store: &Path) -> Vec<u64> {
     let entries = fs::read_dir(store).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    let complete = entries.filter(|entry| entry.path().join("standstill.img").exists());
+    complete.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }

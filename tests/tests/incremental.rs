@@ -92,13 +92,13 @@ fn precopy_of_an_idle_heap() {
 
 #[test]
 fn precopy_of_a_heap_that_is_written() {
-    precopy(&["--heap", "128", "--pages-per-second", "3000"], &["--precopy=auto", "--max-freeze", "10"]);
+    precopy(&["--heap", "128", "--pages-per-second", "3000"], &["--precopy=auto", "--max-freeze", "10ms"]);
 }
 
 #[test]
 fn precopy_of_one_that_writes_faster_than_it_can_be_copied() {
     let args = ["--heap", "64", "--pages-per-second", "max", "--threads", "2"];
-    precopy(&args, &["--precopy", "--max-freeze", "5", "--max-rounds", "4"]);
+    precopy(&args, &["--precopy", "--max-freeze", "5ms", "--max-rounds", "4"]);
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn a_parent_that_is_not_there_or_none_of_this_tree_is_refused() {
     let mut other = Target::workload("writer", &["--heap", "16", "--pages-per-second", "500"]);
     let foreign = pre_dumps(&tool, &mut other, 1).remove(0);
     let empty = target.images("empty");
-    for (parent, words) in [(target.dir().join("nowhere"), "nowhere"), (empty, "empty"), (foreign, "tree")] {
+    for (parent, words) in [(target.dir().join("nowhere"), "nowhere"), (empty, "empty"), (foreign, "of process")] {
         let images = target.images("refused");
         let dumps = [tool.pre_dump(target.pid(), &images), tool.dump(target.pid(), &images).arg("-R")];
         for run in dumps {
@@ -318,9 +318,10 @@ fn damage(images: &Path) {
     fs::write(&path, bytes).expect("write it back");
 }
 
-/// Numbers of the snapshots that a store has: the folders in it that are called by a number.
+/// Numbers of the complete snapshots that a store has: the folders in it that are called by a number.
 fn kept(store: &Path) -> Vec<u64> {
     let entries = fs::read_dir(store).into_iter().flatten().flatten();
+    let entries = entries.filter(|entry| entry.path().join("standstill.img").exists());
     let mut numbers: Vec<u64> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     numbers.sort_unstable();
     numbers
@@ -481,7 +482,7 @@ fn end_while(
 #[test]
 fn the_target_ends_between_rounds() {
     let dump = |tool: &Tool, target: &Target, images: &Path| {
-        tool.dump(target.pid(), images).args(["--precopy=1000", "--max-rounds", "1000", "--max-freeze", "1"])
+        tool.dump(target.pid(), images).args(["--precopy=1000", "--max-rounds", "1000", "--max-freeze", "1ms"])
     };
     end_while(dump, |_, images, outcome| {
         outcome.expect_error(ENDED, &[]);

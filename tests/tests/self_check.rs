@@ -2,11 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use nix::sys::ptrace;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
-use standstill_tests::harness::{Memory, Snapshot, Target, Turn, proc};
+use standstill_tests::harness::{Memory, Snapshot, Target, Turn, proc, wait_until};
 use standstill_tests::workload::Pattern;
 
 #[test]
@@ -52,6 +53,56 @@ fn a_changed_byte_is_noticed_from_inside_and_from_outside() {
     target.go_on();
     let verdict = target.verdict();
     assert!(!verdict.ok, "nobody noticed a changed byte");
+}
+
+/// What an incremental dump may do wrong: a page comes back as it was at an earlier moment.
+#[test]
+fn an_old_page_is_noticed() {
+    let _turn = Turn::take();
+    let mut target = Target::workload("writer", &["--heap", "1", "--pages-per-second", "500"]);
+    target.assert_well();
+    let path = proc::path(target.pid(), "mem");
+    let memory = OpenOptions::new().read(true).write(true).open(path).expect("open the memory");
+    let page = first_page(target.pid(), &memory);
+    let read = || {
+        let mut words = [0; 4096];
+        memory.read_exact_at(&mut words, page).expect("read a page");
+        words
+    };
+    let mut failures = Vec::new();
+    // The page may be written once more before anybody looks at it.
+    for _ in 0..10 {
+        target.stop();
+        let old = read();
+        target.go_on();
+        assert!(wait_until(Duration::from_secs(30), || read() != old), "the page is not written");
+        target.stop();
+        memory.write_all_at(&old, page).expect("write the old page");
+        target.go_on();
+        failures = target.verdict().failures;
+        if !failures.is_empty() {
+            break;
+        }
+    }
+    let noticed = failures.iter().any(|failure| failure.contains("page 0") && failure.contains("another one: version"));
+    assert!(noticed, "nobody noticed an old page: {failures:#?}");
+}
+
+/// Where the writer's heap begins: with page 0 of memory 1.
+fn first_page(pid: Pid, memory: &File) -> u64 {
+    let is_first = |address: &u64| {
+        let mut words = [0; 16];
+        let read = memory.read_exact_at(&mut words, *address).is_ok();
+        read && words[..8] == (1_u64 << 32).to_ne_bytes()
+    };
+    let pages = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some((u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?).step_by(4096))
+    };
+    let maps = proc::text(pid, "maps");
+    let writable = maps.lines().filter(|line| line.contains(" rw-p 00000000 00:00 "));
+    let found = writable.filter_map(pages).flatten().find(is_first);
+    found.expect("the heap begins somewhere")
 }
 
 /// Where the workload's pattern begins: on a page of its own, but maybe inside of a larger mapping.

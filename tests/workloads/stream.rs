@@ -22,7 +22,7 @@ const WINDOW_US: u64 = 100_000;
 struct Figures {
     /// MiB/s of each window.
     windows: Vec<f64>,
-    /// Whether every page had been written since the last look-up when the window began.
+    /// Whether every page had been written since the last look-up when the window began, and none came in it.
     settled: Vec<bool>,
     /// How long each look-up of written pages took, in microseconds, and how many it found.
     looks: Vec<(u64, usize)>,
@@ -63,9 +63,10 @@ impl State {
                 bytes += block.len() as u64 * 8;
                 let now = now_us();
                 if now - begin >= WINDOW_US {
-                    self.window(begin, now, bytes, settled);
                     // The pass of the look-up and the next one may meet pages for the first time since.
-                    settled = pass > self.looked.load(Ordering::Relaxed) + 1;
+                    let now_settled = pass > self.looked.load(Ordering::Relaxed) + 1;
+                    self.window(begin, now, bytes, settled && now_settled);
+                    settled = now_settled;
                     (begin, bytes) = (now, 0);
                 }
             }

@@ -99,8 +99,8 @@ pub(crate) fn print_precopy(precopy: &PrecopyStats) {
     }
     let rounds = &precopy.rounds[precopy.rounds.len().min(1)..];
     let (pages, us) = rounds.iter().fold((0, 0), |(pages, us), r| (pages + r.pages, us + r.since_us));
-    if us > 0 {
-        println!("dirty           {} pages/s", pages * 1_000_000 / us);
+    if let Some(rate) = (pages * 1_000_000).checked_div(us) {
+        println!("dirty           {rate} pages/s");
     }
     println!("expected        {} pages in {:.2} ms", precopy.expected_pages, precopy.expected_us as f64 / 1000.0);
     println!("under freeze    {} pages", precopy.late_pages);

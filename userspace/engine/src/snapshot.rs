@@ -65,15 +65,14 @@ pub fn snapshot(options: &SnapshotOptions, mut done: impl FnMut(&Snapshot, &Dump
     // A tracker that lends for so long could not track any more.
     let mut session = Session::open(&options.dump, Observer::own(options.dump.reader)?);
     session.resume()?;
-    let mut next = list(store)?.last().map_or(1, |last| last.number + 1);
+    let first = list(store)?.last().map_or(1, |last| last.number + 1);
     let mut begin = Instant::now();
-    for _ in 0..options.count.unwrap_or(u64::MAX) {
+    for number in first..first.saturating_add(options.count.unwrap_or(u64::MAX)) {
         std::thread::sleep(begin.saturating_duration_since(Instant::now()));
-        let snapshot = Snapshot { number: next, dir: store.join(format!("{next:06}")) };
+        let snapshot = Snapshot { number, dir: store.join(format!("{number:06}")) };
         let wanted = Wanted { dir: &snapshot.dir, afterwards: Afterwards::Run, track: true, link: true };
         let dumped = session.checkpoint(ImageDir::create(&snapshot.dir)?, &wanted)?;
         done(&snapshot, &dumped);
-        next += 1;
         prune(store, options.keep.max(1))?;
         // One that takes longer than the interval is followed by the next at once, and not by those that it has missed.
         begin = (begin + options.every).max(Instant::now());

@@ -150,7 +150,7 @@ enum Next {
 pub(super) fn expect(rounds: &[Round]) -> (u64, u64) {
     let Some(last) = rounds.last() else { return (0, 0) };
     // Where nothing was known, all pages had to be copied, changed or not.
-    let left = if last.since_us == 0 { 0 } else { last.pages * last.us / last.since_us };
+    let left = (last.pages * last.us).checked_div(last.since_us).unwrap_or(0);
     // Rounds that waited for the disk do not tell how long it takes.
     let costs = rounds.iter().filter(|r| r.pages >= 64).map(|r| 1000 * r.us / r.pages);
     (left, left * costs.min().unwrap_or(0) / 1000)
