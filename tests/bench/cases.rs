@@ -34,4 +34,4 @@ pub(crate) const ALL: [Case; 10] = [
 ];
 
 /// What is measured in a way of its own, and only when it is named.
-pub(crate) const OTHERS: [&str; 3] = ["server", "small-20hz", "tracking-curve"];
+pub(crate) const OTHERS: [&str; 4] = ["server", "small-20hz", "tracking-curve", "redis-idle"];

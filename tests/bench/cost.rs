@@ -1,9 +1,8 @@
 //! What tracking costs those who are tracked: a server under load, and a build that forks and executes all the time.
-//! With and without a tracker in turn, each time another one first.
+//! Without a tracker, with one, and with one that sees system calls in turn, each time another one first.
 
+use crate::{options::Options, report::high_median};
 use standstill_tests::harness::Tool;
-
-use crate::report::high_median;
 use std::{
     fs,
     io::{self, Write},
@@ -19,47 +18,51 @@ const REQUESTS: &str = "200000";
 /// Files that the build compiles.
 const SOURCES: usize = 150;
 
-/// Figures of all runs: with a tracker and without.
-#[derive(Default)]
-struct Pairs {
-    on: Vec<f64>,
-    off: Vec<f64>,
-}
+/// Options of `track` that are compared; `None`: no tracker.
+const WAYS: [Option<&[&str]>; 3] = [None, Some(&[]), Some(&["--syscalls"])];
+
+/// Figures of all runs, by the way of [`WAYS`].
+type Series = [Vec<f64>; WAYS.len()];
 
 /// Measures both, and prints a line for each.
-pub(crate) fn print(tool: &Tool, dir: &Path, runs: usize) -> Result<(), String> {
-    let say = |what: &str, unit: &str, pairs: &Pairs, share: f64| {
-        let (on, off) = (high_median(&pairs.on), high_median(&pairs.off));
-        println!("{what:<24} {off:>10.1} {unit} without, {on:>10.1} {unit} with a tracker: {share:.3} of the speed");
+pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
+    let (runs, dir) = (options.runs, &options.dir);
+    let say = |what: &str, unit: &str, series: &Series, speed: fn(f64) -> f64| {
+        let figures = series.each_ref().map(|values| high_median(values));
+        for (way, figure) in WAYS.iter().zip(figures) {
+            let way = way.map_or("no tracker".to_owned(), |options| format!("track {}", options.join(" ")));
+            let share = speed(figure) / speed(figures[0]);
+            println!("{what:<26} {way:<18} {figure:>10.1} {unit:<5} {share:.3} of the speed");
+        }
     };
-    println!("{runs} runs with and without a tracker in turn; medians");
+    println!("{runs} runs of each in turn; medians");
     let redis = redis(tool, runs).map_err(|e| format!("redis: {e}"))?;
-    say("redis set+get, 20 clients", "req/s", &redis, high_median(&redis.on) / high_median(&redis.off));
+    say("redis set+get, 20 clients", "req/s", &redis, |rate| rate);
     let build = build(tool, dir, runs).map_err(|e| format!("build: {e}"))?;
-    say(&format!("make -j2, {SOURCES} files"), "ms", &build, high_median(&build.off) / high_median(&build.on));
+    say(&format!("make -j2, {SOURCES} files"), "ms", &build, |time| 1.0 / time);
     Ok(())
 }
 
-/// Calls `measure` with and without a tracker for the process that `start` gives, `runs` times each.
-fn in_turn(runs: usize, mut measure: impl FnMut(bool) -> io::Result<f64>) -> io::Result<Pairs> {
-    let mut pairs = Pairs::default();
-    measure(false)?; // to warm up
+/// Calls `measure` with the options of each tracker, `runs` times each.
+fn in_turn(runs: usize, mut measure: impl FnMut(Option<&[&str]>) -> io::Result<f64>) -> io::Result<Series> {
+    let mut series = Series::default();
+    measure(None)?; // to warm up
     for run in 0..runs {
-        for tracked in [run % 2 == 0, run % 2 != 0] {
-            let figure = measure(tracked)?;
-            (if tracked { &mut pairs.on } else { &mut pairs.off }).push(figure);
+        for number in 0..WAYS.len() {
+            let way = (number + run) % WAYS.len();
+            series[way].push(measure(WAYS[way])?);
         }
     }
-    Ok(pairs)
+    Ok(series)
 }
 
 /// A tracker that ends when dropped.
 struct Tracker(Child);
 
 impl Tracker {
-    fn start(tool: &Tool, pid: u32) -> io::Result<Self> {
+    fn start(tool: &Tool, pid: u32, options: &[&str]) -> io::Result<Self> {
         let pid = pid.to_string();
-        let child = Command::new(tool.path()).args(["track", "-t", &pid]).spawn()?;
+        let child = Command::new(tool.path()).args(["track", "-t", &pid]).args(options).spawn()?;
         let tracker = Self(child);
         let asked = || Command::new(tool.path()).args(["track", "--status", "-t", &pid]).output();
         let begin = Instant::now();
@@ -91,7 +94,7 @@ impl Drop for Server {
     }
 }
 
-fn redis(tool: &Tool, runs: usize) -> io::Result<Pairs> {
+fn redis(tool: &Tool, runs: usize) -> io::Result<Series> {
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let server = Command::new("redis-server")
         .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
@@ -99,8 +102,8 @@ fn redis(tool: &Tool, runs: usize) -> io::Result<Pairs> {
         .spawn()
         .map(Server)?;
     thread::sleep(Duration::from_millis(500));
-    in_turn(runs, |tracked| {
-        let _tracker = if tracked { Some(Tracker::start(tool, server.0.id())?) } else { None };
+    in_turn(runs, |way| {
+        let _tracker = way.map(|options| Tracker::start(tool, server.0.id(), options)).transpose()?;
         let output = Command::new("redis-benchmark")
             .args(["-p", &port, "-t", "set,get", "-n", REQUESTS, "-c", "20", "--csv"])
             .output()?;
@@ -115,21 +118,21 @@ fn redis(tool: &Tool, runs: usize) -> io::Result<Pairs> {
     })
 }
 
-fn build(tool: &Tool, dir: &Path, runs: usize) -> io::Result<Pairs> {
+fn build(tool: &Tool, dir: &Path, runs: usize) -> io::Result<Series> {
     let dir = tempfile::tempdir_in(dir)?;
     for n in 0..SOURCES {
         let text = format!("#include <stdio.h>\nint f{n}(int a) {{ return printf(\"%d\\n\", a * {n}); }}\n");
         fs::write(dir.path().join(format!("f{n}.c")), text)?;
     }
     fs::write(dir.path().join("Makefile"), "all: $(patsubst %.c,%.o,$(wildcard *.c))\nclean:\n\trm -f *.o\n")?;
-    in_turn(runs, |tracked| {
+    in_turn(runs, |way| {
         // It waits until it is tracked.
         let mut shell = Command::new("sh")
             .args(["-c", "read go; make -s clean; exec make -s -j2 all"])
             .current_dir(dir.path())
             .stdin(Stdio::piped())
             .spawn()?;
-        let tracker = if tracked { Some(Tracker::start(tool, shell.id())?) } else { None };
+        let tracker = way.map(|options| Tracker::start(tool, shell.id(), options)).transpose()?;
         let begin = Instant::now();
         shell.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?.write_all(b"go\n")?;
         let status = shell.wait()?;

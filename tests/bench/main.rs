@@ -6,6 +6,7 @@ mod criu;
 mod curve;
 mod measure;
 mod options;
+mod prediction;
 mod report;
 mod server;
 mod small;
@@ -52,7 +53,9 @@ fn main() -> ExitCode {
         false => Ok(()),
     };
     let others = if options.tracking_cost {
-        cost::print(&tools[0].1, &options.dir, options.runs)
+        cost::print(&tools[0].1, &options)
+    } else if options.prediction {
+        prediction::print(&tools[0].1, &options)
     } else {
         by_name("server", &|| server::print(&plain, &options))
             .and_then(|()| by_name("small-20hz", &|| small::print(&tools[0].1, &options)))
@@ -62,7 +65,7 @@ fn main() -> ExitCode {
         eprintln!("bench: error: {error}");
         return ExitCode::FAILURE;
     }
-    if options.tracking_cost || !cases::ALL.iter().any(|case| options.wants(case)) {
+    if options.tracking_cost || options.prediction || !cases::ALL.iter().any(|case| options.wants(case)) {
         return ExitCode::SUCCESS;
     }
     let mut report = Report::new(options.runs);

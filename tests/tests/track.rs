@@ -34,7 +34,7 @@ fn a_tracker_counts_refuses_a_second_one_and_ends_with_its_tree() {
     assert_eq!(seen["tracker"].as_i64(), Some(tracker.as_raw().into()), "{seen}");
     assert_eq!(seen["processes"].as_u64(), Some(target.processes().len() as u64), "{seen}");
     let text = tool.command(["track", "--status", "-t", &pid]).run().expect_success();
-    assert!(text.stdout.contains("descriptors"), "{text}");
+    assert!(text.stdout.contains("mappings") && text.stdout.contains("connections"), "{text}");
     tool.command(["track", "-t", &pid]).run().expect_error(3, &[&pid, &tracker.to_string(), "already"]);
     tool.command(["track", "-d", "-t", &pid]).run().expect_error(3, &[&pid, &tracker.to_string(), "already"]);
     target.finish(0);
@@ -86,6 +86,58 @@ fn a_dump_takes_what_the_tracker_knows() {
     target.assert_well();
     target.finish(0);
     assert!(is_gone(again));
+}
+
+#[test]
+fn a_killed_dump_gives_the_tracker_back() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("clock", &["--threads", "20", "--heap-mib", "32"]);
+    let tracker = track(&tool, &target);
+    let dump = |name: &str| tool.dump(target.pid(), &target.images(name)).args(["-R", "--paranoid", "--json", "-v"]);
+    let usual = (0..3).map(|_| dump("whole").run().expect_success().wall).min().expect("three dumps");
+    for n in 1..=12 {
+        let running = dump("killed").spawn();
+        std::thread::sleep(usual * n / 12);
+        running.kill();
+        running.wait();
+        // It answers only when nobody has what it lends.
+        assert_eq!(status(&tool, &target)["tracker"].as_i64(), Some(tracker.as_raw().into()));
+        let outcome = dump("next").run().expect_success();
+        assert_eq!(outcome.json()["reader"], "tracker", "{outcome}");
+        assert!(!outcome.stderr.contains("is wrong"), "{outcome}");
+    }
+    target.assert_free();
+    target.assert_well();
+    target.finish(0);
+    assert!(is_gone(tracker));
+}
+
+#[test]
+fn system_calls_are_watched_on_request() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let target = Target::workload("clock", &[]);
+    let pid = target.pid().to_string();
+    for (options, scope) in [(&[][..], "memory"), (&["--syscalls"], "syscalls")] {
+        let json = tool.command(["track", "-d", "--json", "-t", &pid]).args(options).run().expect_success().json();
+        let tracker = Pid::from_raw(i32::try_from(json["tracker"].as_i64().expect("a pid")).expect("a pid"));
+        let seen = status(&tool, &target);
+        assert_eq!(seen["scope"], scope, "{seen}");
+        assert_eq!(seen["counters"]["calls"].is_object(), scope == "syscalls", "{seen}");
+        let text = tool.command(["track", "--status", "-t", &pid]).run().expect_success().stdout;
+        assert_eq!(text.contains("not watched"), scope == "memory", "{text}");
+        // What a tracker counts is what `watch` shows.
+        let args = ["watch", "--json", "--once", "--interval", "200ms", "-t", &pid];
+        let sample = tool.command(args).run().expect_success().json();
+        assert_eq!(sample["rates"]["counted"], scope, "{sample}");
+        let outcome = tool.dump(target.pid(), &target.images("running")).args(["-R", "--paranoid", "--json"]).run();
+        assert_eq!(outcome.expect_success().json()["reader"], "tracker");
+        kill(tracker, Signal::SIGTERM).expect("it is there");
+        assert!(is_gone(tracker));
+    }
+    target.assert_well();
+    target.finish(0);
 }
 
 #[test]

@@ -191,7 +191,7 @@ fn predicted_and_observed(tool: &Tool, target: &Target, reader: &str) -> (f64, f
     let sample = tool.command(args).run().expect_success().json();
     let predicted = sample["prediction"]["freeze_us"].as_f64().unwrap_or_else(|| panic!("no prediction: {sample}"));
     let images = target.images("running");
-    let stats = tool.dump(target.pid(), &images).args(["-R", "--json", "--reader", reader]).run();
+    let stats = tool.dump(target.pid(), &images).args(["-R", "--json", "--precopy=0", "--reader", reader]).run();
     let stats = stats.expect_success().json();
     let field = |name: &str| stats[name].as_f64().unwrap_or_else(|| panic!("{name}: {stats}"));
     assert!(stats["counts"]["threads"].as_u64().is_some_and(|n| n > 0), "{stats}");
@@ -204,13 +204,18 @@ fn a_freeze_is_predicted() {
     let Some(tool) = standstill() else { return };
     for args in [&["--heap-mib", "64"][..], &["--threads", "200"], &["--fds", "2000"]] {
         let target = Target::workload("clock", args);
-        let near = |(predicted, observed): (f64, f64)| {
-            say(&format!("{args:?}: predicted {predicted} us, observed {observed} us"));
-            (predicted - observed).abs() <= (observed / 4.0).max(2000.0)
+        // The dumps themselves teach it. Other work on the machine spoils either figure at times, so what counts is the
+        // middle of all; `scripts/bench --prediction` measures how near it is when the machine is quiet.
+        let tries: Vec<_> = (0..9).map(|_| predicted_and_observed(&tool, &target, "auto")).collect();
+        let middle = |of: fn(&(f64, f64)) -> f64| {
+            let mut values: Vec<f64> = tries.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
         };
-        // The dumps themselves teach it. Other work on the machine spoils either figure at times.
-        let mut tries = (0..8).map(|_| predicted_and_observed(&tool, &target, "auto"));
-        assert!(tries.any(near), "{args:?}: no prediction is near");
+        let (predicted, observed) = (middle(|t| t.0), middle(|t| t.1));
+        say(&format!("{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}"));
+        let near = (predicted - observed).abs() <= (observed * 0.4).max(2000.0);
+        assert!(near, "{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}");
         thread::sleep(Duration::from_millis(100));
         target.assert_well();
         target.finish(0);

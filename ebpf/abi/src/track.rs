@@ -39,10 +39,6 @@ pub mod when {
     pub const IOCTL: u16 = 3 << 12;
     /// recvmsg(2): when there was a control message.
     pub const RECVMSG: u16 = 4 << 12;
-    /// prctl(2): PR_SET_MM changes what mappings are called, without the lock of the memory.
-    pub const PRCTL: u16 = 5 << 12;
-    /// It changes no process, but what files are called; whoever makes it.
-    pub const NAMES: u16 = 6 << 12;
     /// Where these numbers are.
     pub const MASK: u16 = 0xf << 12;
 }
@@ -63,10 +59,12 @@ pub mod count {
     pub const EXITS: usize = part::COUNT + 3;
     /// Signals sent to tracked processes.
     pub const SIGNALS_SENT: usize = part::COUNT + 4;
+    /// Changes of the state of TCP sockets that tracked processes made.
+    pub const CONNECTIONS: usize = part::COUNT + 5;
     /// Processes that could not be tracked for want of room.
-    pub const LOST: usize = part::COUNT + 5;
+    pub const LOST: usize = part::COUNT + 6;
     /// How many there are.
-    pub const COUNT: usize = part::COUNT + 6;
+    pub const COUNT: usize = part::COUNT + 7;
 }
 
 plain! {
@@ -101,10 +99,10 @@ plain! {
         pub task_status: u32,
         /// `pt_regs.orig_ax`
         pub regs_number: u32,
-        /// `pt_regs.di`: the first argument
-        pub regs_first: u32,
         /// `pt_regs.si`: the second argument
         pub regs_second: u32,
+        /// `sock.sk_lock.owned`
+        pub sock_owned: u32,
         /// What each system call changes: bits of [`part`], and one of [`when`].
         pub syscalls: [[u8; 2]; SYSCALLS],
     }

@@ -56,12 +56,22 @@ fn status(args: &TrackArgs) -> Result<u8, Failure> {
         ("programs", format!("{} begun", c.execs)),
         ("ends", format!("{} processes", c.exits)),
         ("mappings", format!("{} changes", c.memory)),
-        ("descriptors", format!("{} changes", c.descriptors)),
-        ("sockets", format!("{} changes", c.sockets)),
-        ("signals", format!("{} sent, {} actions changed", c.signals, c.signal_actions)),
-        ("attributes", format!("{} changes", c.attributes)),
+        ("signals", format!("{} sent", c.signals)),
+        ("connections", format!("{} changes of state", c.connections)),
     ];
-    output::print(&rows.map(|(name, value)| format!("{name:<15} {value}\n")).concat())?;
+    let calls = match &c.calls {
+        Some(c) => vec![
+            ("descriptors", format!("{} changes", c.descriptors)),
+            ("sockets", format!("{} changes", c.sockets)),
+            ("signal actions", format!("{} changes", c.signal_actions)),
+            ("timers", format!("{} changes", c.timers)),
+            ("directories", format!("{} changes", c.fs)),
+            ("attributes", format!("{} changes", c.attributes)),
+        ],
+        None => vec![("all else", "not watched, read by each dump: see --syscalls".into())],
+    };
+    let lines = rows.into_iter().chain(calls).map(|(name, value)| format!("{name:<15} {value}\n"));
+    output::print(&lines.collect::<String>())?;
     Ok(0)
 }
 
@@ -72,7 +82,7 @@ fn serve(args: &TrackArgs, ready: Option<PipeWriter>) -> Result<u8, Failure> {
     let failed = |what: &'static str| move |e: nix::Error| Failure::io(what, &e.into());
     ends.thread_block().map_err(failed("block signals"))?;
     let stop = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC).map_err(failed("make a signalfd"))?;
-    let mut serving = Serving::start(args.tree)?;
+    let mut serving = Serving::start(args.tree, args.scope.into())?;
     tracing::info!(root = args.tree, "tracking");
     if let Some(mut ready) = ready {
         leave_terminal().map_err(|e| Failure::io("leave the terminal", &e))?;

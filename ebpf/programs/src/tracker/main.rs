@@ -12,6 +12,7 @@ mod life;
 mod memory;
 #[path = "../runtime.rs"]
 mod runtime;
+mod sockets;
 mod syscalls;
 
 use access::{Address, known, load, zero};
@@ -31,10 +32,6 @@ static PROCESSES: HashMap<u32, TrackedProcess> = HashMap::with_max_entries(1 << 
 /// Tracked address spaces.
 #[map]
 static SPACES: HashMap<u64, TrackedSpace> = HashMap::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
-
-/// When a file, directory or mount of this machine last lost or changed its name.
-#[map]
-static NAMES: Array<u64> = Array::with_max_entries(1, 0);
 
 /// What happened so far; see [`count`].
 #[map]

@@ -1,10 +1,11 @@
-//! System calls of tracked processes that change something. What each of them changes is in a table that the loader
-//! fills; a call that it does not know changes everything.
+//! System calls of tracked processes that change something, if somebody wants to know: the tracepoint makes every system
+//! call of the machine slower. What each of them changes is in a table that the loader fills; a call that it does not
+//! know changes everything.
 
 use crate::{
-    LAYOUT, NAMES, PROCESSES,
+    LAYOUT, PROCESSES,
     access::{Address, known, load, zero},
-    changed, current, log_context, now, process_of,
+    changed, current, log_context, process_of,
 };
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use aya_log_ebpf::debug;
@@ -31,13 +32,6 @@ extern "C" fn sys_exit(ctx: &SysExit) -> i32 {
     // What the calls of 32-bit programs change is not told apart: such processes cannot be dumped.
     let rule = if status & COMPAT != 0 { part::ALL } else { rule(number) };
     if rule == 0 {
-        return 0;
-    }
-    if rule & when::MASK == when::NAMES {
-        if let Some(names) = NAMES.get_ptr_mut(0) {
-            // SAFETY: the pointer is to a map value.
-            unsafe { names.write_volatile(now()) };
-        }
         return 0;
     }
     // SAFETY: as above.
@@ -72,10 +66,8 @@ fn rule(number: u64) -> u16 {
 /// What a call changed, as its arguments and result tell.
 #[inline(always)]
 fn parts(rule: u16, ctx: &SysExit) -> u16 {
-    const PR_SET_MM: u32 = 35;
     // SAFETY: the tracepoint passes registers.
-    let (first, second): (u64, u64) =
-        unsafe { (load(ctx.regs, known(&LAYOUT.regs_first)), load(ctx.regs, known(&LAYOUT.regs_second))) };
+    let second: u64 = unsafe { load(ctx.regs, known(&LAYOUT.regs_second)) };
     let failed = (-4095..0).contains(&ctx.result);
     let parts = rule & part::ALL;
     match rule & when::MASK {
@@ -84,7 +76,6 @@ fn parts(rule: u16, ctx: &SysExit) -> u16 {
         when::FCNTL if !fcntl(second as u32) => 0,
         when::IOCTL if !ioctl(second as u32) => 0,
         when::RECVMSG if !received_control(second) => 0,
-        when::PRCTL if first as u32 == PR_SET_MM => parts | part::MEMORY,
         _ => parts,
     }
 }

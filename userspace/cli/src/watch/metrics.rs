@@ -194,6 +194,7 @@ pub(super) fn rate_names(sample: &Sample) -> impl Iterator<Item = (&'static str,
         ("mappings", r.mappings),
         ("descriptors", Some(r.descriptors)),
         ("sockets", r.sockets),
+        ("connections", r.connections),
         ("signals", r.signals),
     ];
     all.into_iter().filter_map(|(name, rate)| Some((name, rate?)))

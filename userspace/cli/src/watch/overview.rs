@@ -9,7 +9,10 @@ use ratatui::{
     text::{Line, Span},
     widgets::{Paragraph, Widget},
 };
-use standstill_engine::observe::view::{Prediction, Sample};
+use standstill_engine::observe::{
+    Scope,
+    view::{Prediction, Sample},
+};
 
 /// Width of the longest bar.
 const BAR: usize = 34;
@@ -91,7 +94,11 @@ fn tree(sample: &Sample, lines: &mut Vec<Line<'_>>) {
 }
 
 fn changes(sample: &Sample, lines: &mut Vec<Line<'_>>) {
-    let how = if sample.rates.counted { "counted in the kernel" } else { "differences between samples" };
+    let how = match sample.rates.counted {
+        Some(Scope::Syscalls) => "counted in the kernel",
+        Some(Scope::Memory) => "counted in the kernel; descriptors: differences between samples",
+        None => "differences between samples",
+    };
     lines.push(Line::from(vec!["Changes a second".bold(), format!(" ({how})").dim()]));
     let cells: Vec<String> = rate_names(sample).map(|(name, rate)| format!("{name:<11} {:>5}", short(rate))).collect();
     for row in cells.chunks(4) {

@@ -124,6 +124,13 @@ pub(super) const ALL: &[Feature] = &[
         machine::iterators,
     )
     .needs("CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN"),
+    Feature::new(
+        "ebpf-tracker",
+        Some("5.11"),
+        "`track`, and counted changes in `watch` (CONFIG_TRACING)",
+        machine::tracker,
+    )
+    .needs("CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN"),
     Feature::new("no-lockdown", Some("5.4"), "eBPF observers", machine::lockdown),
     Feature::new(
         "page-frames",

@@ -66,9 +66,28 @@ pub(super) fn btf(_: &Bench) -> Outcome {
 }
 
 pub(super) fn iterators(bench: &Bench) -> Outcome {
-    let error = match Iterators::load() {
-        Ok(_) => return Ok(String::new()),
-        Err(error @ ObserveError::NotBuilt) => return Err(Failed::No(error.to_string())),
+    ebpf(bench, Iterators::load().map(drop))
+}
+
+/// Tracks this process for a moment.
+pub(super) fn tracker(bench: &Bench) -> Outcome {
+    #[cfg(feature = "ebpf")]
+    let tracked = {
+        use crate::observe::{Scope, Tracker};
+        Tracker::start(std::process::id() as i32, Scope::Memory).map(drop)
+    };
+    #[cfg(not(feature = "ebpf"))]
+    let tracked = Err(ObserveError::NotBuilt);
+    ebpf(bench, tracked)
+}
+
+/// What loading eBPF programs says.
+fn ebpf(bench: &Bench, loaded: Result<(), ObserveError>) -> Outcome {
+    let error = match loaded {
+        Ok(()) => return Ok(String::new()),
+        Err(error @ (ObserveError::NotBuilt | ObserveError::PidNamespace)) => {
+            return Err(Failed::No(error.to_string()));
+        }
         Err(error) => error,
     };
     // CAP_SYS_ADMIN stands for both of the others.

@@ -134,15 +134,19 @@ pub(super) struct Belongings {
     pub files: Option<u64>,
     /// Its signal handlers.
     pub sighand: u64,
+    /// By which heap and stack are found among the mappings: `start_brk`, `brk`, `start_stack`.
+    pub named: [u64; 3],
 }
 
 /// The belongings of each living process of a stream of `iter/task`.
 pub(super) fn belongings(stream: &[u8]) -> Result<HashMap<i32, Belongings>> {
     let tasks = tasks(stream)?;
     let mut all: HashMap<i32, Belongings> = HashMap::new();
-    for (leader, _) in tasks.iter().filter(|(t, process)| process.is_some() && t.mm != 0) {
-        let files = Some(leader.files);
-        all.insert(leader.tgid, Belongings { mm: leader.mm, files, sighand: leader.sighand });
+    for (leader, process) in tasks.iter().filter(|(t, _)| t.mm != 0) {
+        let Some(process) = process else { continue };
+        let [_, _, _, _, start_brk, brk, start_stack, ..] = process.layout;
+        let (mm, files, sighand) = (leader.mm, Some(leader.files), leader.sighand);
+        all.insert(leader.tgid, Belongings { mm, files, sighand, named: [start_brk, brk, start_stack] });
     }
     for (thread, _) in tasks.iter().filter(|(t, _)| t.exit_state == 0) {
         if let Some(process) = all.get_mut(&thread.tgid)

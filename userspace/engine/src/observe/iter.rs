@@ -120,6 +120,11 @@ impl Iterators {
         Ok(())
     }
 
+    /// Gives the room of the last reading back.
+    pub(super) fn release(&mut self) {
+        self.stream = Vec::new();
+    }
+
     /// For lending them.
     pub(super) fn programs(&self) -> &Programs {
         &self.programs

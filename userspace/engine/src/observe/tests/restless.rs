@@ -1,7 +1,7 @@
 //! A tree that does random things to itself, in several threads and processes, until it is killed.
 
 use super::victim::say;
-use std::{ptr, sync::Mutex, thread, time::Duration};
+use std::{ffi::CString, ptr, sync::Mutex, thread, time::Duration};
 
 /// A small, quick generator (xorshift64*): what a thread does depends on its seed only.
 struct Dice(u64);
@@ -66,6 +66,31 @@ pub(super) fn share() {
     println!("pid: {child}");
 }
 
+/// A process that changes what its mappings are called all the time, and never the mappings.
+pub(super) fn rename() {
+    let mut own = Own::default();
+    // A mapped file, and memory that can be taken for a stack.
+    own.memory(34, 1, 0, None);
+    own.memory(0, 1, 0, None);
+    let before = memory_map();
+    let mut moved = before;
+    moved[STACK] = own.areas[1].0 as u64;
+    thread::spawn(move || {
+        for n in 0.. {
+            match n % 4 {
+                // SAFETY: the names outlive the calls.
+                0 => _ = unsafe { libc::rename(file(0).as_ptr(), file(1).as_ptr()) },
+                1 => set_memory_map(&moved),
+                // SAFETY: as above.
+                2 => _ = unsafe { libc::rename(file(1).as_ptr(), file(0).as_ptr()) },
+                _ => set_memory_map(&before),
+            }
+            thread::sleep(Duration::from_millis(4));
+        }
+    });
+    say("renaming");
+}
+
 extern "C" fn sharer(_: *mut libc::c_void) -> i32 {
     let mut open = -1;
     // SAFETY: system calls on descriptors of its own, without memory but for zeros and constants.
@@ -91,7 +116,7 @@ struct Own {
 
 const PAGE: usize = 4096;
 /// Kinds of operations; see [`Own::operate`].
-pub(super) const KINDS: u64 = 34;
+pub(super) const KINDS: u64 = 36;
 
 impl Own {
     /// Does one thing. All results are ignored: failures are things that happen, too.
@@ -166,6 +191,17 @@ impl Own {
                     libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, start, len, name.as_ptr());
                 }
                 9 => grow_stack(),
+                34 => {
+                    let fd = libc::open(file(at).as_ptr(), libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC, 0o600);
+                    let new = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ, libc::MAP_PRIVATE, fd, 0);
+                    if new != libc::MAP_FAILED {
+                        self.areas.push((new as usize, PAGE));
+                    }
+                    libc::close(fd);
+                }
+                35 => {
+                    libc::rename(file(at).as_ptr(), file(at / 8).as_ptr());
+                }
                 _ => return false,
             }
         }
@@ -241,6 +277,35 @@ fn receive_descriptor() -> i32 {
         .unwrap()
         .find_map(|c| if let ControlMessageOwned::ScmRights(fds) = c { Some(fds[0]) } else { None })
         .unwrap()
+}
+
+/// One of the names of files that are mapped and renamed.
+fn file(n: usize) -> CString {
+    CString::new(format!("restless-{}", n % 8)).unwrap()
+}
+
+/// The addresses of the program as PR_SET_MM_MAP takes them; [`STACK`] is where the first stack begins, which decides
+/// which mapping the kernel calls by that name.
+fn memory_map() -> [u64; 13] {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<u64> = fields.split(' ').map(|n| n.parse().unwrap_or(0)).collect();
+    // Fields of proc(5), of which the third is the first here.
+    let at = |n: usize| fields[n - 3];
+    // SAFETY: takes no memory.
+    let brk = unsafe { libc::syscall(libc::SYS_brk, 0) } as u64;
+    // No new auxiliary vector, and no new program: -1 for its descriptor.
+    let last = [0, 0xffff_ffff << 32];
+    let (code, data, args, env) = ([at(26), at(27)], [at(45), at(46)], [at(48), at(49)], [at(50), at(51)]);
+    [&code[..], &data, &[at(47), brk, at(28)], &args, &env, &last].concat().try_into().unwrap()
+}
+
+const STACK: usize = 6;
+
+fn set_memory_map(map: &[u64; 13]) {
+    const PR_SET_MM_MAP: libc::c_ulong = 14;
+    // SAFETY: the kernel reads a prctl_mm_map, which has this size.
+    unsafe { libc::prctl(libc::PR_SET_MM, PR_SET_MM_MAP, map.as_ptr(), size_of_val(map), 0usize) };
 }
 
 /// Touches deeper parts of the stack each time.

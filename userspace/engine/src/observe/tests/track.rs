@@ -2,7 +2,7 @@
 
 use super::{skip, victim::Victim};
 use crate::{
-    observe::{Lease, ObserveError, Serving, Tracker},
+    observe::{Lease, ObserveError, Scope, Serving, Tracker},
     task::{Family, FrozenTree},
 };
 use std::{
@@ -11,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-fn tracker(root: i32) -> Option<Tracker> {
-    match Tracker::start(root) {
+fn tracker(root: i32, scope: Scope) -> Option<Tracker> {
+    match Tracker::start(root, scope) {
         Ok(tracker) => Some(tracker),
         Err(e @ (ObserveError::MissingCapability(_) | ObserveError::NotPermitted | ObserveError::NoBtf { .. })) => {
             skip(&e.to_string());
@@ -30,21 +30,32 @@ fn freeze(root: i32) -> FrozenTree {
 fn what_stands_still_is_fresh() {
     let victim = Victim::start("fds rpsetbfm");
     let root = victim.pids[0];
-    let Some(mut tracker) = tracker(root) else { return };
-    tracker.refresh().unwrap();
-    let tree = freeze(root);
-    let (fresh, differences) = tracker.paranoid(&tree.pids()).unwrap();
-    assert_eq!(differences, []);
-    assert_eq!((fresh.share(), fresh.parts), (1.0, 6));
+    for (scope, parts) in [(Scope::Memory, 2), (Scope::Syscalls, 6)] {
+        let Some(mut tracker) = tracker(root, scope) else { return };
+        tracker.refresh().unwrap();
+        let tree = freeze(root);
+        let (fresh, differences) = tracker.paranoid(&tree.pids()).unwrap();
+        assert_eq!(differences, []);
+        assert_eq!((fresh.share(), fresh.parts), (1.0, parts));
+    }
 }
 
 #[test]
 fn the_copy_of_a_restless_tree_is_never_wrong() {
+    restless(Scope::Memory);
+}
+
+#[test]
+fn nor_with_system_calls() {
+    restless(Scope::Syscalls);
+}
+
+fn restless(scope: Scope) {
     const FREEZES: u32 = 200;
     // Nine threads: 10,800 operations in all.
     let victim = Victim::start("restless 7 1200");
     let root = victim.pids[0];
-    let Some(mut tracker) = tracker(root) else { return };
+    let Some(mut tracker) = tracker(root, scope) else { return };
     let (mut shares, mut least) = (0.0, 1.0f64);
     let begin = Instant::now();
     for n in 0..FREEZES {
@@ -71,7 +82,11 @@ fn the_copy_of_a_restless_tree_is_never_wrong() {
     );
     // The test says nothing if nothing happened, or if nothing was ever fresh.
     assert!(counters.forks > 50 && counters.execs > 20 && counters.threads > 20, "{counters:?}");
-    assert!(counters.memory > 1000 && counters.descriptors > 1000 && counters.signal_actions > 20, "{counters:?}");
+    assert!(counters.memory > 1000, "{counters:?}");
+    assert_eq!(counters.calls.is_some(), scope == Scope::Syscalls);
+    if let Some(calls) = counters.calls {
+        assert!(calls.descriptors > 1000 && calls.signal_actions > 20, "{counters:?}");
+    }
     assert_eq!(counters.lost, 0);
     assert!(shares > 0.0);
 }
@@ -80,7 +95,7 @@ fn the_copy_of_a_restless_tree_is_never_wrong() {
 fn what_others_share_is_never_fresh() {
     let victim = Victim::start("sharing .");
     let root = victim.pids[0];
-    let Some(mut tracker) = tracker(root) else { return };
+    let Some(mut tracker) = tracker(root, Scope::Syscalls) else { return };
     for _ in 0..20 {
         tracker.refresh().unwrap();
         std::thread::sleep(Duration::from_millis(2));
@@ -90,6 +105,23 @@ fn what_others_share_is_never_fresh() {
         assert_eq!(differences, []);
         assert!(fresh.files.is_empty() && fresh.sigactions.is_empty(), "{fresh:?}");
     }
+}
+
+#[test]
+fn other_names_for_the_same_mappings_are_noticed() {
+    let victim = Victim::start("renaming .");
+    let root = victim.pids[0];
+    let Some(mut tracker) = tracker(root, Scope::Memory) else { return };
+    let mut fresh = 0;
+    for _ in 0..50 {
+        tracker.refresh().unwrap();
+        std::thread::sleep(Duration::from_micros(500));
+        let tree = freeze(root);
+        let (now, differences) = tracker.paranoid(&tree.pids()).unwrap();
+        assert_eq!(differences, []);
+        fresh += now.vmas.len();
+    }
+    assert!(fresh > 0 && fresh < 50, "{fresh} of 50 were fresh");
 }
 
 /// A tracker that runs beside the test until it is told to stop.
@@ -112,7 +144,7 @@ impl Beside {
 }
 
 fn serving(dir: &Path, root: i32) -> Option<Serving> {
-    match Serving::start_in(dir, root) {
+    match Serving::start_in(dir, root, Scope::Syscalls) {
         Ok(serving) => Some(serving),
         Err(e @ (ObserveError::MissingCapability(_) | ObserveError::NotPermitted | ObserveError::NoBtf { .. })) => {
             skip(&e.to_string());
@@ -129,7 +161,7 @@ fn a_tracker_lends_what_it_knows() {
     let dir = victim.dir.path().join("run");
     assert!(Lease::take_in(&dir, root).unwrap().is_none());
     let Some(first) = serving(&dir, root) else { return };
-    let other = Serving::start_in(&dir, root).unwrap_err();
+    let other = Serving::start_in(&dir, root, Scope::Memory).unwrap_err();
     let own = std::process::id() as i32;
     assert!(matches!(other, ObserveError::Tracked { tracker, .. } if tracker == own), "{other}");
     let beside = Beside::start(first);

@@ -99,6 +99,7 @@ fn victim() {
         Some(("fds", kinds)) => fds(kinds),
         Some(("many", kinds)) => super::figures::many(kinds),
         Some(("sharing", _)) => super::restless::share(),
+        Some(("renaming", _)) => super::restless::rename(),
         Some(("restless", script)) => super::restless::act(script),
         Some(("attributes", _)) => super::attributes::act(),
         Some(("threads", _)) => super::threads::act(),

@@ -21,7 +21,7 @@ use std::{
 };
 
 /// Descriptors that are passed.
-const FDS: usize = 9;
+const FDS: usize = 8;
 /// The largest copy that is believed to be one.
 const LARGEST: u64 = 1 << 30;
 

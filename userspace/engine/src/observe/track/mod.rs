@@ -4,6 +4,9 @@
 //! A part is read between two looks at its time of change. If the same time is there at the freeze, the copy is
 //! *fresh*. Whatever the programs cannot tell makes the part *stale*, and it is read again: an unknown system call, a
 //! process that they do not know, a table that others share.
+//!
+//! Mappings and the lives of processes cost hardly anything to watch. Descriptors and signal actions change by system
+//! calls only, and watching those makes every system call of the machine slower: see [`Scope`].
 
 mod lease;
 mod programs;
@@ -15,7 +18,7 @@ pub use lease::Lease;
 pub use serve::{Serving, Status};
 pub use shadow::{Difference, Freshness, Shadow};
 
-use super::{Iterators, ObserveError, Result};
+use super::{Iterators, ObserveError, Result, Scope};
 use crate::kernel::proc;
 use programs::Programs;
 use serde::{Deserialize, Serialize};
@@ -42,22 +45,31 @@ pub struct Counters {
     pub exits: u64,
     /// Changes of mappings, roughly: locks of an address space for a change.
     pub memory: u64,
-    /// System calls that may have changed descriptors.
-    pub descriptors: u64,
-    /// System calls that changed the state or options of sockets.
-    pub sockets: u64,
-    /// Changes of signal actions.
-    pub signal_actions: u64,
     /// Signals sent to the tree.
     pub signals: u64,
-    /// Changes of timers.
-    pub timers: u64,
-    /// Changes of root, working directory or umask.
-    pub fs: u64,
-    /// Changes of credentials, limits, scheduling and the like.
-    pub attributes: u64,
+    /// TCP sockets that the tree let listen, connect or close: changes of their state.
+    pub connections: u64,
     /// Processes that could not be tracked for want of room.
     pub lost: u64,
+    /// What system calls changed; `None`: they are not watched.
+    pub calls: Option<Calls>,
+}
+
+/// Successful system calls since tracking began, by what they may have changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Calls {
+    /// Descriptors.
+    pub descriptors: u64,
+    /// The state or options of sockets.
+    pub sockets: u64,
+    /// Signal actions.
+    pub signal_actions: u64,
+    /// Timers.
+    pub timers: u64,
+    /// Root, working directory or umask.
+    pub fs: u64,
+    /// Credentials, limits, scheduling and the like.
+    pub attributes: u64,
 }
 
 /// Tracks a tree until it is dropped.
@@ -66,14 +78,15 @@ pub struct Counters {
 /// their first instruction.
 ///
 /// ```no_run
-/// # use standstill_engine::observe::{ObserveError, Tracker};
-/// let mut tracker = Tracker::start(4711)?;
+/// # use standstill_engine::observe::{ObserveError, Scope, Tracker};
+/// let mut tracker = Tracker::start(4711, Scope::Memory)?;
 /// tracker.refresh()?;
 /// println!("{} processes, {:?}", tracker.shadow().pids().count(), tracker.counters()?);
 /// # Ok::<(), ObserveError>(())
 /// ```
 pub struct Tracker {
     root: i32,
+    scope: Scope,
     programs: Programs,
     iterators: Iterators,
     shadow: Shadow,
@@ -90,13 +103,18 @@ impl Tracker {
     ///
     /// # Errors
     /// Those of [`Iterators::load`], and [`ObserveError::PidNamespace`].
-    pub fn start(root: i32) -> Result<Self> {
+    pub fn start(root: i32, scope: Scope) -> Result<Self> {
         let own = std::fs::read_link("/proc/self/ns/pid").map_err(ObserveError::io("read the own pid namespace"))?;
         if own.as_os_str() != INITIAL_PID_NAMESPACE {
             return Err(ObserveError::PidNamespace);
         }
-        let mut tracker =
-            Self { root, programs: Programs::load()?, iterators: Iterators::load()?, shadow: Shadow::default() };
+        let mut tracker = Self {
+            root,
+            scope,
+            programs: Programs::load(scope)?,
+            iterators: Iterators::load()?,
+            shadow: Shadow::new(scope),
+        };
         tracker.track_descendants(root)?;
         Ok(tracker)
     }
@@ -104,6 +122,11 @@ impl Tracker {
     /// The root of the tree.
     pub fn root(&self) -> i32 {
         self.root
+    }
+
+    /// What it watches.
+    pub fn scope(&self) -> Scope {
+        self.scope
     }
 
     /// Tracks `root` and what descends from it. Each process is tracked before its children are listed: those that it
@@ -136,7 +159,10 @@ impl Tracker {
     /// When the iterators or maps cannot be read.
     pub fn refresh(&mut self) -> Result<()> {
         self.programs.rearm()?;
-        self.shadow.refresh(&self.programs.maps, &mut self.iterators)
+        let result = self.shadow.refresh(&self.programs.maps, &mut self.iterators);
+        // It may be long until the next reading.
+        self.iterators.release();
+        result
     }
 
     /// The copy of the tree's state.
@@ -176,14 +202,17 @@ impl Tracker {
             execs: counts[count::EXECS],
             exits: counts[count::EXITS],
             memory: of(part::MEMORY),
-            descriptors: of(part::FILES),
-            sockets: of(part::SOCKETS),
-            signal_actions: of(part::SIGNALS),
             signals: counts[count::SIGNALS_SENT],
-            timers: of(part::TIMERS),
-            fs: of(part::FS),
-            attributes: of(part::ATTRIBUTES),
+            connections: counts[count::CONNECTIONS],
             lost: counts[count::LOST],
+            calls: (self.scope == Scope::Syscalls).then(|| Calls {
+                descriptors: of(part::FILES),
+                sockets: of(part::SOCKETS),
+                signal_actions: of(part::SIGNALS),
+                timers: of(part::TIMERS),
+                fs: of(part::FS),
+                attributes: of(part::ATTRIBUTES),
+            }),
         })
     }
 }

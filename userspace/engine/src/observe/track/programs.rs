@@ -1,7 +1,7 @@
 //! The tracker's programs and maps in the kernel.
 
 use super::{super::btf::Btf as Types, syscalls};
-use crate::observe::{ObserveError, Result, loader};
+use crate::observe::{ObserveError, Result, Scope, loader};
 use aya::{
     Btf, Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, RingBuf},
@@ -11,7 +11,7 @@ use aya_log::EbpfLogger;
 use log::Log;
 use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{
-    Plain,
+    ABSENT, Plain,
     track::{TrackLayout, count, part},
 };
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -19,16 +19,18 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.o"));
 
 /// Programs and their tracepoints.
-const NEEDED: [(&str, &str); 6] = [
+const NEEDED: [(&str, &str); 5] = [
     ("fork", "sched_process_fork"),
     ("exec", "sched_process_exec"),
     ("exit", "sched_process_exit"),
     ("free", "sched_process_free"),
     ("locked", "mmap_lock_acquire_returned"),
-    ("sys_exit", "sys_exit"),
 ];
+/// The program that sees system calls. It costs every process of the machine.
+const SYSCALLS: (&str, &str) = ("sys_exit", "sys_exit");
 /// Programs without which a map fills up more quickly, or a number is missing.
-const OPTIONAL: [(&str, &str); 2] = [("exit_mmap", "exit_mmap"), ("signal_sent", "signal_generate")];
+const OPTIONAL: [(&str, &str); 3] =
+    [("exit_mmap", "exit_mmap"), ("signal_sent", "signal_generate"), ("socket_state", "inet_sock_set_state")];
 
 /// A tracked process as it is in its map: when tracking began, and when each part last changed.
 pub(super) type Process = [u64; 1 + part::COUNT];
@@ -37,7 +39,6 @@ pub(super) type Process = [u64; 1 + part::COUNT];
 pub(super) struct Maps {
     processes: HashMap<MapData, u32, Process>,
     spaces: HashMap<MapData, u64, u64>,
-    names: Array<MapData, u64>,
 }
 
 /// The attached programs and all their maps.
@@ -64,7 +65,7 @@ impl AsFd for Wake {
 
 impl Programs {
     /// Loads and attaches the programs. Nothing is tracked yet.
-    pub(super) fn load() -> Result<Self> {
+    pub(super) fn load(scope: Scope) -> Result<Self> {
         loader::check_capabilities()?;
         let layout = layout()?;
         let btf = Btf::from_sys_fs().map_err(|e| loader::failed("all", e))?;
@@ -75,7 +76,7 @@ impl Programs {
             .load(OBJECT)
             .map_err(|e| loader::failed("all", e))?;
         let log = EbpfLogger::init(&mut ebpf).map_err(|e| loader::failed("AYA_LOGS", e))?;
-        for (name, tracepoint) in NEEDED {
+        for (name, tracepoint) in NEEDED.into_iter().chain((scope == Scope::Syscalls).then_some(SYSCALLS)) {
             attach(&mut ebpf, &btf, name, tracepoint).map_err(|e| loader::failed(name, e))?;
         }
         for (name, tracepoint) in OPTIONAL {
@@ -87,7 +88,6 @@ impl Programs {
             maps: Maps {
                 processes: loader::map(&mut ebpf, "PROCESSES", HashMap::try_from)?,
                 spaces: loader::map(&mut ebpf, "SPACES", HashMap::try_from)?,
-                names: loader::map(&mut ebpf, "NAMES", Array::try_from)?,
             },
             counts: loader::map(&mut ebpf, "COUNTS", PerCpuArray::try_from)?,
             told: loader::map(&mut ebpf, "TOLD", Array::try_from)?,
@@ -121,16 +121,12 @@ impl Maps {
             let fd = fds.next().ok_or(ObserveError::BadRecord("tracker"))?;
             MapData::from_fd(fd).and_then(Map::from_map_data).map_err(failed)
         };
-        Ok(Self {
-            processes: next()?.try_into().map_err(failed)?,
-            spaces: next()?.try_into().map_err(failed)?,
-            names: next()?.try_into().map_err(failed)?,
-        })
+        Ok(Self { processes: next()?.try_into().map_err(failed)?, spaces: next()?.try_into().map_err(failed)? })
     }
 
     /// Descriptors of the maps.
-    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 3] {
-        [self.processes.map().fd().as_fd(), self.spaces.map().fd().as_fd(), self.names.map().fd().as_fd()]
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.processes.map().fd().as_fd(), self.spaces.map().fd().as_fd()]
     }
 
     /// Tracks a process from now on.
@@ -156,11 +152,6 @@ impl Maps {
     /// When an address space changed; `None`: it is not tracked.
     pub(super) fn space(&self, mm: u64) -> Result<Option<u64>> {
         found(self.spaces.get(&mm, 0))
-    }
-
-    /// When files of this machine were last renamed.
-    pub(super) fn names(&self) -> Result<u64> {
-        self.names.get(&0, 0).map_err(failed)
     }
 }
 
@@ -192,7 +183,7 @@ fn now() -> u64 {
 
 /// Offsets in this kernel, and what its system calls do.
 fn layout() -> Result<TrackLayout> {
-    let btf = Types::read(&["task_struct", "thread_info", "pt_regs"])?;
+    let btf = Types::read(&["task_struct", "thread_info", "pt_regs", "sock"])?;
     let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
     let task = |field| at("task_struct", field);
     Ok(TrackLayout {
@@ -201,8 +192,8 @@ fn layout() -> Result<TrackLayout> {
         task_mm: task("mm")?,
         task_status: task("thread_info.status")?,
         regs_number: at("pt_regs", "orig_ax")?,
-        regs_first: at("pt_regs", "di")?,
         regs_second: at("pt_regs", "si")?,
+        sock_owned: at("sock", "sk_lock.owned").unwrap_or(ABSENT),
         syscalls: syscalls::table().map(u16::to_le_bytes),
     })
 }

@@ -7,7 +7,7 @@
 use super::{Counters, Tracker, lease};
 use crate::{
     kernel::{proc, sys},
-    observe::{ObserveError, Result, run_dir},
+    observe::{ObserveError, Result, Scope, run_dir},
 };
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -54,6 +54,8 @@ pub struct Status {
     pub processes: usize,
     /// Seconds since tracking began.
     pub seconds: u64,
+    /// What is watched.
+    pub scope: Scope,
     /// What happened since.
     pub counters: Counters,
 }
@@ -82,11 +84,11 @@ impl Serving {
     ///
     /// # Errors
     /// [`ObserveError::Tracked`] if another tracker does; those of [`Tracker::start`]; those of /run/standstill.
-    pub fn start(root: i32) -> Result<Self> {
-        Self::start_in(Path::new(run_dir::PATH), root)
+    pub fn start(root: i32, scope: Scope) -> Result<Self> {
+        Self::start_in(Path::new(run_dir::PATH), root, scope)
     }
 
-    pub(in crate::observe) fn start_in(directory: &Path, root: i32) -> Result<Self> {
+    pub(in crate::observe) fn start_in(directory: &Path, root: i32, scope: Scope) -> Result<Self> {
         let pidfd = match sys::pidfd_open(root) {
             Err(e) if proc::is_gone(&e) || e.raw_os_error() == Some(libc::EINVAL) => {
                 return Err(ObserveError::NoProcess(root));
@@ -96,7 +98,7 @@ impl Serving {
         run_dir::make(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
         let lock = lock(directory, root)?;
         let socket = socket(directory, root);
-        let tracker = Tracker::start(root)?;
+        let tracker = Tracker::start(root, scope)?;
         let listen = || {
             // Whoever left it there is dead: we have the lock.
             match fs::remove_file(&socket) {
@@ -109,8 +111,7 @@ impl Serving {
         };
         let listener = listen().map_err(ObserveError::io(format!("listen on {}", socket.display())))?;
         // Reading the kernel's types took tens of MiB that are not needed again.
-        // SAFETY: malloc_trim takes no memory and may be called at any time.
-        unsafe { libc::malloc_trim(0) };
+        trim();
         Ok(Self { tracker, root: pidfd, listener, socket, since: Instant::now(), _lock: lock })
     }
 
@@ -180,6 +181,7 @@ impl Serving {
                 // Until the client is done, or dead.
                 client.set_read_timeout(None)?;
                 let _ = (&mut &*client).read(&mut [0]);
+                trim();
                 self.tracker.iterators.learn_tree().map_err(io::Error::other)
             }
             other => {
@@ -195,9 +197,16 @@ impl Serving {
             tracker: std::process::id() as i32,
             processes: self.tracker.programs.maps.pids()?.len(),
             seconds: self.since.elapsed().as_secs(),
+            scope: self.tracker.scope(),
             counters: self.tracker.counters()?,
         })
     }
+}
+
+/// Gives memory that is free back to the kernel.
+fn trim() {
+    // SAFETY: malloc_trim takes no memory and may be called at any time.
+    unsafe { libc::malloc_trim(0) };
 }
 
 /// Takes the place of the tree's only tracker.

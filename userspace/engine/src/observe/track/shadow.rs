@@ -3,16 +3,20 @@
 use super::programs::{Maps, Process};
 use crate::{
     kernel::proc,
-    observe::{FdEntry, Iterators, ProcessState, Result, VmaEntry, decode::Belongings, procfs},
+    observe::{FdEntry, Iterators, ProcessState, Result, Scope, VmaEntry, decode::Belongings, procfs},
 };
 use serde::{Deserialize, Serialize};
 use standstill_ebpf_abi::track::part;
 use standstill_images::types::SigAction;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::{Path, PathBuf},
+};
 
 /// What is known of a tracked tree.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Shadow {
+    scope: Scope,
     processes: BTreeMap<i32, Copies>,
 }
 
@@ -39,23 +43,25 @@ fn is_fresh<T>(copy: &Option<Copy<T>>, stamp: &Option<Stamp>) -> bool {
     matches!((copy, stamp), (Some(copy), Some(stamp)) if copy.stamp == *stamp)
 }
 
-/// Whether a copy of mappings is true. The last word of its stamp is about names, and about those of all files of the
-/// machine: if only that has changed, the few names concerned are looked at.
-fn are_fresh(pid: i32, copy: &Option<Copy<Vec<VmaEntry>>>, stamp: &Option<Stamp>) -> bool {
-    let (Some(copy), Some(stamp)) = (copy, stamp) else { return false };
-    let ((names_then, then), (names_now, now)) = match (copy.stamp.split_last(), stamp.split_last()) {
-        (Some(then), Some(now)) => (then, now),
-        _ => return false,
-    };
-    then == now && (names_then == names_now || names_are_true(pid, &copy.value))
-}
+/// Names of mapped files, each looked at once: anybody on the machine may rename or remove a file, or what is above it,
+/// and no tracepoint tells.
+#[derive(Default)]
+struct Names<'a>(HashMap<(u64, u64, &'a Path), bool>);
 
-fn names_are_true(pid: i32, vmas: &[VmaEntry]) -> bool {
-    let mut seen = HashSet::new();
-    vmas.iter().filter(|v| v.ino != 0 && seen.insert((v.dev, v.ino, &v.name))).all(|v| {
-        let link = proc::path(pid, &format!("map_files/{:x}-{:x}", v.start, v.end));
-        std::fs::read_link(link).is_ok_and(|name| name == v.name)
-    })
+impl<'a> Names<'a> {
+    fn are_true(&mut self, pid: i32, vmas: &'a [VmaEntry]) -> bool {
+        vmas.iter().filter(|v| v.ino != 0).all(|v| {
+            *self.0.entry((v.dev, v.ino, &v.name)).or_insert_with(|| {
+                let link = proc::path(pid, &format!("map_files/{:x}-{:x}", v.start, v.end));
+                std::fs::read_link(link).is_ok_and(|name| name == v.name)
+            })
+        })
+    }
+
+    /// Whether a copy of mappings is true.
+    fn are_fresh(&mut self, pid: i32, copy: &'a Option<Copy<Vec<VmaEntry>>>, stamp: &Option<Stamp>) -> bool {
+        is_fresh(copy, stamp) && copy.as_ref().is_some_and(|copy| self.are_true(pid, &copy.value))
+    }
 }
 
 /// Stamps of one process; `None`: the part cannot be known.
@@ -67,11 +73,13 @@ struct Stamps {
 }
 
 impl Stamps {
-    fn of(pid: i32, mm: u64, names: u64, maps: &Maps) -> Result<Self> {
-        let Some(process) = maps.process(pid)? else { return Ok(Self::default()) };
-        let at = |process: &Process, part: u16| process[1 + part.trailing_zeros() as usize];
-        let stamp = |part| vec![process[0], at(&process, part)];
-        let space = maps.space(mm)?.map(|changed| [mm, changed, names]);
+    fn of(pid: i32, process: &Belongings, maps: &Maps) -> Result<Self> {
+        let Some(tracked) = maps.process(pid)? else { return Ok(Self::default()) };
+        let at = |tracked: &Process, part: u16| tracked[1 + part.trailing_zeros() as usize];
+        let stamp = |part| vec![tracked[0], at(&tracked, part)];
+        // PR_SET_MM changes which mappings are called heap and stack, without the lock of the memory.
+        let [brk_start, brk, stack] = process.named;
+        let space = maps.space(process.mm)?.map(|changed| [process.mm, changed, brk_start, brk, stack]);
         Ok(Self {
             files: Some(stamp(part::FILES)),
             vmas: space.map(|space| [stamp(part::MEMORY), space.to_vec()].concat()),
@@ -90,7 +98,7 @@ pub struct Freshness {
     pub vmas: BTreeSet<i32>,
     /// Processes whose signal actions are.
     pub sigactions: BTreeSet<i32>,
-    /// Parts that were asked for.
+    /// Parts that were asked for: those that the tracker's [`Scope`] covers.
     pub parts: usize,
 }
 
@@ -114,12 +122,16 @@ pub struct Difference {
 }
 
 impl Shadow {
+    pub(super) fn new(scope: Scope) -> Self {
+        Self { scope, processes: BTreeMap::new() }
+    }
+
     /// Processes that are known.
     pub fn pids(&self) -> impl Iterator<Item = i32> {
         self.processes.keys().copied()
     }
 
-    /// The copy of a process's descriptors.
+    /// The copy of a process's descriptors, without paths.
     pub fn files(&self, pid: i32) -> Option<&[FdEntry]> {
         Some(&self.processes.get(&pid)?.files.as_ref()?.value)
     }
@@ -139,13 +151,15 @@ impl Shadow {
         let pids = maps.pids()?;
         let known: BTreeSet<i32> = pids.iter().copied().collect();
         self.processes.retain(|pid, _| known.contains(pid));
-        let stamps = stamps(&pids, &iterators.belongings(&pids)?, maps)?;
+        let stamps = self.stamps(&pids, &iterators.belongings(&pids)?, maps)?;
         let mut stale = (Vec::new(), Vec::new(), Vec::new());
+        pids.iter().for_each(|pid| _ = self.processes.entry(*pid).or_default());
+        let mut names = Names::default();
         for &pid in &pids {
-            let (copies, now) = (self.processes.entry(pid).or_default(), &stamps[&pid]);
+            let (copies, now) = (&self.processes[&pid], &stamps[&pid]);
             for (is_stale, list) in [
                 (now.files.is_some() && !is_fresh(&copies.files, &now.files), &mut stale.0),
-                (now.vmas.is_some() && !are_fresh(pid, &copies.vmas, &now.vmas), &mut stale.1),
+                (now.vmas.is_some() && !names.are_fresh(pid, &copies.vmas, &now.vmas), &mut stale.1),
                 (now.sigactions.is_some() && !is_fresh(&copies.sigactions, &now.sigactions), &mut stale.2),
             ] {
                 if is_stale {
@@ -180,12 +194,14 @@ impl Shadow {
 
     /// Which parts are true now.
     pub(super) fn check(&self, pids: &[i32], all: &HashMap<i32, Belongings>, maps: &Maps) -> Result<Freshness> {
-        let mut fresh = Freshness { parts: 3 * pids.len(), ..Freshness::default() };
-        for (pid, stamps) in stamps(pids, all, maps)? {
+        let of_each = if self.scope == Scope::Syscalls { 3 } else { 1 };
+        let mut fresh = Freshness { parts: of_each * pids.len(), ..Freshness::default() };
+        let mut names = Names::default();
+        for (pid, stamps) in self.stamps(pids, all, maps)? {
             let Some(copies) = self.processes.get(&pid) else { continue };
             for (is_fresh, set) in [
                 (is_fresh(&copies.files, &stamps.files), &mut fresh.files),
-                (are_fresh(pid, &copies.vmas, &stamps.vmas), &mut fresh.vmas),
+                (names.are_fresh(pid, &copies.vmas, &stamps.vmas), &mut fresh.vmas),
                 (is_fresh(&copies.sigactions, &stamps.sigactions), &mut fresh.sigactions),
             ] {
                 if is_fresh {
@@ -194,6 +210,27 @@ impl Shadow {
             }
         }
         Ok(fresh)
+    }
+
+    /// What the programs say of the processes now.
+    fn stamps(&self, pids: &[i32], all: &HashMap<i32, Belongings>, maps: &Maps) -> Result<HashMap<i32, Stamps>> {
+        // Whoever shares a table changes it for others, and the programs note that at one process only.
+        let count = |of: fn(&Belongings) -> u64| {
+            let mut owners: HashMap<u64, usize> = HashMap::new();
+            all.values().for_each(|process| *owners.entry(of(process)).or_default() += 1);
+            owners
+        };
+        let (tables, handlers) = (count(|p| p.files.unwrap_or(0)), count(|p| p.sighand));
+        let calls = self.scope == Scope::Syscalls;
+        let stamps = |pid| {
+            let Some(process) = all.get(&pid) else { return Ok(Stamps::default()) };
+            let mut stamps = Stamps::of(pid, process, maps)?;
+            let alone = process.files.is_some_and(|table| tables[&table] == 1);
+            stamps.files = stamps.files.filter(|_| calls && alone);
+            stamps.sigactions = stamps.sigactions.filter(|_| calls && handlers[&process.sighand] == 1);
+            Ok(stamps)
+        };
+        pids.iter().map(|&pid| Ok((pid, stamps(pid)?))).collect()
     }
 
     /// Compares the fresh parts with the truth.
@@ -219,31 +256,13 @@ impl Shadow {
     }
 }
 
-/// What the programs say of the processes now.
-fn stamps(pids: &[i32], all: &HashMap<i32, Belongings>, maps: &Maps) -> Result<HashMap<i32, Stamps>> {
-    let names = maps.names()?;
-    // Whoever shares a table changes it for others, and the programs note that at one process only.
-    let count = |of: fn(&Belongings) -> u64| {
-        let mut owners: HashMap<u64, usize> = HashMap::new();
-        all.values().for_each(|process| *owners.entry(of(process)).or_default() += 1);
-        owners
-    };
-    let (tables, handlers) = (count(|p| p.files.unwrap_or(0)), count(|p| p.sighand));
-    let stamps = |pid| {
-        let Some(process) = all.get(&pid) else { return Ok(Stamps::default()) };
-        let mut stamps = Stamps::of(pid, process.mm, names, maps)?;
-        stamps.files = stamps.files.filter(|_| process.files.is_some_and(|table| tables[&table] == 1));
-        stamps.sigactions = stamps.sigactions.filter(|_| handlers[&process.sighand] == 1);
-        Ok(stamps)
-    };
-    pids.iter().map(|&pid| Ok((pid, stamps(pid)?))).collect()
-}
-
 fn read_files(iterators: &mut Iterators, pids: &[i32]) -> Vec<(i32, FdEntry)> {
     if pids.is_empty() {
         return Vec::new();
     }
-    iterators.files(pids).unwrap_or_default().into_iter().map(|f| (f.tgid, f)).collect()
+    let files = iterators.files(pids).unwrap_or_default().into_iter();
+    // Nobody takes a path from the copy: anybody may rename a file.
+    files.map(|f| (f.tgid, FdEntry { path: PathBuf::new(), ..f })).collect()
 }
 
 /// Groups entries; each process that was read has a group.

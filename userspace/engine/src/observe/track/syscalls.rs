@@ -1,7 +1,7 @@
-//! What each system call changes. One list for each part of a process; a call may be in several.
+//! What each system call changes, for trackers that watch them. One list for each part of a process; a call may be in
+//! several.
 //!
-//! A call that is in no list and not among [`HARMLESS`] changes everything, so a kernel newer than these lists costs
-//! time and nothing else.
+//! A call that is younger than these lists changes everything, so a newer kernel costs time and nothing else.
 
 use standstill_ebpf_abi::track::{SYSCALLS, part, when};
 
@@ -117,25 +117,12 @@ const ATTRIBUTES: &[Number] = &[
     libc::SYS_set_tid_address,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
+    libc::SYS_prctl,
     libc::SYS_arch_prctl,
     libc::SYS_modify_ldt,
     libc::SYS_set_thread_area,
     libc::SYS_ioperm,
     libc::SYS_iopl,
-];
-
-/// Calls that change what files are called, for everybody.
-const NAMES: &[Number] = &[
-    libc::SYS_rename,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-    libc::SYS_rmdir,
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_move_mount,
-    libc::SYS_mount_setattr,
 ];
 
 /// The first call of later kernels: mseal(2) is the last that the lists know.
@@ -155,7 +142,6 @@ pub(super) fn table() -> [u16; SYSCALLS] {
         (TIMERS, part::TIMERS),
         (SOCKETS, part::SOCKETS),
         (ATTRIBUTES, part::ATTRIBUTES),
-        (NAMES, when::NAMES),
     ];
     for (list, what) in lists {
         for &number in list {
@@ -171,7 +157,6 @@ pub(super) fn table() -> [u16; SYSCALLS] {
         (libc::SYS_fcntl, part::FILES | when::FCNTL),
         (libc::SYS_ioctl, part::FILES | when::IOCTL),
         (libc::SYS_recvmsg, part::FILES | when::RECVMSG),
-        (libc::SYS_prctl, part::ATTRIBUTES | when::PRCTL),
         // Returning from a handler restores the alternate stack too.
         (libc::SYS_rt_sigreturn, 0),
         // restart_syscall(2) ends a wait, which changes nothing.
@@ -195,14 +180,13 @@ mod tests {
         assert_eq!(table[libc::SYS_read as usize], 0);
         assert_eq!(table[libc::SYS_openat as usize], part::FILES);
         assert_eq!(table[libc::SYS_unshare as usize], part::FILES | part::FS | part::ATTRIBUTES);
-        assert_eq!(table[libc::SYS_rename as usize], when::NAMES);
     }
 
     #[test]
     fn a_call_has_one_condition_at_most() {
         for (number, rule) in table().into_iter().enumerate() {
-            assert!(rule & when::MASK <= when::NAMES, "system call {number}");
-            assert!(rule & when::MASK != when::NAMES || rule & part::ALL == 0, "system call {number}");
+            assert!(rule & when::MASK <= when::RECVMSG, "system call {number}");
+            assert!(rule & when::MASK == 0 || rule & part::ALL != 0, "system call {number}");
         }
     }
 }

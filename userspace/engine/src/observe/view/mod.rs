@@ -29,7 +29,7 @@ mod specimen;
 
 pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals};
 
-use super::Iterators;
+use super::{Iterators, Scope};
 use crate::{
     dump::{Reader, check_target, no_reader},
     error::{Context, Error, Result},
@@ -113,6 +113,8 @@ pub struct Viewer {
     /// As measured last: something else may run at any of these times.
     costs: VecDeque<Costs>,
     pages: Pages,
+    /// Who would read for a dump, which takes a tracker if there is one.
+    dump_reader: &'static str,
     prediction_note: Option<String>,
 }
 
@@ -128,14 +130,14 @@ impl Viewer {
     /// # Errors
     /// When there is no such process, or it can never be dumped.
     pub fn new(root: i32) -> Result<Self> {
-        Self::with_reader(root, Reader::Auto)
+        Self::with(root, Reader::Auto, Scope::Memory)
     }
 
-    /// The same, read by eBPF or procfs only.
+    /// The same, read by eBPF or procfs only, and with so much counted in the kernel.
     ///
     /// # Errors
     /// As [`Self::new`], and when the iterators do not load although nothing else is wanted.
-    pub fn with_reader(root: i32, reader: Reader) -> Result<Self> {
+    pub fn with(root: i32, reader: Reader, scope: Scope) -> Result<Self> {
         check_target(root)?;
         let end = sys::pidfd_open(root).context(|| format!("pidfd_open of {root}"))?;
         let (iterators, reader_note) = match (reader != Reader::Procfs).then(Iterators::load) {
@@ -147,7 +149,7 @@ impl Viewer {
         Ok(Self {
             root,
             end,
-            counter: Counter::start(root, iterators.is_some()),
+            counter: Counter::start(root, iterators.is_some(), scope),
             iterators,
             reader_note,
             last: None,
@@ -158,6 +160,7 @@ impl Viewer {
             rehearsal: Paced::new(),
             costs: VecDeque::new(),
             pages: Pages::new(),
+            dump_reader: "",
             prediction_note: None,
         })
     }
@@ -193,8 +196,8 @@ impl Viewer {
         let now = Instant::now();
         let events = self.counter.events(events);
         let rates = match &self.last {
-            Some((then, before)) => rates::rates(before, &events, now - *then, self.counter.counts()),
-            None => Rates { counted: self.counter.counts(), ..Rates::default() },
+            Some((then, before)) => rates::rates(before, &events, now - *then, self.counter.scope()),
+            None => Rates { counted: self.counter.scope(), ..Rates::default() },
         };
         self.last = Some((now, events));
         let mut sample = self.show(rates);
@@ -257,8 +260,13 @@ impl Viewer {
         let Some(own) = self.specimen.value else { return };
         let members = self.members(order);
         let begin = Instant::now();
-        match rehearse::rehearse(&members, &mut self.iterators, &mut self.pages) {
-            Ok(Found { amounts, costs, descriptors }) => {
+        match rehearse::rehearse(self.root, &members, &mut self.iterators, &mut self.pages) {
+            Ok(Found { amounts, costs, descriptors, reader }) => {
+                if self.dump_reader != reader {
+                    // What one reader costs says nothing of another.
+                    self.costs.clear();
+                    self.dump_reader = reader;
+                }
                 self.costs.push_back(merge(own, costs));
                 if self.costs.len() > MEASURED {
                     self.costs.pop_front();
@@ -306,7 +314,13 @@ impl Viewer {
         };
         let prediction = self.rehearsal.value.as_ref().map(|amounts| Prediction {
             age: self.rehearsal.age(),
-            ..predict::predict(self.root, self.reader(), amounts, &Costs::median(self.costs.iter()), &history::load())
+            ..predict::predict(
+                self.root,
+                self.dump_reader,
+                amounts,
+                &Costs::median(self.costs.iter()),
+                &history::load(),
+            )
         });
         Sample {
             root: self.root,
@@ -330,10 +344,12 @@ impl Viewer {
 /// What was measured with our own processes and what was measured on the tree.
 fn merge(own: Costs, tree: Costs) -> Costs {
     Costs {
+        list_process: tree.list_process,
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
         mapping: tree.mapping,
+        scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,
         copy_range: tree.copy_range,
         copy_page: tree.copy_page,
@@ -365,7 +381,7 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id() as i32;
         for reader in [Reader::Procfs, Reader::Auto] {
-            let mut viewer = Viewer::with_reader(pid, reader).unwrap();
+            let mut viewer = Viewer::with(pid, reader, Scope::Memory).unwrap();
             let sample = first(&mut viewer);
             assert_eq!((sample.totals.processes, sample.totals.threads), (1, 1));
             assert!(sample.processes[0].comm == "sleep" && sample.totals.descriptors >= 3, "{sample:?}");
@@ -377,7 +393,7 @@ mod tests {
             let sample = first(&mut viewer);
             assert_eq!((sample.rates.forks, sample.rates.exits), (0.0, 0.0));
         }
-        let mut viewer = Viewer::with_reader(pid, Reader::Procfs).unwrap();
+        let mut viewer = Viewer::with(pid, Reader::Procfs, Scope::Memory).unwrap();
         child.kill().unwrap();
         // Dead, and its parent has not noticed yet.
         std::thread::sleep(Duration::from_millis(200));

@@ -23,15 +23,15 @@ macro_rules! costs {
 }
 
 costs! {
-    /// Listing a process's threads and children.
+    /// Listing a process's threads and children, as often as a freeze does.
     list_process,
-    /// Seizing, interrupting and waiting for a thread.
+    /// Seizing, interrupting and waiting for a thread, and what a process takes besides.
     seize_thread,
+    seize_process,
     /// The reader's passes.
     read_process,
     read_descriptor,
     read_mapping,
-    /// Looking for the vdso, for each mapping.
     /// Records of open files: those that the reader knows all of, and those that are asked one by one.
     plain_file,
     asked_file,
@@ -39,7 +39,8 @@ costs! {
     process,
     thread,
     mapping,
-    /// Looking whether a page holds something.
+    /// Looking which pages hold something: for a mapping, and for a page.
+    scan_mapping,
     scan_page,
     /// Copying: a range of pages, a page of it, and comparing a page with the parent's.
     copy_range,
@@ -74,9 +75,14 @@ impl From<&DumpStats> for Amounts {
 }
 
 /// The phases of the freeze under the names that the dump gives them, and the terms of each.
-pub(super) const PHASES: [(&str, Terms); 6] = [
+pub(super) const PHASES: [(&str, Terms); 7] = [
     ("freezing", |n, c| {
-        [count(n.counts.processes) * c.list_process, count(n.counts.threads) * c.seize_thread, 0.0, 0.0]
+        [
+            count(n.counts.processes) * c.list_process,
+            count(n.counts.threads) * c.seize_thread,
+            count(n.counts.processes) * c.seize_process,
+            0.0,
+        ]
     }),
     ("descriptors", |n, c| {
         [
@@ -99,9 +105,10 @@ pub(super) const PHASES: [(&str, Terms); 6] = [
             count(n.counts.processes) * c.process,
             count(n.counts.threads) * c.thread,
             count(n.counts.mappings) * c.mapping,
-            count(n.counts.pages) * c.scan_page,
+            0.0,
         ]
     }),
+    ("scan", |n, c| [count(n.counts.mappings) * c.scan_mapping, count(n.counts.pages) * c.scan_page, 0.0, 0.0]),
     ("pages", |n, c| {
         [
             count(n.counts.ranges) * c.copy_range,
@@ -255,6 +262,7 @@ mod tests {
         Costs {
             list_process: 1e5,
             seize_thread: 1e4,
+            seize_process: 1e3,
             read_process: 2e4,
             read_descriptor: 300.0,
             read_mapping: 250.0,
@@ -263,6 +271,7 @@ mod tests {
             process: 1e5,
             thread: 2e4,
             mapping: 1000.0,
+            scan_mapping: 200.0,
             scan_page: 5.0,
             copy_range: 1000.0,
             copy_page: 500.0,
@@ -305,7 +314,7 @@ mod tests {
         let amounts = Amounts { counts, copied: 1000, stored: 900 };
         let p = predict(1, "ebpf", &amounts, &costs(), &[]);
         let us = |phase: &str| p.parts.iter().find(|part| part.phase == phase).unwrap().us;
-        assert_eq!(us("freezing"), 230);
+        assert_eq!(us("freezing"), 232);
         assert_eq!(us("pages"), 500);
         assert_eq!(us("thaw"), 9);
         assert_eq!(p.freeze_us, p.parts.iter().map(|part| part.us).sum::<u64>());

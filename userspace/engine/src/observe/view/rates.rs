@@ -1,6 +1,7 @@
 //! How often what changes: counted in the kernel where the tracker loads, else from the differences between samples.
 
 use super::{descriptors::Names, processes::Seen, sample::Rates};
+use crate::observe::Scope;
 #[cfg(feature = "ebpf")]
 use crate::observe::{Counters, Status, Tracker};
 use std::{
@@ -18,6 +19,7 @@ pub(super) struct Events {
     pub mappings: Option<u64>,
     pub descriptors: u64,
     pub sockets: Option<u64>,
+    pub connections: Option<u64>,
     pub signals: Option<u64>,
 }
 
@@ -27,6 +29,8 @@ pub(super) struct Counter {
     source: Source,
     #[cfg(feature = "ebpf")]
     root: i32,
+    #[cfg(feature = "ebpf")]
+    wanted: Scope,
     /// Differences seen so far.
     differences: Events,
 }
@@ -34,36 +38,38 @@ pub(super) struct Counter {
 #[cfg(feature = "ebpf")]
 enum Source {
     /// The tree's tracker, a process of its own.
-    Asked,
+    Asked(Scope),
     /// One of ours.
     Own(Box<Tracker>),
     None,
 }
 
 impl Counter {
-    /// Counts in the kernel if `ebpf`, and if that is possible.
-    pub(super) fn start(root: i32, ebpf: bool) -> Self {
+    /// Counts in the kernel what is in `scope`, or more, if `ebpf` and if that is possible.
+    pub(super) fn start(root: i32, ebpf: bool, scope: Scope) -> Self {
         #[cfg(not(feature = "ebpf"))]
-        let _ = (root, ebpf);
+        let _ = (root, ebpf, scope);
         Self {
             #[cfg(feature = "ebpf")]
-            source: match ebpf {
-                true if matches!(Status::ask(root), Ok(Some(_))) => Source::Asked,
-                true => Tracker::start(root).map_or(Source::None, |tracker| Source::Own(Box::new(tracker))),
-                false => Source::None,
-            },
+            source: if ebpf { source(root, scope) } else { Source::None },
             #[cfg(feature = "ebpf")]
             root,
+            #[cfg(feature = "ebpf")]
+            wanted: scope,
             differences: Events::default(),
         }
     }
 
-    /// Whether every event is counted.
-    pub(super) fn counts(&self) -> bool {
+    /// What is counted in the kernel, event by event.
+    pub(super) fn scope(&self) -> Option<Scope> {
         #[cfg(feature = "ebpf")]
-        return !matches!(self.source, Source::None);
+        return match &self.source {
+            Source::Asked(scope) => Some(*scope),
+            Source::Own(tracker) => Some(tracker.scope()),
+            Source::None => None,
+        };
         #[cfg(not(feature = "ebpf"))]
-        false
+        None
     }
 
     /// Events so far. `differences` are those between the last two samples.
@@ -77,8 +83,9 @@ impl Counter {
                 execs: c.execs,
                 exits: c.exits,
                 mappings: Some(c.memory),
-                descriptors: c.descriptors,
-                sockets: Some(c.sockets),
+                descriptors: c.calls.map_or(self.differences.descriptors, |calls| calls.descriptors),
+                sockets: c.calls.map(|calls| calls.sockets),
+                connections: Some(c.connections),
                 signals: Some(c.signals),
             };
         }
@@ -88,17 +95,25 @@ impl Counter {
     #[cfg(feature = "ebpf")]
     fn counters(&mut self) -> Option<Counters> {
         match &self.source {
-            Source::Asked => match Status::ask(self.root) {
+            Source::Asked(_) => match Status::ask(self.root) {
                 Ok(Some(status)) => Some(status.counters),
                 // It has ended: from here on we count ourselves, from zero.
                 _ => {
-                    *self = Self { differences: self.differences, ..Self::start(self.root, true) };
+                    *self = Self { differences: self.differences, ..Self::start(self.root, true, self.wanted) };
                     None
                 }
             },
             Source::Own(tracker) => tracker.counters().ok(),
             Source::None => None,
         }
+    }
+}
+
+#[cfg(feature = "ebpf")]
+fn source(root: i32, wanted: Scope) -> Source {
+    match Status::ask(root) {
+        Ok(Some(status)) if wanted == Scope::Memory || status.scope == wanted => Source::Asked(status.scope),
+        _ => Tracker::start(root, wanted).map_or(Source::None, |tracker| Source::Own(Box::new(tracker))),
     }
 }
 
@@ -114,12 +129,13 @@ fn add(a: &Events, b: &Events) -> Events {
         mappings: maybe(a.mappings, b.mappings),
         descriptors: a.descriptors + b.descriptors,
         sockets: maybe(a.sockets, b.sockets),
+        connections: maybe(a.connections, b.connections),
         signals: maybe(a.signals, b.signals),
     }
 }
 
 /// Changes per second between two counts.
-pub(super) fn rates(before: &Events, after: &Events, between: Duration, counted: bool) -> Rates {
+pub(super) fn rates(before: &Events, after: &Events, between: Duration, counted: Option<Scope>) -> Rates {
     let seconds = between.as_secs_f64().max(1e-3);
     let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
     let maybe = |before: Option<u64>, after: Option<u64>| Some(rate(before.unwrap_or(0), after?));
@@ -131,6 +147,7 @@ pub(super) fn rates(before: &Events, after: &Events, between: Duration, counted:
         mappings: maybe(before.mappings, after.mappings),
         descriptors: rate(before.descriptors, after.descriptors),
         sockets: maybe(before.sockets, after.sockets),
+        connections: maybe(before.connections, after.connections),
         signals: maybe(before.signals, after.signals),
         counted,
     }
@@ -208,7 +225,10 @@ mod tests {
     fn rates_are_per_second() {
         let before = Events { forks: 3, ..Default::default() };
         let after = Events { forks: 5, signals: Some(8), ..Default::default() };
-        let rates = rates(&before, &after, Duration::from_secs(2), true);
-        assert_eq!((rates.forks, rates.signals, rates.sockets, rates.counted), (1.0, Some(4.0), None, true));
+        let rates = rates(&before, &after, Duration::from_secs(2), Some(Scope::Memory));
+        assert_eq!(
+            (rates.forks, rates.signals, rates.sockets, rates.counted),
+            (1.0, Some(4.0), None, Some(Scope::Memory))
+        );
     }
 }

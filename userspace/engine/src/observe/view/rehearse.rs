@@ -15,7 +15,8 @@ use crate::{
         private::{self, PrivatePages},
     },
     objects::{Collected, shared_memory},
-    observe::{self, FdEntry, Iterators, ProcessState, VmaEntry},
+    observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
+    task::Family,
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -40,6 +41,8 @@ pub(super) struct Found {
     pub costs: Costs,
     /// The descriptors, by the way.
     pub descriptors: Vec<FdEntry>,
+    /// Who would read for the dump, by the name that the dump gives it.
+    pub reader: &'static str,
 }
 
 /// A process of the tree with its parent and its threads.
@@ -54,10 +57,17 @@ pub(super) struct Member {
 ///
 /// # Errors
 /// When the tree has memory that cannot be dumped, or changes too quickly to be read.
-pub(super) fn rehearse(members: &[Member], iterators: &mut Option<Iterators>, pages: &mut Pages) -> Result<Found> {
+pub(super) fn rehearse(
+    root: i32,
+    members: &[Member],
+    iterators: &mut Option<Iterators>,
+    pages: &mut Pages,
+) -> Result<Found> {
     let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
-    let mut found = Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new() };
-    let seen = read(&pids, iterators, &mut found)?;
+    let mut found =
+        Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new(), reader: "procfs" };
+    found.costs.list_process = each(list(root, &pids, iterators.as_mut()), pids.len() as u64);
+    let seen = read(root, &pids, iterators, &mut found)?;
     let (spaces, shared) = spaces(members, &seen, &mut found)?;
     count(members, &spaces, &mut found);
     let zeros = pages.copy(&spaces, &mut found.costs);
@@ -76,11 +86,27 @@ fn each(total: f64, count: u64) -> f64 {
     if count == 0 { 0.0 } else { total / count as f64 }
 }
 
+/// How long a freeze takes to list the threads and children of the processes: it looks a second time for new ones.
+pub(super) fn list(root: i32, pids: &[i32], iterators: Option<&mut Iterators>) -> f64 {
+    let (mut family, _) = Family::of(root, iterators);
+    let begin = Instant::now();
+    for _ in 0..2 {
+        family.look();
+        for &pid in pids {
+            // Whoever is gone by now costs nothing.
+            let tids = family.threads(pid).unwrap_or_default();
+            let _ = family.children(pid, &tids);
+        }
+    }
+    nanoseconds(begin)
+}
+
 /// State and mappings of each process, if the reader tells.
 type Seen = HashMap<i32, (ProcessState, Vec<VmaEntry>)>;
 
 /// The reader's passes.
-fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<Seen> {
+#[cfg_attr(not(feature = "ebpf"), expect(unused_variables, reason = "there are no trackers"))]
+fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> Result<Seen> {
     let failed = |e: observe::ObserveError| match e {
         // It was there when the list was made.
         observe::ObserveError::Io { source, .. } if proc::is_gone(&source) => changed(pids[0]),
@@ -92,23 +118,42 @@ fn read(pids: &[i32], iterators: &mut Option<Iterators>, found: &mut Found) -> R
         found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
         return Ok(HashMap::new());
     };
+    // The dump would take the tree's tracker, too.
+    #[cfg(feature = "ebpf")]
+    if let Ok(Some(mut lease)) = observe::Lease::take(root) {
+        found.reader = "tracker";
+        lease.iterators().prefetch_paths(pids).map_err(failed)?;
+        let begin = Instant::now();
+        let (processes, fresh) = lease.check(pids).map_err(failed)?;
+        found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
+        let begin = Instant::now();
+        let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
+        found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
+        let begin = Instant::now();
+        found.descriptors = lease.iterators().files(pids).map_err(failed)?;
+        found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+        return Ok(join(processes, mapped));
+    }
+    found.reader = "ebpf";
     iterators.prefetch_paths(pids).map_err(failed)?;
     let begin = Instant::now();
     found.descriptors = iterators.files(pids).map_err(failed)?;
     found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
     let begin = Instant::now();
-    let mapped = iterators.vmas(pids).map_err(failed)?;
-    found.costs.read_mapping = each(nanoseconds(begin), mapped.len() as u64);
+    let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
+    found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
     let begin = Instant::now();
     let processes = iterators.processes(pids).map_err(failed)?;
     found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
-    let mut seen: Seen = processes.into_iter().map(|p| (p.tgid, (p, Vec::new()))).collect();
-    for vma in mapped {
-        if let Some((_, vmas)) = seen.get_mut(&vma.tgid) {
-            vmas.push(vma);
-        }
-    }
-    Ok(seen)
+    Ok(join(processes, mapped))
+}
+
+fn join(processes: Vec<ProcessState>, mut mapped: HashMap<i32, Vec<VmaEntry>>) -> Seen {
+    let mut both = |process: ProcessState| {
+        let vmas = mapped.remove(&process.tgid).unwrap_or_default();
+        (process.tgid, (process, vmas))
+    };
+    processes.into_iter().map(&mut both).collect()
 }
 
 fn changed(pid: i32) -> Error {
@@ -122,26 +167,29 @@ fn changed(pid: i32) -> Error {
 fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
     let mut all = Collected::new(0);
     let mut spaces = Vec::with_capacity(members.len());
-    let (mut took, mut mappings) = (0.0, 0);
+    let (mut collecting, mut looking, mut mappings) = (0.0, 0.0, 0);
     for (n, member) in members.iter().enumerate() {
         let seen = seen.get(&member.pid);
         let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
         let vmas = seen.map_or(&[][..], |(_, vmas)| vmas.as_slice());
-        let begin = Instant::now();
-        let whole = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false)
-            .and_then(|(space, areas)| Ok((space, private::look(member.pid, &areas, None, false)?.0)));
-        let (space, pages) = whole.map_err(|e| match e {
+        let gone = |e| match e {
             Error::System { source, .. } if proc::is_gone(&source) => changed(member.pid),
             other => other,
-        })?;
-        took += nanoseconds(begin);
+        };
+        let begin = Instant::now();
+        let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false).map_err(gone)?;
+        collecting += nanoseconds(begin);
+        let begin = Instant::now();
+        let (pages, _) = private::look(member.pid, &areas, None, false).map_err(gone)?;
+        looking += nanoseconds(begin);
         mappings += space.vmas.len() as u64;
         spaces.push(pages);
     }
     found.amounts.counts.mappings = mappings;
     let (scan, pages) = scan(&spaces)?;
     found.costs.scan_page = scan;
-    found.costs.mapping = each((took - scan * pages as f64).max(0.0), mappings);
+    found.costs.mapping = each(collecting, mappings);
+    found.costs.scan_mapping = each((looking - scan * pages as f64).max(0.0), mappings);
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
         let ranges = shared_memory::data_ranges(source, object.size).context(|| "look for shared memory".into())?;
@@ -334,7 +382,7 @@ mod tests {
         let ours = member(pid, 0);
         // It has to be executed, and to have set itself up.
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let found = rehearse(&[ours], &mut None, &mut pages).unwrap();
+        let found = rehearse(pid, &[ours], &mut None, &mut pages).unwrap();
         let counts = found.amounts.counts;
         assert_eq!((counts.processes, counts.threads, counts.compared), (1, 1, 0));
         assert!(counts.mappings > 10 && counts.pages > 20 && counts.descriptors > 2, "{counts:?}");
@@ -342,6 +390,6 @@ mod tests {
         assert!(found.amounts.stored <= found.amounts.copied && found.amounts.copied >= counts.pages / 2);
         sleep.kill().unwrap();
         sleep.wait().unwrap();
-        assert!(matches!(rehearse(&[ours], &mut None, &mut pages), Err(Error::System { .. })));
+        assert!(matches!(rehearse(pid, &[ours], &mut None, &mut pages), Err(Error::System { .. })));
     }
 }

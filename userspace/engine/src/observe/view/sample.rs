@@ -1,5 +1,6 @@
 //! What a viewer shows: plain values.
 
+use crate::observe::Scope;
 use serde::{Deserialize, Serialize};
 
 /// A running tree at one moment.
@@ -134,13 +135,15 @@ pub struct Rates {
     pub mappings: Option<f64>,
     /// Changes of descriptors.
     pub descriptors: f64,
-    /// Changes of sockets' states and options.
+    /// System calls that change sockets' states and options.
     pub sockets: Option<f64>,
+    /// Changes of the state of TCP sockets that the tree made: listening, connecting, closing.
+    pub connections: Option<f64>,
     /// Signals sent.
     pub signals: Option<f64>,
-    /// Whether the kernel counted every change. Otherwise they are differences between samples: what came and went in
-    /// between is not among them.
-    pub counted: bool,
+    /// What was counted in the kernel, change by change. The others are differences between samples: what came and went
+    /// in between is not among them. Descriptors are counted with [`Scope::Syscalls`] only.
+    pub counted: Option<Scope>,
 }
 
 /// What `dump -R` would cost now.

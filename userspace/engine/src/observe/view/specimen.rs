@@ -1,7 +1,10 @@
 //! Processes of our own to freeze, for finding out what freezing, reading and thawing a process and a thread cost here
 //! and now. The steps are those of a dump itself, so that the costs follow whatever becomes of them.
 
-use super::predict::{Costs, middle};
+use super::{
+    predict::{Costs, middle},
+    rehearse,
+};
 use crate::{
     error::{Context, Result},
     kernel::sys::Mapping,
@@ -30,7 +33,7 @@ use std::{
 };
 
 /// Threads besides the first of the specimen that threads are measured with.
-const THREADS: u64 = 32;
+const THREADS: u64 = 128;
 /// Children of the specimen that processes are measured with.
 const CHILDREN: u64 = 12;
 /// Files of each sort.
@@ -168,6 +171,7 @@ fn files() -> io::Result<(Vec<File>, Vec<OwnedFd>)> {
 /// Times of one specimen, in nanoseconds.
 #[derive(Default)]
 struct Times {
+    /// Without looking who is there, which is measured on the tree itself.
     freeze: f64,
     thaw: f64,
     /// Of the first process with all its threads, and of all other processes.
@@ -188,7 +192,9 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
     let begin = Instant::now();
     let tree = FrozenTree::freeze(specimen.pid, Duration::from_secs(2), &mut family)?;
     times.freeze = elapsed(begin);
+    drop(family);
     let pids = tree.pids();
+    times.freeze -= rehearse::list(specimen.pid, &pids, iterators.as_mut());
     let (entries, states) = read(&pids, iterators)?;
     let mut known = process::Known::default();
     for (n, of) in tree.processes().iter().enumerate() {
@@ -266,11 +272,11 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
         let thread = ((many_threads - each_process) / THREADS as f64).max(0.0);
         (thread, (each_process - thread).max(0.0))
     };
-    let (seize_thread, list_process) = solve(threads.freeze, processes.freeze / (CHILDREN + 1) as f64);
+    let (seize_thread, seize_process) = solve(threads.freeze, processes.freeze / (CHILDREN + 1) as f64);
     let (thread, process) = solve(threads.first, processes.others / CHILDREN as f64);
     Ok(Costs {
-        list_process,
         seize_thread,
+        seize_process,
         process,
         thread,
         plain_file: threads.plain,
