@@ -250,6 +250,10 @@ impl Output {
 
     /// One thread: writes chunks until there will be no more.
     fn work(&self, jobs: &Mutex<Receiver<Job>>, packer: &mut Packer) {
+        /// Whoever's memory is written out needs the processors more.
+        const NICE: i32 = 10;
+        // SAFETY: no memory is passed. Only this thread is meant (0), and that it fails does no harm.
+        unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
         let next = || jobs.lock().expect("recv does not panic").recv();
         while let Ok(job) = next() {
             if self.done().stop {

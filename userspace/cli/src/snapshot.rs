@@ -44,7 +44,8 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<u8, Failure> {
 
 fn print(json: bool, made: &Snapshot, dumped: &Dumped) -> Result<(), Failure> {
     if json {
-        return output::json(&Line { number: made.number, dumped });
+        let line = serde_json::to_string(&Line { number: made.number, dumped }).unwrap_or_default();
+        return output::print(&format!("{line}\n"));
     }
     let stats = &dumped.stats;
     let frozen = (stats.freezing_us + stats.frozen_us) as f64 / 1000.0;

@@ -20,6 +20,9 @@ use std::{
 };
 use tracing::debug;
 
+/// Checkpoints that are made up for at most when one took longer than the interval.
+const MISSED: u32 = 8;
+
 /// Periodic checkpoints to make.
 #[derive(Clone, Debug)]
 pub struct SnapshotOptions {
@@ -74,8 +77,10 @@ pub fn snapshot(options: &SnapshotOptions, mut done: impl FnMut(&Snapshot, &Dump
         let dumped = session.checkpoint(ImageDir::create(&snapshot.dir)?, &wanted)?;
         done(&snapshot, &dumped);
         prune(store, options.keep.max(1))?;
-        // One that takes longer than the interval is followed by the next at once, and not by those that it has missed.
-        begin = (begin + options.every).max(Instant::now());
+        // One that takes longer than the interval is followed by the next at once, until a few that were missed are made up
+        // for.
+        let missed = Instant::now().checked_sub(options.every * MISSED);
+        begin = (begin + options.every).max(missed.unwrap_or(begin));
     }
     Ok(())
 }

@@ -121,7 +121,7 @@ impl Rounds<'_, '_> {
         let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
         let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
         let areas: Vec<Area> = maps.iter().map(Area::from).collect();
-        let (found, _) = private::look(pid, &areas, Some(tracking), true)?;
+        let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
         let copied = self.copier.private(&found, self.trackings.parent(ppid))?;
         if let Some(tracking) = self.trackings.of_mut(pid) {

@@ -20,8 +20,12 @@ use standstill_images::types::{
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    num::NonZero,
     time::SystemTime,
 };
+
+/// Threads for a scan at most.
+const SCANNERS: usize = 8;
 
 /// Everything collected under the freeze.
 pub(super) struct State {
@@ -86,8 +90,10 @@ pub(super) fn collect(
     }
     check_restorable(&state, options)?;
     phases.end("tasks");
+    // Nobody else in the tree needs the processors now.
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS);
     for ((pid, areas), space) in pids.into_iter().zip(mappings).zip(&mut state.spaces) {
-        let (private, guards) = private::look(pid, &areas, trackings.of(pid), protect)?;
+        let (private, guards) = private::look(pid, &areas, trackings.of(pid), protect, threads)?;
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
         state.private.push(private);
     }

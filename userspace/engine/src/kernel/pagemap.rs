@@ -4,7 +4,7 @@
 
 use super::PAGE;
 use serde::{Deserialize, Serialize};
-use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt};
+use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt, thread};
 
 /// Not protected against writing by a userfaultfd, or written to since.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -85,12 +85,52 @@ struct Wanted {
 const REGIONS: usize = 512;
 
 /// The page tables of a process.
-pub(crate) struct Pagemap(File);
+pub(crate) struct Pagemap {
+    file: File,
+    threads: u64,
+}
+
+/// Addresses from which on a thread of its own is worth while, in bytes.
+const WORTH_A_THREAD: u64 = 256 << 20;
 
 impl Pagemap {
     /// `/proc/<pid>/pagemap`.
     pub(crate) fn open(pid: i32) -> io::Result<Self> {
-        File::open(super::proc::path(pid, "pagemap")).map(Self)
+        Ok(Self { file: File::open(super::proc::path(pid, "pagemap"))?, threads: 1 })
+    }
+
+    /// Large ranges are scanned by so many threads.
+    #[must_use]
+    pub(crate) fn with_threads(self, threads: usize) -> Self {
+        Self { threads: threads as u64, ..self }
+    }
+
+    /// Scans the parts of a large range at the same time.
+    fn in_parts<T: Send>(
+        &self,
+        range: Range,
+        found: &mut Vec<T>,
+        scan: impl Fn(Range, &mut Vec<T>) -> io::Result<()> + Sync,
+    ) -> io::Result<()> {
+        let parts = self.threads.min((range.end - range.start) / WORTH_A_THREAD);
+        if parts < 2 {
+            return scan(range, found);
+        }
+        let length = ((range.end - range.start) / parts).next_multiple_of(WORTH_A_THREAD / 128);
+        let part = |n: u64| {
+            let start = range.start + n * length;
+            let mut found = Vec::new();
+            scan(Range { start, end: range.end.min(start + length) }, &mut found).map(|()| found)
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = (1..parts).map(|n| scope.spawn(move || part(n))).collect();
+            let first = part(0);
+            for result in std::iter::once(first).chain(others.into_iter().map(|other| other.join().expect("no panic")))
+            {
+                found.extend(result?);
+            }
+            Ok(())
+        })
     }
 
     /// Pages of a range that exist nowhere but in this address space (anonymous, present or swapped, not the zero page),
@@ -123,6 +163,10 @@ impl Pagemap {
     /// Pages of mappings in a range of anonymous memory that hold nothing: absent, the zero page, or guards. Takes a
     /// tenth of the time of [`Self::private`], because no page has to be looked at.
     pub(crate) fn empty(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
+        self.in_parts(range, found, |range, found| self.empty_part(range, found))
+    }
+
+    fn empty_part(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
         self.guards_apart(|guard| {
             let any_of = PAGE_IS_PRESENT | PAGE_IS_PFNZERO;
             let told = PAGE_IS_SWAPPED | guard;
@@ -149,7 +193,9 @@ impl Pagemap {
         let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
         // The kernel has a shorter way for exactly this question.
         let wanted = Wanted { flags, all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
-        self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+        self.in_parts(range, found, |range, found| {
+            self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+        })
     }
 
     /// The same for private mappings of files: without pages that are the file's.
@@ -201,7 +247,7 @@ impl Pagemap {
                 ..Default::default()
             };
             // SAFETY: `arg` has the size it states, and `vec` is writable for `vec_len` regions.
-            let n = unsafe { pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }? as usize;
+            let n = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut arg) }? as usize;
             regions[..n].iter().for_each(&mut found);
             at = arg.walk_end;
         }
@@ -220,7 +266,7 @@ impl Pagemap {
     /// What the file has for `pages` pages from `start`.
     fn entries(&self, start: u64, pages: u64) -> io::Result<Vec<u64>> {
         let mut bytes = vec![0u8; pages as usize * 8];
-        self.0.read_exact_at(&mut bytes, start / PAGE * 8).map_err(|e| match e.kind() {
+        self.file.read_exact_at(&mut bytes, start / PAGE * 8).map_err(|e| match e.kind() {
             // The file of a process that has ended is empty.
             io::ErrorKind::UnexpectedEof => io::Error::from_raw_os_error(libc::ESRCH),
             _ => e,
@@ -269,5 +315,29 @@ mod tests {
         map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &mut found).unwrap();
         let starts: Vec<u64> = found.iter().map(|r| (r.range.start - area.start()) / PAGE).collect();
         assert_eq!(starts, (0..pages).step_by(2).collect::<Vec<u64>>());
+    }
+
+    #[test]
+    fn several_threads_find_the_same() {
+        let length = 3 * WORTH_A_THREAD + 7 * PAGE;
+        let area = crate::kernel::sys::Mapping::anonymous(length).unwrap();
+        // Some of them at the edges of the parts.
+        for at in (0..length / PAGE).step_by(16 * 1024 - 1) {
+            area.bytes_mut()[(at * PAGE) as usize] = 1;
+        }
+        let range = Range { start: area.start(), end: area.start() + length };
+        let pid = std::process::id() as i32;
+        let holes = |threads: usize| {
+            let mut found = Vec::new();
+            Pagemap::open(pid).unwrap().with_threads(threads).empty(range, &mut found).unwrap();
+            let mut joined = Vec::new();
+            found.iter().for_each(|r| crate::memory::ranges::push(&mut joined, r.range));
+            joined
+        };
+        let expected = holes(1);
+        assert!(expected.len() > 10);
+        for threads in 2..6 {
+            assert_eq!(holes(threads), expected);
+        }
     }
 }

@@ -88,15 +88,16 @@ impl From<&MapLine> for Area {
 const PASSED_OVER: u64 = 64 * PAGE;
 
 /// The private pages of a process, which may run, and its guards. `tracking`: what is known of its pages. `protect`:
-/// further writes are tracked.
+/// further writes are tracked. `threads`: for scans of large mappings.
 pub(crate) fn look(
     pid: i32,
     areas: &[Area],
     tracking: Option<&Tracking>,
     protect: bool,
+    threads: usize,
 ) -> Result<(PrivatePages, Vec<Range>)> {
     let failed = || format!("scan the pages of {pid}");
-    let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
+    let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?.with_threads(threads);
     // A page that is written to or goes after the first of these questions is found by the next dump.
     let unwritten = match tracking {
         Some(tracking) => match tracking.unwritten(&pagemap, areas, protect) {
@@ -224,7 +225,7 @@ mod tests {
             let first = memory.start() / PAGE;
             let areas = [area(first, 2, Kind::File), area(first + 2, pages - 2, ANONYMOUS)];
             let pid = std::process::id() as i32;
-            let (found, guards) = look(pid, &areas, None, false).unwrap();
+            let (found, guards) = look(pid, &areas, None, false, 1).unwrap();
             assert_eq!(found.over_files, [range(first, first + 2)]);
             assert_eq!(found.unchanged, []);
             // Without guards in the kernel, or without its telling them apart, there is nothing to see.
@@ -242,7 +243,7 @@ mod tests {
     fn contents_that_the_kernel_may_drop_are_left_out() {
         let (memory, _) = sample(8);
         let areas = [area(memory.start() / PAGE, 8, Kind::Droppable)];
-        let (found, _) = look(std::process::id() as i32, &areas, None, false).unwrap();
+        let (found, _) = look(std::process::id() as i32, &areas, None, false, 1).unwrap();
         assert_eq!(found.ranges, []);
     }
 }

@@ -180,7 +180,7 @@ fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<Pri
         let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false).map_err(gone)?;
         collecting += nanoseconds(begin);
         let begin = Instant::now();
-        let (pages, _) = private::look(member.pid, &areas, None, false).map_err(gone)?;
+        let (pages, _) = private::look(member.pid, &areas, None, false, 1).map_err(gone)?;
         looking += nanoseconds(begin);
         mappings += space.vmas.len() as u64;
         spaces.push(pages);
