@@ -1,29 +1,26 @@
 //! What a tracker lends: its programs and maps by descriptors, its copy of the tree by value.
 
 use super::{Difference, Freshness, Shadow, Status, Tracker, programs::Maps, serve::socket};
-use crate::observe::{
-    Iterators, ObserveError, ProcessState, Result, VmaEntry,
-    layout::{LayoutParts, Layouts},
-    loader, run_dir, vmas_by_process,
+use crate::{
+    kernel::letter,
+    observe::{
+        Iterators, ObserveError, ProcessState, Result, VmaEntry,
+        layout::{LayoutParts, Layouts},
+        loader, run_dir, vmas_by_process,
+    },
 };
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
     fmt,
-    io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write},
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    io::{self, BufRead, BufReader, Write},
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     path::Path,
     time::Duration,
 };
 
 /// Descriptors that are passed.
 const FDS: usize = 8;
-/// The largest copy that is believed to be one.
-const LARGEST: u64 = 1 << 30;
 
 /// What goes with the descriptors.
 #[derive(Serialize, Deserialize)]
@@ -54,11 +51,8 @@ pub(super) fn grant(tracker: &Tracker, client: &UnixStream) -> io::Result<()> {
         Letter { version: env!("CARGO_PKG_VERSION").into(), layouts: tracker.iterators.programs().layouts.to_parts() };
     let bytes = postcard::to_stdvec(&(&letter, &tracker.shadow)).map_err(io::Error::other)?;
     let fds = tracker.programs.maps.fds().into_iter().chain(tracker.iterators.programs().fds());
-    let fds: Vec<i32> = fds.map(|fd| fd.as_raw_fd()).collect();
-    let length = (bytes.len() as u64).to_le_bytes();
-    let rights = [ControlMessage::ScmRights(&fds)];
-    sendmsg::<()>(client.as_raw_fd(), &[IoSlice::new(&length)], &rights, MsgFlags::empty(), None)?;
-    (&mut &*client).write_all(&bytes)
+    let fds: Vec<BorrowedFd<'_>> = fds.collect();
+    letter::send(client, &bytes, &fds)
 }
 
 /// Connects to the tracker of a tree and tells it what is wanted; `None`: there is none.
@@ -99,14 +93,12 @@ impl Lease {
     }
 
     pub(in crate::observe) fn take_in(directory: &Path, root: i32) -> Result<Option<Self>> {
-        let Some(mut client) = connect(directory, root, "lease\n")? else { return Ok(None) };
-        let (length, fds) = receive(&client).map_err(ObserveError::io("receive from the tracker"))?;
+        let Some(client) = connect(directory, root, "lease\n")? else { return Ok(None) };
+        let (bytes, fds) = letter::receive(&client).map_err(ObserveError::io("receive from the tracker"))?;
         let bad = || ObserveError::BadRecord("tracker");
-        if fds.len() != FDS || length > LARGEST {
+        if fds.len() != FDS {
             return Err(bad());
         }
-        let mut bytes = Vec::new();
-        (&mut client).take(length).read_to_end(&mut bytes).map_err(ObserveError::io("receive from the tracker"))?;
         let (letter, rest): (Letter, _) = postcard::take_from_bytes(&bytes).map_err(|_| bad())?;
         if letter.version != env!("CARGO_PKG_VERSION") {
             return Err(bad());
@@ -158,24 +150,4 @@ impl Lease {
     pub fn compare(&mut self, fresh: &Freshness) -> Result<Vec<Difference>> {
         self.shadow.compare(fresh, &mut self.iterators)
     }
-}
-
-/// The length of what follows, and the descriptors that come with it.
-fn receive(stream: &UnixStream) -> io::Result<(u64, Vec<OwnedFd>)> {
-    let mut length = [0u8; 8];
-    let mut space = nix::cmsg_space!([i32; FDS]);
-    let mut parts = [IoSliceMut::new(&mut length)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-    let mut fds = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            // SAFETY: the kernel has just made these descriptors for us.
-            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    if message.bytes != length.len() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok((u64::from_le_bytes(length), fds))
 }
