@@ -5,11 +5,7 @@ use super::trackings::Trackings;
 use crate::{
     error::{Context, Error, Result},
     kernel::{PAGE, proc, sys},
-    memory::{
-        copy::Copier,
-        private::{self, Area},
-        ranges,
-    },
+    memory::{area::Area, copy::Copier, private, ranges},
 };
 use standstill_images::types::Round;
 use std::time::{Duration, Instant};

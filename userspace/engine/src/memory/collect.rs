@@ -1,7 +1,7 @@
 //! The mappings of a frozen process as records.
 
 use super::{
-    private::Area,
+    area::{Area, REGISTERED},
     smaps::{self, Mapped},
 };
 use crate::{
@@ -109,9 +109,6 @@ fn mapped_file(
             .ok_or_else(|| refuse("its name is gone or leads elsewhere: give the file its name back"))
     })
 }
-
-/// Why a mapping is refused that the target tracks itself.
-pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end its use before the dump";
 
 /// Attributes that say that the pages are not ordinary memory.
 fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {

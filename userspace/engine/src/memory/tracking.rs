@@ -8,8 +8,8 @@
 //! such descriptors are not tracked (`dump/rounds.rs`).
 
 use super::{
+    area::{Area, Kind},
     known::Known,
-    private::{Area, Kind},
     ranges,
 };
 use crate::{

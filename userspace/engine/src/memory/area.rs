@@ -1,0 +1,67 @@
+//! Mappings as the search for pages sees them.
+
+use super::smaps::Mapped;
+use crate::kernel::{PAGE, pagemap::Range, proc::MapLine};
+use standstill_images::types::{Backing, Vma};
+
+/// Why a mapping is refused that the target tracks itself.
+pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end its use before the dump";
+
+/// A mapping, as far as its pages are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Area {
+    pub range: Range,
+    pub kind: Kind,
+    /// It has certainly neither pages of its own nor guards.
+    pub untouched: bool,
+    /// Somebody tracks writes to it, as far as that was looked for.
+    pub registered: bool,
+}
+
+/// Kinds of mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Private memory without a file.
+    Anonymous,
+    /// Private memory that the kernel may empty at any time: a dump is such a time.
+    Droppable,
+    /// Private memory over a file.
+    File,
+    /// Shared, or the kernel's.
+    Other,
+}
+
+impl Area {
+    /// Where a scan that does not look at each page pays.
+    pub(super) fn is_bulk(&self) -> bool {
+        self.kind == Kind::Anonymous && self.range.end - self.range.start >= 256 * PAGE
+    }
+
+    pub(super) fn is_private(&self) -> bool {
+        self.kind != Kind::Other
+    }
+
+    /// Of a mapping as it was recorded and as the kernel shows it.
+    pub(super) fn of(vma: &Vma, map: &Mapped) -> Self {
+        let kind = match vma.backing {
+            Backing::Anonymous { .. } if vma.flags.droppable => Kind::Droppable,
+            Backing::Anonymous { .. } => Kind::Anonymous,
+            Backing::PrivateFile { .. } => Kind::File,
+            _ => Kind::Other,
+        };
+        let range = Range { start: vma.start, end: vma.end };
+        Self { range, kind, untouched: map.untouched, registered: map.has(b"uw") }
+    }
+}
+
+impl From<&MapLine> for Area {
+    fn from(line: &MapLine) -> Self {
+        let kernels = ["[vdso]", "[vsyscall]", "[uprobes]", "[vectors]"].contains(&line.name.as_str());
+        let kind = match line.shared || kernels || line.name.starts_with("[vvar") {
+            true => Kind::Other,
+            false if line.ino != 0 => Kind::File,
+            false => Kind::Anonymous,
+        };
+        Self { range: Range { start: line.start, end: line.end }, kind, untouched: false, registered: false }
+    }
+}
