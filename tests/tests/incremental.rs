@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::wait::WaitStatus;
 use standstill_tests::harness::left::{expect_no_process, expect_not_tracked, file_names};
-use standstill_tests::harness::{Outcome, Pidfd, Target, Tool, Turn, proc, standstill, wait_until};
+use standstill_tests::harness::{Outcome, Target, Tool, Turn, proc, standstill, wait_until};
 use standstill_tests::workload::Random;
 
 /// Exit status where the parent image is missing, damaged, or not of this tree.
@@ -386,14 +386,12 @@ fn a_computation_survives_power_cuts() {
         thread::sleep(Duration::from_micros(random.next() % 600_000));
         let other_way = random.once_in(2);
         if other_way {
-            target.kill_tree();
+            target.kill_all();
         }
         run.kill();
         run.wait();
         expect_no_process(&tool);
-        if !other_way {
-            target.kill_tree();
-        }
+        target.kill_tree();
         if result(&target).is_some() {
             break;
         }
@@ -467,11 +465,7 @@ fn end_while(
         if proc::state(run.pid()).is_none_or(|state| state == 'Z') {
             panic!("the command has ended before its target: {}", run.wait());
         }
-        for pid in target.processes() {
-            if let Ok(pidfd) = Pidfd::open(pid) {
-                pidfd.kill();
-            }
-        }
+        target.kill_all();
         let outcome = run.wait();
         target.await_gone();
         check(&tool, &images, outcome);

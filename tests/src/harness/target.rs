@@ -283,9 +283,16 @@ impl Target {
         assert!(gone, "{} is still there: {:?}", self.name, self.seen);
     }
 
-    /// Kills the whole tree the hard way, and waits until it is gone.
+    /// Kills the whole tree the hard way, and waits until it is gone. Commands that end with it are taken for orphans of
+    /// it: use [`Self::kill_all`] while one runs.
     #[track_caller]
     pub fn kill_tree(&mut self) {
+        self.kill_all();
+        self.await_gone();
+    }
+
+    /// Kills the whole tree the hard way.
+    pub fn kill_all(&mut self) {
         // While they run they can make others that nobody would find once their parents are dead.
         let mut stopped = Vec::new();
         loop {
@@ -304,7 +311,6 @@ impl Target {
                 pidfd.kill();
             }
         }
-        self.await_gone();
     }
 
     /// Removes all verdicts: the target is about to be taken back to an earlier moment, from which it counts on.
