@@ -153,11 +153,11 @@ fn lock(store: &Path) -> Result<Flock<File>> {
 /// Removes the oldest checkpoints, and what those left behind that did not become complete.
 fn prune(store: &Path, keep: usize) -> Result<()> {
     let all = list(store)?;
-    let old = &all[..all.len().saturating_sub(keep)];
+    let kept = &all[all.len().saturating_sub(keep)..];
     for entry in fs::read_dir(store).map_err(ImageError::io(store))? {
         let dir = entry.map_err(ImageError::io(store))?.path();
         let Some(number) = dir.file_name().and_then(|n| n.to_str()).and_then(number) else { continue };
-        if all.iter().any(|s| s.number == number) && !old.iter().any(|s| s.number == number) {
+        if kept.iter().any(|s| s.number == number) {
             continue;
         }
         debug!(number, "checkpoint removed");

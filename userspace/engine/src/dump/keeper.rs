@@ -59,8 +59,7 @@ fn socket(root: i32) -> PathBuf {
 impl Keeper {
     /// Prepares to keep what a session knows.
     pub(super) fn new(root: i32, trackings: Trackings, chain: Chain, looked: Option<Duration>) -> Result<Self> {
-        let (pids, processes): (Vec<i32>, Vec<Known>) = trackings.iter().map(|(p, t)| (p, t.known.clone())).unzip();
-        let processes = pids.into_iter().zip(processes).collect();
+        let processes = trackings.iter().map(|(pid, tracking)| (pid, tracking.known.clone())).collect();
         let knowledge = Knowledge { version: env!("CARGO_PKG_VERSION").into(), chain, looked, processes };
         let knowledge = postcard::to_stdvec(&knowledge).map_err(io::Error::other).context(|| "encode".into())?;
         let socket = socket(root);

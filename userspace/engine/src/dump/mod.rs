@@ -257,7 +257,7 @@ impl<'a> Session<'a> {
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, first);
         let precopy = match !self.guest && (rounds > 0 || track || !self.trackings.is_empty()) {
-            true => Some(self.precopy(&mut copier, rounds.max(1))?),
+            true => Some(self.precopy(&mut copier, rounds.max(1), &running)?),
             false => None,
         };
         if afterwards != Afterwards::Kill {
@@ -349,13 +349,12 @@ impl<'a> Session<'a> {
         Ok(Some(dedup))
     }
 
-    /// Copies memory while the tree runs.
-    fn precopy(&mut self, copier: &mut Copier<'_>, max: u32) -> Result<PrecopyStats> {
+    /// Copies memory while the tree runs. `running`: its processes a moment ago.
+    fn precopy(&mut self, copier: &mut Copier<'_>, max: u32, running: &[i32]) -> Result<PrecopyStats> {
         let options = self.options;
         let observer = &mut self.observer;
-        let (_, members) = Family::of(options.pid, observer.iterators());
         if let Some(iterators) = observer.iterators()
-            && let Ok(entries) = iterators.files(&members)
+            && let Ok(entries) = iterators.files(running)
         {
             self.trackings.refuse_direct_io(&entries);
         }

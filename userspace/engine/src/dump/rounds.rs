@@ -104,7 +104,7 @@ impl Rounds<'_, '_> {
         for &pid in pids {
             match self.process(pid) {
                 Ok(copied) => pages += copied,
-                Err(e) if e.is_death() && Some(pid) != root => self.trackings.retain(&without(pids, pid)),
+                Err(e) if e.is_death() && Some(pid) != root => self.trackings.remove(pid),
                 Err(e) if e.is_death() => return Err(Error::Died(pid)),
                 Err(e) => return Err(e),
             }
@@ -126,10 +126,6 @@ impl Rounds<'_, '_> {
         }
         Ok(ranges::size(&found.ranges) / PAGE)
     }
-}
-
-fn without(pids: &[i32], pid: i32) -> Vec<i32> {
-    pids.iter().copied().filter(|p| *p != pid).collect()
 }
 
 /// What comes after a round.

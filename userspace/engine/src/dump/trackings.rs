@@ -80,6 +80,12 @@ impl Trackings {
         Ok(())
     }
 
+    /// Forgets a process.
+    pub(super) fn remove(&mut self, pid: i32) {
+        self.by_pid.remove(&pid);
+        self.unable.retain(|p| *p != pid);
+    }
+
     /// Forgets all processes but these.
     pub(super) fn retain(&mut self, pids: &[i32]) {
         self.by_pid.retain(|pid, _| pids.contains(pid));

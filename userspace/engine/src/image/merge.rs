@@ -68,6 +68,48 @@ struct Move {
     new: PageIndex,
 }
 
+/// Where the pages of stores go when some are kept and what is used of the others goes to a new one behind them.
+pub(crate) struct Moves {
+    all: Vec<Move>,
+    /// Pages of the new store.
+    pub written: u64,
+}
+
+impl Moves {
+    /// Of the stores `kept` all pages count, of the `rest` those that are `used`.
+    pub(crate) fn new(kept: &[&Store], rest: &[&Store], used: &PageSet) -> Self {
+        let mut moves = Self { all: Vec::new(), written: 0 };
+        let mut next = 0;
+        for store in kept {
+            moves.all.push(Move { old: store.range(), new: next });
+            next += store.pages;
+        }
+        for old in rest.iter().flat_map(|store| used.within(store.range())) {
+            let new = next + moves.written;
+            moves.written += old.end - old.start;
+            moves.all.push(Move { old, new });
+        }
+        moves.all.sort_unstable_by_key(|m| m.old.start);
+        moves
+    }
+
+    /// The same runs where their pages have moved to: all of them must be among those that move.
+    pub(crate) fn runs(&self, runs: &[PageRun]) -> Vec<PageRun> {
+        let mut new = Vec::new();
+        for run in runs {
+            let end = run.store + run.pages;
+            let first = self.all.partition_point(|m| m.old.end <= run.store);
+            for m in self.all[first..].iter().take_while(|m| m.old.start < end) {
+                let part = m.old.start.max(run.store)..m.old.end.min(end);
+                let start = run.start + (part.start - run.store) * PAGE as u64;
+                let store = m.new + (part.start - m.old.start);
+                push_run(&mut new, PageRun { start, pages: part.end - part.start, store });
+            }
+        }
+        new
+    }
+}
+
 /// Does what [`compact`] says. `alone`: the image shall have no parent.
 fn rewrite(
     dir: &Path,
@@ -85,34 +127,20 @@ fn rewrite(
     if rest.is_empty() && !(alone && open.parent().is_some()) {
         return Ok(unchanged);
     }
-    let mut moves = Vec::new();
-    let mut next = 0;
-    for store in &kept {
-        moves.push(Move { old: store.range(), new: next });
-        next += store.pages;
-    }
+    let moves = Moves::new(&kept, &rest, image.used());
     let mut indexes: Vec<PageStoreIndex> = kept.iter().map(|store| store.index.clone()).collect();
-    let mut pages_written = 0;
     if let Some(last) = rest.last() {
-        let wanted: Vec<_> = rest.iter().flat_map(|store| image.used().within(store.range())).collect();
-        let total: u64 = wanted.iter().map(|part| part.end - part.start).sum();
-        for old in wanted {
-            let new = next + pages_written;
-            pages_written += old.end - old.start;
-            moves.push(Move { old, new });
-        }
         let mut writer = PageWriter::create(&target.pages_path(), last.index.compression)?;
         let bytes = |pages: u64| pages * PAGE as u64;
         let mut done = 0;
         for store in &rest {
             copy(store, image.used(), &mut writer, |pages| {
                 done += pages;
-                progress(bytes(done), bytes(total));
+                progress(bytes(done), bytes(moves.written));
             })?;
         }
         indexes.push(writer.finish()?);
     }
-    moves.sort_unstable_by_key(|m| m.old.start);
     let manifest = manifest(&image, &indexes, &moves)?;
     if !alone
         && let Some(parent) = open.parent()
@@ -122,11 +150,11 @@ fn rewrite(
     }
     let names: Vec<&str> = indexes.iter().map(|index| &index.file[..]).collect();
     target.commit(&manifest, &names)?;
-    Ok(Compacted { stores: indexes.len(), pages_written, ..unchanged })
+    Ok(Compacted { stores: indexes.len(), pages_written: moves.written, ..unchanged })
 }
 
 /// Appends the pages of a store that are `used`, in their order. `done` is told how many were.
-fn copy(store: &Store, used: &PageSet, writer: &mut PageWriter, mut done: impl FnMut(u64)) -> Result<()> {
+pub(crate) fn copy(store: &Store, used: &PageSet, writer: &mut PageWriter, mut done: impl FnMut(u64)) -> Result<()> {
     let used = store.local(used);
     if used.pages() == 0 {
         return Ok(());
@@ -142,7 +170,7 @@ fn copy(store: &Store, used: &PageSet, writer: &mut PageWriter, mut done: impl F
 }
 
 /// The image's manifest with other stores, to which its pages have moved. What names no pages is copied as it is.
-fn manifest(image: &Image, indexes: &[PageStoreIndex], moves: &[Move]) -> Result<Vec<u8>> {
+fn manifest(image: &Image, indexes: &[PageStoreIndex], moves: &Moves) -> Result<Vec<u8>> {
     let open = ImageDir::open(&image.dir)?;
     let mut writer = RecordWriter::new();
     indexes.iter().try_for_each(|index| writer.push(index))?;
@@ -154,26 +182,45 @@ fn manifest(image: &Image, indexes: &[PageStoreIndex], moves: &[Move]) -> Result
         }
     }
     for space in image.spaces.values() {
-        writer.push(&AddressSpace { pages: moved(&space.pages, moves), ..space.clone() })?;
+        writer.push(&AddressSpace { pages: moves.runs(&space.pages), ..space.clone() })?;
     }
     for object in image.shared.values() {
-        writer.push(&SharedMemory { pages: moved(&object.pages, moves), ..object.clone() })?;
+        writer.push(&SharedMemory { pages: moves.runs(&object.pages), ..object.clone() })?;
     }
     Ok(writer.finish())
 }
 
-/// The same runs where their pages have moved to: `moves`, in the order of the old places, has all of them.
-fn moved(runs: &[PageRun], moves: &[Move]) -> Vec<PageRun> {
-    let mut new = Vec::new();
-    for run in runs {
-        let end = run.store + run.pages;
-        let first = moves.partition_point(|m| m.old.end <= run.store);
-        for m in moves[first..].iter().take_while(|m| m.old.start < end) {
-            let part = m.old.start.max(run.store)..m.old.end.min(end);
-            let start = run.start + (part.start - run.store) * PAGE as u64;
-            let store = m.new + (part.start - m.old.start);
-            push_run(&mut new, PageRun { start, pages: part.end - part.start, store });
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::known;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Pages that moved are found where they went, the others where they were.
+        #[test]
+        fn runs_are_renumbered(
+            start in 0u64..30, pages in 1u64..30, first in 0u64..40, parts in proptest::collection::vec((0u64..2, 1u64..8), 1..12),
+        ) {
+            let bytes = PAGE as u64;
+            let (mut at, mut to, mut moved) = (first, 100, Vec::new());
+            for (gap, length) in parts {
+                moved.push((at + gap..at + gap + length, to));
+                at += gap + length;
+                to += length;
+            }
+            let mut all = vec![Move { old: 0..first, new: 0 }];
+            all.extend(moved.iter().map(|(old, new)| Move { old: old.clone(), new: *new }));
+            // All pages of a run from `first` on are among those that were moved.
+            let end = moved.iter().fold(start.max(first), |end, (from, _)| if from.contains(&end) { from.end } else { end });
+            let pages = pages.min(end - start).max(1);
+            prop_assume!(start < first || end > start);
+            let new = Moves { all, written: 0 }.runs(&[PageRun { start: 0, pages, store: start }]);
+            for page in 0..pages {
+                let old = start + page;
+                let place = moved.iter().find(|(from, _)| from.contains(&old)).map(|(from, to)| to + old - from.start);
+                prop_assert_eq!(known::find(&new, page * bytes), if old < first { Some(old) } else { place });
+            }
         }
     }
-    new
 }

@@ -5,7 +5,7 @@ pub mod merge;
 mod stores;
 
 pub use stores::Store;
-pub(crate) use stores::{pages_of, push_run, split};
+pub(crate) use stores::{locate, pages_of, push_run, split};
 
 use crate::error::{Error, Result};
 use standstill_images::{
@@ -129,7 +129,7 @@ impl Image {
         if stores.is_empty() {
             return Err(content("the page store's index is missing"));
         }
-        let stores = stores::locate(&open, stores)?;
+        let stores = locate(&open, stores)?;
         let mut image = Self {
             dir: dir.into(),
             inventory: inventory.ok_or_else(|| content("the inventory is missing"))?,
@@ -145,7 +145,7 @@ impl Image {
             used: PageSet::default(),
         };
         image.check().map_err(|reason| content(&reason))?;
-        image.used = stores::pages_of(image.runs());
+        image.used = pages_of(image.runs());
         image.check_dropped().map_err(|reason| content(&reason))?;
         Ok(image)
     }
@@ -270,12 +270,8 @@ impl Image {
     /// No page that is used may be gone.
     fn check_dropped(&self) -> Result<(), String> {
         for store in &self.stores {
-            if store
-                .local(&self.used)
-                .ranges()
-                .iter()
-                .any(|r| PageSet::from_pairs(&store.index.dropped).overlaps(r.clone()))
-            {
+            let dropped = PageSet::from_pairs(&store.index.dropped);
+            if store.local(&self.used).ranges().iter().any(|r| dropped.overlaps(r.clone())) {
                 return Err(format!("it needs pages that it gave up in {}", store.index.file));
             }
         }

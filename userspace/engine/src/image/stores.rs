@@ -55,7 +55,7 @@ impl Store {
 }
 
 /// Finds the files of stores and numbers their pages. Each file has the right length.
-pub(super) fn locate(dir: &OpenDir, indexes: Vec<PageStoreIndex>) -> Result<Vec<Store>> {
+pub(crate) fn locate(dir: &OpenDir, indexes: Vec<PageStoreIndex>) -> Result<Vec<Store>> {
     let paths = dir.locate(&indexes)?;
     let mut first = 0;
     let mut stores = Vec::new();

@@ -144,19 +144,7 @@ impl Pagemap {
             // Guards look like swapped pages, but for this.
             let told = PAGE_IS_SWAPPED | guard;
             let wanted = Wanted { inverted: without, all_of: without, any_of, told, ..Default::default() };
-            let mut all = Vec::new();
-            self.scan(range, wanted, |r| all.push(*r))?;
-            all.iter().try_for_each(|r| match r.categories & told == PAGE_IS_SWAPPED {
-                true => self.swapped(r, |range, marker| {
-                    if !marker {
-                        found.push(Region { range, guard: false });
-                    }
-                }),
-                false => {
-                    found.push(Region::new(r));
-                    Ok(())
-                }
-            })
+            self.scan_marks_apart(range, wanted, false, found)
         })
     }
 
@@ -171,19 +159,7 @@ impl Pagemap {
             let any_of = PAGE_IS_PRESENT | PAGE_IS_PFNZERO;
             let told = PAGE_IS_SWAPPED | guard;
             let wanted = Wanted { inverted: PAGE_IS_PRESENT, any_of, told, ..Default::default() };
-            let mut all = Vec::new();
-            self.scan(range, wanted, |r| all.push(*r))?;
-            all.iter().try_for_each(|r| match r.categories & told == PAGE_IS_SWAPPED {
-                true => self.swapped(r, |range, marker| {
-                    if marker {
-                        found.push(Region { range, guard: false });
-                    }
-                }),
-                false => {
-                    found.push(Region::new(r));
-                    Ok(())
-                }
-            })
+            self.scan_marks_apart(range, wanted, true, found)
         })
     }
 
@@ -209,6 +185,24 @@ impl Pagemap {
             ..Default::default()
         };
         self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+    }
+
+    /// Scans for regions that tell swapped pages and guards; of the swapped ones it gives those that are marks only, or those
+    /// that are not.
+    fn scan_marks_apart(&self, range: Range, wanted: Wanted, marks: bool, found: &mut Vec<Region>) -> io::Result<()> {
+        let mut all = Vec::new();
+        self.scan(range, wanted, |r| all.push(*r))?;
+        all.iter().try_for_each(|r| match r.categories & wanted.told == PAGE_IS_SWAPPED {
+            true => self.swapped(r, |range, mark| {
+                if mark == marks {
+                    found.push(Region { range, guard: false });
+                }
+            }),
+            false => {
+                found.push(Region::new(r));
+                Ok(())
+            }
+        })
     }
 
     /// Tells swapped pages from the marks that say of absent pages that they are protected against writing, which scans

@@ -3,6 +3,7 @@
 use super::{known, private::PrivatePages, ranges};
 use crate::{
     error::{Context, Error, Result},
+    image::push_run,
     kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},
     objects::shared_memory,
 };
@@ -154,7 +155,7 @@ impl<'a> Copier<'a> {
             let start = range.start + n as u64 * PAGE;
             if same[0].is_some() {
                 for (i, &store) in same.iter().flatten().enumerate() {
-                    known::push(&mut copied.runs, PageRun { start: start + i as u64 * PAGE, pages: 1, store });
+                    push_run(&mut copied.runs, PageRun { start: start + i as u64 * PAGE, pages: 1, store });
                 }
                 self.counts.shared += same.len() as u64;
             } else {
@@ -237,7 +238,7 @@ impl<'a> Copier<'a> {
                     pages.copy_within(from..to, kept);
                 }
                 let store = first + (kept / page) as u64;
-                known::push(runs, PageRun { start: start + from as u64, pages: count, store });
+                push_run(runs, PageRun { start: start + from as u64, pages: count, store });
                 self.counts.stored += count;
                 kept += to - from;
             }

@@ -1,7 +1,10 @@
 //! What of an address space is in the store already, and true as long as nobody writes to it.
 
 use super::ranges;
-use crate::kernel::{PAGE, pagemap::Range};
+use crate::{
+    image::push_run,
+    kernel::{PAGE, pagemap::Range},
+};
 use serde::{Deserialize, Serialize};
 use standstill_images::types::PageRun;
 
@@ -46,23 +49,13 @@ impl Known {
                 _ => old.next(),
             };
             let Some(run) = next else { return };
-            push(&mut self.runs, run);
+            push_run(&mut self.runs, run);
         }
     }
 
-    /// Changes the numbers of pages in the store.
-    pub(crate) fn renumber(&mut self, new: impl Fn(PageRun) -> Vec<PageRun>) {
-        self.runs = self.runs.drain(..).flat_map(new).collect();
-    }
-}
-
-/// Adds pages to a list of runs.
-pub(crate) fn push(runs: &mut Vec<PageRun>, run: PageRun) {
-    match runs.last_mut() {
-        Some(last) if last.start + last.pages * PAGE == run.start && last.store + last.pages == run.store => {
-            last.pages += run.pages;
-        }
-        _ => runs.push(run),
+    /// The same pages at other places of the store, as `moved` says.
+    pub(crate) fn renumber(&mut self, moved: impl Fn(&[PageRun]) -> Vec<PageRun>) {
+        self.runs = moved(&self.runs);
     }
 }
 
@@ -83,7 +76,7 @@ fn cut(runs: &[PageRun], set: &[Range]) -> Vec<PageRun> {
         }
         for range in set[next..].iter().take_while(|r| r.start < end) {
             let (start, end) = (range.start.max(run.start), range.end.min(end));
-            push(
+            push_run(
                 &mut all,
                 PageRun { start, pages: (end - start) / PAGE, store: run.store + (start - run.start) / PAGE },
             );
@@ -121,7 +114,7 @@ mod tests {
                         model.insert(page, None);
                         continue;
                     }
-                    push(&mut runs, PageRun { start: page * PAGE, pages: 1, store });
+                    push_run(&mut runs, PageRun { start: page * PAGE, pages: 1, store });
                     model.insert(page, Some(store));
                     store += 1;
                 }

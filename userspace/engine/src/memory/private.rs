@@ -53,8 +53,7 @@ pub(crate) fn look(
     };
     let (present, guards) = present(&pagemap, areas).context(failed)?;
     let unchanged = ranges::intersect(&unwritten, &present);
-    let mut over_files = Vec::new();
-    areas.iter().filter(|a| a.kind == Kind::File).for_each(|a| ranges::push(&mut over_files, a.range));
+    let over_files = area_set(areas, |a| a.kind == Kind::File);
     Ok((PrivatePages { pid, ranges: ranges::subtract(&present, &unchanged), over_files, unchanged }, guards))
 }
 
@@ -65,29 +64,26 @@ fn present(pagemap: &Pagemap, areas: &[Area]) -> io::Result<(Vec<Range>, Vec<Ran
         if bulk { pagemap.empty(span, &mut empty)? } else { pagemap.private(span, &mut full)? }
     }
     let set = |regions: &[Region], guard: Option<bool>| {
-        let mut set = Vec::new();
-        let wanted = regions.iter().filter(|r| guard.is_none_or(|guard| guard == r.guard));
-        wanted.for_each(|r| ranges::push(&mut set, r.range));
-        set
-    };
-    let area_set = |wanted: &dyn Fn(&Area) -> bool| {
-        let mut set = Vec::new();
-        areas.iter().filter(|a| wanted(a)).for_each(|a| ranges::push(&mut set, a.range));
-        set
+        ranges::joined(regions.iter().filter(|r| guard.is_none_or(|guard| guard == r.guard)).map(|r| r.range))
     };
     let touched = |a: &Area| a.is_private() && !a.untouched;
-    let bulk = area_set(&|a| touched(a) && a.is_bulk());
-    let others = area_set(&|a| touched(a) && !a.is_bulk());
+    let bulk = area_set(areas, |a| touched(a) && a.is_bulk());
+    let others = area_set(areas, |a| touched(a) && !a.is_bulk());
     let guards = ranges::union(
         &ranges::intersect(&set(&full, Some(true)), &others),
         &ranges::intersect(&set(&empty, Some(true)), &bulk),
     );
-    let others = area_set(&|a| touched(a) && !a.is_bulk() && a.kind != Kind::Droppable);
+    let others = area_set(areas, |a| touched(a) && !a.is_bulk() && a.kind != Kind::Droppable);
     let present = ranges::union(
         &ranges::subtract(&bulk, &set(&empty, None)),
         &ranges::intersect(&set(&full, Some(false)), &others),
     );
     Ok((present, guards))
+}
+
+/// The addresses of some mappings.
+fn area_set(areas: &[Area], wanted: impl Fn(&Area) -> bool) -> Vec<Range> {
+    ranges::joined(areas.iter().filter(|a| wanted(a)).map(|a| a.range))
 }
 
 /// Parts of the address space that hold all private mappings but the untouched ones, and of the others only small ones;

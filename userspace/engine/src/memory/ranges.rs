@@ -48,10 +48,19 @@ pub(crate) fn intersect(a: &[Range], b: &[Range]) -> Vec<Range> {
 
 /// What is in one of them.
 pub(crate) fn union(a: &[Range], b: &[Range]) -> Vec<Range> {
-    let mut all: Vec<Range> = a.iter().chain(b).copied().collect();
-    all.sort_unstable_by_key(|r| r.start);
-    let mut joined = Vec::with_capacity(all.len());
-    all.into_iter().for_each(|range| push(&mut joined, range));
+    set(a.iter().chain(b).copied().collect())
+}
+
+/// Ranges in any order, which may overlap.
+pub(crate) fn set(mut ranges: Vec<Range>) -> Vec<Range> {
+    ranges.sort_unstable_by_key(|r| r.start);
+    joined(ranges)
+}
+
+/// Ranges in the order of where they begin.
+pub(crate) fn joined(ranges: impl IntoIterator<Item = Range>) -> Vec<Range> {
+    let mut joined = Vec::new();
+    ranges.into_iter().for_each(|range| push(&mut joined, range));
     joined
 }
 

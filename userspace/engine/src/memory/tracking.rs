@@ -83,7 +83,7 @@ impl Tracking {
         }
         let known = ranges::intersect(self.known.covered(), &tracked);
         // Parts of a span in which a scan failed came twice.
-        Ok(ranges::subtract(&known, &ranges::union(&written, &[])))
+        Ok(ranges::subtract(&known, &ranges::set(written)))
     }
 
     /// Lets the pages of mappings that follow each other be protected. Gives them back, without those that cannot be.

@@ -1,7 +1,10 @@
 //! The tracker's programs and maps in the kernel.
 
 use super::{super::btf::Btf as Types, syscalls};
-use crate::observe::{ObserveError, Result, Scope, loader};
+use crate::{
+    kernel::sys,
+    observe::{ObserveError, Result, Scope, loader},
+};
 use aya::{
     Btf, Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, RingBuf},
@@ -9,7 +12,6 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use nix::time::{ClockId, clock_gettime};
 use standstill_ebpf_abi::{
     ABSENT, Plain,
     track::{TrackLayout, count, part},
@@ -175,10 +177,9 @@ fn failed(error: MapError) -> ObserveError {
     ObserveError::io("use a map of the tracker")(std::io::Error::other(error))
 }
 
-/// CLOCK_MONOTONIC.
+/// CLOCK_MONOTONIC, as the programs have it.
 fn now() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(std::time::Duration::ZERO, Into::into);
-    now.as_nanos() as u64
+    sys::monotonic().as_nanos() as u64
 }
 
 /// Offsets in this kernel, and what its system calls do.
