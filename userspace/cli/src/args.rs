@@ -75,6 +75,26 @@ pub(crate) struct DumpArgs {
     /// Leave the tree stopped after the dump (SIGCONT lets it go on)
     #[arg(short = 's', long, conflicts_with = "leave_running")]
     pub leave_stopped: bool,
+    #[command(flatten)]
+    pub how: HowArgs,
+    /// Compare what the tree's tracker knows with the truth while the tree is frozen
+    #[arg(long)]
+    pub paranoid: bool,
+    #[command(flatten)]
+    pub chain: ChainArgs,
+    /// Print what the dump cost, phase by phase
+    #[arg(long)]
+    pub display_stats: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// How a tree is checkpointed
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct HowArgs {
     /// The tree is a job of a shell outside of it
     #[arg(short = 'j', long)]
     pub shell_job: bool,
@@ -87,21 +107,8 @@ pub(crate) struct DumpArgs {
     /// Who lists the descriptors
     #[arg(long, value_enum, default_value_t)]
     pub reader: ReaderArg,
-    /// Compare what the tree's tracker knows with the truth while the tree is frozen
-    #[arg(long)]
-    pub paranoid: bool,
     #[command(flatten)]
     pub precopy: PrecopyArgs,
-    #[command(flatten)]
-    pub chain: ChainArgs,
-    /// Print what the dump cost, phase by phase
-    #[arg(long)]
-    pub display_stats: bool,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
-    #[command(flatten)]
-    pub log: LogArgs,
 }
 
 /// Going on from an earlier image
@@ -135,20 +142,8 @@ pub(crate) struct SnapshotArgs {
     /// How many checkpoints to make; without it, until the tree ends
     #[arg(long, value_name = "N")]
     pub count: Option<u64>,
-    /// The tree is a job of a shell outside of it
-    #[arg(short = 'j', long)]
-    pub shell_job: bool,
-    /// Seconds within which the tree must be frozen
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    pub timeout: u64,
-    /// Compression of the pages
-    #[arg(long, value_enum, default_value_t)]
-    pub compress: Compress,
-    /// Who lists the descriptors
-    #[arg(long, value_enum, default_value_t)]
-    pub reader: ReaderArg,
     #[command(flatten)]
-    pub precopy: PrecopyArgs,
+    pub how: HowArgs,
     /// Print a JSON object for each checkpoint
     #[arg(long)]
     pub json: bool,

@@ -2,7 +2,7 @@
 
 use crate::{
     Failure,
-    args::{Compress, DumpArgs},
+    args::{Compress, DumpArgs, HowArgs},
     logging,
     terminal::leave_terminal,
 };
@@ -12,7 +12,7 @@ use standstill_images::{
     store::Compression,
     types::{DumpStats, PrecopyStats},
 };
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 impl From<Compress> for Compression {
     fn from(compress: Compress) -> Self {
@@ -24,25 +24,39 @@ impl From<Compress> for Compression {
     }
 }
 
+impl HowArgs {
+    /// A dump of a tree that is killed afterwards, with nothing before or after it.
+    pub(crate) fn options(self, pid: i32, dir: &Path) -> DumpOptions {
+        DumpOptions {
+            pid,
+            dir: dir.into(),
+            afterwards: Afterwards::Kill,
+            shell_job: self.shell_job,
+            timeout: Duration::from_secs(self.timeout),
+            compression: self.compress.into(),
+            reader: self.reader.into(),
+            paranoid: false,
+            precopy: self.precopy.into(),
+            prev_images: None,
+            auto_dedup: false,
+            track: false,
+        }
+    }
+}
+
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
     let options = DumpOptions {
-        pid: args.tree,
-        dir: args.images_dir.clone(),
         afterwards: match (args.leave_running, args.leave_stopped) {
             (true, _) => Afterwards::Run,
             (_, true) => Afterwards::Stop,
             _ => Afterwards::Kill,
         },
-        shell_job: args.shell_job,
-        timeout: Duration::from_secs(args.timeout),
-        compression: args.compress.into(),
-        reader: args.reader.into(),
         paranoid: args.paranoid,
-        precopy: args.precopy.into(),
         prev_images: args.chain.prev_images_dir.clone(),
         auto_dedup: args.chain.auto_dedup,
         track: args.chain.track_mem,
+        ..args.how.options(args.tree, &args.images_dir)
     };
     let dumped = dump(&options)?;
     if args.json {

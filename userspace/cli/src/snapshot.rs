@@ -3,7 +3,6 @@
 use crate::{Failure, args::SnapshotArgs, inspect::output, logging};
 use serde::Serialize;
 use standstill_engine::{Afterwards, DumpOptions, Dumped, Snapshot, SnapshotOptions, snapshot};
-use std::time::Duration;
 
 /// A checkpoint as a JSON line.
 #[derive(Serialize)]
@@ -16,20 +15,7 @@ struct Line<'a> {
 pub(crate) fn run(args: &SnapshotArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.store)?;
     let options = SnapshotOptions {
-        dump: DumpOptions {
-            pid: args.tree,
-            dir: args.store.clone(),
-            afterwards: Afterwards::Run,
-            shell_job: args.shell_job,
-            timeout: Duration::from_secs(args.timeout),
-            compression: args.compress.into(),
-            reader: args.reader.into(),
-            paranoid: false,
-            precopy: args.precopy.into(),
-            prev_images: None,
-            auto_dedup: false,
-            track: true,
-        },
+        dump: DumpOptions { afterwards: Afterwards::Run, track: true, ..args.how.options(args.tree, &args.store) },
         every: args.every,
         keep: args.keep as usize,
         count: args.count,
