@@ -141,7 +141,10 @@ fn expect_unsupported(kind: &str) {
     expect_refused(&tool, &mut target, &[], 4, &[kind, &pid]);
     // What cannot be dumped cannot be dumped with the target left running either.
     expect_refused(&tool, &mut target, &["--leave-running"], 4, &[kind]);
-    target.finish(0);
+    expect_refused(&tool, &mut target, &["--reader", "procfs"], 4, &[kind]);
+    if kind != "CLONE_VM" {
+        target.finish(0); // the child that shares its memory ends with the target's directory
+    }
 }
 
 fn target_pid(target: &Target) -> String {
@@ -151,6 +154,21 @@ fn target_pid(target: &Target) -> String {
 #[test]
 fn an_io_uring() {
     expect_unsupported("io_uring");
+}
+
+#[test]
+fn a_child_that_shares_memory() {
+    expect_unsupported("CLONE_VM");
+}
+
+#[test]
+fn a_thread_with_descriptors_of_its_own() {
+    expect_unsupported("CLONE_FILES");
+}
+
+#[test]
+fn a_thread_with_a_directory_of_its_own() {
+    expect_unsupported("CLONE_FS");
 }
 
 #[test]

@@ -230,7 +230,8 @@ fn zero_pages_are_not_stored() {
 fn both_readers_give_the_same_image() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };
-    for (workload, args) in [("fds", &["--sockets", "--chroot"][..]), ("tree", &["--depth", "6"]), ("shared_mem", &[])]
+    for (workload, args) in
+        [("fds", &["--sockets", "--chroot"][..]), ("tree", &["--depth", "6"]), ("shared_mem", &[]), ("sharing", &[])]
     {
         let mut target = Target::workload(workload, args);
         // Stopped, so that both see the same; what two dumps with the same reader do not agree on is the time passing.

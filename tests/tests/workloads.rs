@@ -89,6 +89,11 @@ fn tree_with_sessions_groups_and_zombies() {
 }
 
 #[test]
+fn processes_share_descriptors_and_directories() {
+    thoroughly("sharing", &[]);
+}
+
+#[test]
 fn a_session_without_its_leader_is_refused() {
     let _turn = Turn::take();
     let tool = Tool::get();

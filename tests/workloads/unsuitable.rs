@@ -1,7 +1,8 @@
 //! Processes that cannot be checkpointed, and must be none the worse for an attempt.
 //!
 //! Options: `--kind io_uring`, `--kind userfaultfd` (hold such a descriptor), `--kind vfork` (a thread waits for a child
-//! that shares its memory, and cannot be stopped meanwhile).
+//! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a child that shares memory), `--kind
+//! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share).
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -19,10 +20,16 @@ fn main() {
         "io_uring" => Some(io_uring()),
         "userfaultfd" => Some(userfaultfd()),
         "vfork" => {
-            std::thread::spawn(wait_for_vfork);
+            std::thread::spawn(|| clone_with_memory(libc::CLONE_VFORK));
             std::thread::sleep(Duration::from_millis(200));
             None
         }
+        "CLONE_VM" => {
+            clone_with_memory(0);
+            None
+        }
+        "CLONE_FILES" => go_apart(libc::CLONE_FILES),
+        "CLONE_FS" => go_apart(libc::CLONE_FS),
         other => panic!("--kind {other:?} is unknown"),
     };
     let link = |fd: &OwnedFd| fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok();
@@ -67,12 +74,27 @@ extern "C" fn wait_for_ever(_: *mut libc::c_void) -> i32 {
     }
 }
 
-/// Makes a child as vfork(2) does, with a stack of its own; the kernel keeps this thread waiting until the child ends.
-fn wait_for_vfork() {
+/// Makes a child that shares the memory, with a stack of its own. With CLONE_VFORK, as vfork(2) does, the kernel keeps
+/// this thread waiting until the child ends.
+fn clone_with_memory(flags: i32) {
     let stack = Mapping::private(64 << 10).expect("map a stack");
     let top = (stack.start() + stack.length()) as *mut libc::c_void;
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let flags = flags | libc::CLONE_VM | libc::SIGCHLD;
     // SAFETY: the child runs on its own stack and only calls pause; it is killed by the test.
     let child = unsafe { libc::clone(wait_for_ever, top, flags, std::ptr::null_mut()) };
     assert!(child > 0, "clone");
+}
+
+/// Starts a thread that has something of its own.
+fn go_apart(flags: i32) -> Option<OwnedFd> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // SAFETY: the call takes flags only.
+        sender.send(unsafe { libc::unshare(flags) }).expect("the main thread waits");
+        loop {
+            std::thread::park();
+        }
+    });
+    assert_eq!(receiver.recv(), Ok(0), "unshare");
+    None
 }

@@ -191,6 +191,7 @@ records! {
     DumpStats = 8 v 2;
     Pipe = 9 v 1;
     PrecopyStats = 10 v 1;
+    SharedFs = 12 v 1;
 }
 
 #[cfg(test)]

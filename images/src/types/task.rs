@@ -36,7 +36,7 @@ pub enum TaskState {
 }
 
 /// The state of a living process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LiveTask {
     /// Threads, the leader first.
     pub threads: Vec<Thread>,
@@ -72,6 +72,13 @@ pub struct LiveTask {
     pub oom_score_adj: i32,
     /// `/proc/pid/loginuid` (4294967295: unset).
     pub loginuid: u32,
+}
+
+/// Processes that share working directory, root directory and umask (CLONE_FS).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedFs {
+    /// The processes.
+    pub pids: Vec<i32>,
 }
 
 /// A thread.

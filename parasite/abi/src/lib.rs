@@ -21,6 +21,10 @@ pub enum Kind {
     Exit = 4,
     /// write(2) until all bytes are gone: fd, address, length.
     WriteFull = 5,
+    /// Adds one to the 32-bit word at `args[0]`, which tasks share, and wakes those that wait for it.
+    Post = 6,
+    /// Waits until the word at `args[0]` is at least `args[1]`.
+    Await = 7,
 }
 
 /// Flag of an [`Op`]: a failing system call is not an error.

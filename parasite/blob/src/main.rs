@@ -10,12 +10,15 @@
 mod arch;
 
 use arch::{clone, syscall, trap};
+use core::sync::atomic::{AtomicU32, Ordering};
 use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task, stage};
 
 const EBADFD: u64 = 77;
 const ENODATA: u64 = 61;
 const EINVAL: u64 = 22;
 const EINTR: i64 = -4;
+const FUTEX_WAIT: u64 = 0;
+const FUTEX_WAKE: u64 = 1;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
@@ -61,6 +64,8 @@ fn run(op: &Op) -> Result<(), u64> {
         k if k == Kind::Clone as u32 => clone(args[0], args[1], args[2]),
         k if k == Kind::ReadFull as u32 => return transfer_full(arch::NR_PREAD64, args),
         k if k == Kind::WriteFull as u32 => return transfer_full(arch::NR_WRITE, args),
+        k if k == Kind::Post as u32 => post(args[0]),
+        k if k == Kind::Await as u32 => wait_until(args[0], args[1]),
         k if k == Kind::Exit as u32 => syscall(arch::NR_EXIT, args),
         _ => return Err(EINVAL),
     };
@@ -68,6 +73,29 @@ fn run(op: &Op) -> Result<(), u64> {
         return Err(-result as u64);
     }
     if op.flags & EXPECT != 0 && result as u64 != op.expected { Err(EBADFD) } else { Ok(()) }
+}
+
+/// A word that tasks wait for.
+fn word(address: u64) -> &'static AtomicU32 {
+    // SAFETY: the engine placed the word, aligned, in the memory of the restorer, which outlives every program; all
+    // accesses to it are atomic.
+    unsafe { AtomicU32::from_ptr(address as *mut u32) }
+}
+
+fn post(address: u64) -> i64 {
+    word(address).fetch_add(1, Ordering::Release);
+    syscall(arch::NR_FUTEX, [address, FUTEX_WAKE, i32::MAX as u64, 0, 0, 0])
+}
+
+fn wait_until(address: u64, least: u64) -> i64 {
+    loop {
+        let now = u64::from(word(address).load(Ordering::Acquire));
+        if now >= least {
+            return 0;
+        }
+        // Whatever ends the wait, the word is looked at again.
+        syscall(arch::NR_FUTEX, [address, FUTEX_WAIT, now, 0, 0, 0]);
+    }
 }
 
 /// One long read or write: the kernel moves at most 2 GiB per call, and signals cut transfers short.

@@ -6,6 +6,7 @@ use standstill_parasite_abi::Task;
 pub(crate) const NR_WRITE: u64 = 1;
 pub(crate) const NR_PREAD64: u64 = 17;
 pub(crate) const NR_EXIT: u64 = 60;
+pub(crate) const NR_FUTEX: u64 = 202;
 const NR_CLONE3: u64 = 435;
 
 // The first bytes of the blob. rdi: the Task; its stack top is at offset 32.

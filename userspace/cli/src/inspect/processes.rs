@@ -43,6 +43,8 @@ pub(crate) struct Live<'a> {
     pub cwd: String,
     pub root: String,
     pub umask: u32,
+    /// Other processes that have the same working directory, root and umask (CLONE_FS).
+    pub shares_directories_with: Vec<i32>,
     pub descriptor_table: u32,
     pub descriptors: &'a [Descriptor],
     /// Of all signals whose action is not the default.
@@ -108,18 +110,20 @@ impl<'a> Process<'a> {
                 TaskState::Zombie(status) => State::Dead { status },
             },
             exit_signal: task.exit_signal,
-            live: task.live.as_ref().map(|live| Live::new(live, image)),
+            live: task.live.as_ref().map(|live| Live::new(task.pid, live, image)),
         }
     }
 }
 
 impl<'a> Live<'a> {
-    fn new(live: &'a LiveTask, image: &'a Image) -> Self {
+    fn new(pid: i32, live: &'a LiveTask, image: &'a Image) -> Self {
+        let sharers = image.shared_fs.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
         Self {
             threads: live.threads.iter().map(ThreadView::new).collect(),
             cwd: text(&live.cwd.0),
             root: text(&live.root.0),
             umask: live.umask,
+            shares_directories_with: sharers.into_iter().flatten().copied().filter(|&other| other != pid).collect(),
             descriptor_table: live.fd_table,
             descriptors: image.tables.get(&live.fd_table).map_or(&[], |t| &t.fds),
             signal_actions: &live.sigactions,

@@ -11,12 +11,12 @@ use crate::{
     },
     objects::{self, Collected},
     observe::FdEntry,
-    restore::{environment, sessions},
+    restore::{births, environment},
     task::FrozenTree,
-    tree::process,
+    tree::{process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Task, Vma,
+    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -35,6 +35,7 @@ pub(super) struct State {
     pub spaces: Vec<AddressSpace>,
     pub private: Vec<PrivatePages>,
     tables: Vec<FdTable>,
+    shared_fs: Vec<SharedFs>,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -51,7 +52,7 @@ pub(super) fn collect(
 ) -> Result<State> {
     let pids = tree.pids();
     let seen = observer.read(&pids, options.paranoid)?;
-    process::refuse_sharing(tree.processes(), &seen.processes)?;
+    let sharing = Sharing::of(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
     let entries = &seen.files;
     trackings.refuse_direct_io(entries);
@@ -61,7 +62,8 @@ pub(super) fn collect(
         tasks: Vec::new(),
         spaces: Vec::new(),
         private: Vec::new(),
-        tables: tables(&pids, entries),
+        tables: tables(&pids, &sharing, entries),
+        shared_fs: sharing.shared_fs(tree.processes()),
         objects: Collected::new(next),
         vdso: Vec::new(),
     };
@@ -75,7 +77,7 @@ pub(super) fn collect(
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
-        let (task, brk) = process::collect(process, observed, &mut known, id, id)?;
+        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32)?;
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
         let tracked = trackings.of(process.pid).is_some();
         let (space, areas) =
@@ -133,7 +135,7 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
             ));
         }
     }
-    sessions::order(&by_pid, options.pid).map(drop)
+    births::order(&by_pid, &state.shared_fs, options.pid).map(drop)
 }
 
 impl State {
@@ -181,6 +183,7 @@ impl State {
             tasks: self.tasks,
             spaces: self.spaces,
             tables: self.tables,
+            shared_fs: self.shared_fs,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,
@@ -188,13 +191,15 @@ impl State {
     }
 }
 
-fn tables(pids: &[i32], entries: &[FdEntry]) -> Vec<FdTable> {
+/// The tables, each once.
+fn tables(pids: &[i32], sharing: &Sharing, entries: &[FdEntry]) -> Vec<FdTable> {
     let mut by_pid: HashMap<i32, Vec<Descriptor>> = HashMap::new();
     for e in entries {
         by_pid.entry(e.tgid).or_default().push(Descriptor { fd: e.fd, cloexec: e.cloexec, file: e.file.0 });
     }
     pids.iter()
         .enumerate()
+        .filter(|(n, _)| sharing.files[*n] == *n)
         .map(|(n, pid)| FdTable { id: n as u32, fds: by_pid.remove(pid).unwrap_or_default() })
         .collect()
 }

@@ -14,7 +14,7 @@ use standstill_images::{
     store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
-        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, SharedMemory, SharedMemoryId, Task,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, SharedFs, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
@@ -28,6 +28,7 @@ pub(crate) struct Records {
     pub tasks: Vec<Task>,
     pub spaces: Vec<AddressSpace>,
     pub tables: Vec<FdTable>,
+    pub shared_fs: Vec<SharedFs>,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
     pub shared: Vec<SharedMemory>,
@@ -56,6 +57,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.tasks)?;
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
+    all(&mut writer, &records.shared_fs)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
@@ -80,6 +82,8 @@ pub struct Image {
     pub spaces: BTreeMap<AddressSpaceId, AddressSpace>,
     /// Descriptor tables.
     pub tables: BTreeMap<FdTableId, FdTable>,
+    /// Processes that share their working directory.
+    pub shared_fs: Vec<SharedFs>,
     /// Open file descriptions, and files that are mapped or executed.
     pub files: BTreeMap<OpenFileId, OpenFile>,
     /// Pipes.
@@ -103,6 +107,7 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut shared_fs = Vec::new();
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -117,6 +122,7 @@ impl Image {
                 Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
+                SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
                 SharedMemory::KIND => twice |= insert(&mut shared, record.decode::<SharedMemory>()?, |s| s.id),
@@ -138,6 +144,7 @@ impl Image {
             tasks,
             spaces,
             tables,
+            shared_fs,
             files,
             pipes,
             shared,
@@ -190,6 +197,14 @@ impl Image {
             }
             self.spaces.get(&live.address_space).ok_or(format!("the memory of process {pid} is missing"))?;
             self.tables.get(&live.fd_table).ok_or(format!("the descriptors of process {pid} are missing"))?;
+        }
+        let mut sharers = HashSet::new();
+        for &pid in self.shared_fs.iter().flat_map(|s| &s.pids) {
+            if self.tasks.get(&pid).is_none_or(|t| t.live.is_none()) || !sharers.insert(pid) {
+                return Err(format!(
+                    "process {pid}, which shares its working directory, is dead, missing or there twice"
+                ));
+            }
         }
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {

@@ -3,6 +3,7 @@
 use super::PAGE;
 use nix::time::{ClockId, clock_gettime};
 use std::{
+    cmp::Ordering,
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     time::Duration,
@@ -47,10 +48,26 @@ pub(crate) enum Kcmp {
     Sighand = 4,
 }
 
-/// kcmp(2): whether two tasks share the same object.
-pub(crate) fn kcmp(a: i32, b: i32, what: Kcmp) -> io::Result<bool> {
+/// kcmp(2): compares what two tasks have, in an order that the kernel chose at boot.
+pub(crate) fn kcmp(a: i32, b: i32, what: Kcmp) -> io::Result<Ordering> {
     // SAFETY: no memory is passed.
-    unsafe { check(libc::syscall(libc::SYS_kcmp, a, b, what as i32, 0, 0)).map(|order| order == 0) }
+    kcmp_order(unsafe { libc::syscall(libc::SYS_kcmp, a, b, what as i32, 0, 0) })
+}
+
+/// The same of the open file descriptions of two descriptors, each given as (process, descriptor).
+pub(crate) fn kcmp_file(a: (i32, i32), b: (i32, i32)) -> io::Result<Ordering> {
+    const KCMP_FILE: i32 = 0;
+    // SAFETY: no memory is passed.
+    kcmp_order(unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_FILE, a.1, b.1) })
+}
+
+fn kcmp_order(result: libc::c_long) -> io::Result<Ordering> {
+    match check(result)? {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
 }
 
 /// clone3(2), Linux 5.5: all signal actions of the child are the default ones.

@@ -4,7 +4,7 @@ use super::{
     FdEntry, FileId, ObserveError, Result, VmaEntry,
     sys::{self, Stat},
 };
-use crate::memory::smaps;
+use crate::{kernel::sys::kcmp_file, memory::smaps};
 use nix::fcntl::{OFlag, open, openat, readlinkat};
 use nix::sys::stat::Mode;
 use std::{
@@ -168,7 +168,7 @@ impl Identities {
         let likes = self.likes.entry((stat.dev, stat.ino, access)).or_default();
         let mut failed = None;
         let found = likes.binary_search_by(|known| {
-            sys::kcmp_file((known.tgid, known.fd), (tgid, fd)).unwrap_or_else(|e| {
+            kcmp_file((known.tgid, known.fd), (tgid, fd)).unwrap_or_else(|e| {
                 failed.get_or_insert(e);
                 std::cmp::Ordering::Equal
             })

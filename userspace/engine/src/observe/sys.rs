@@ -1,7 +1,6 @@
 //! System calls that observing needs.
 
 use std::{
-    cmp::Ordering,
     ffi::CString,
     io,
     os::fd::{AsRawFd, BorrowedFd},
@@ -42,20 +41,6 @@ pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &str) -> io::Result<Stat> {
         size: out.stx_size,
         mtime: (out.stx_mtime.tv_sec, out.stx_mtime.tv_nsec),
     })
-}
-
-/// kcmp(2) KCMP_FILE: compares the open file descriptions of two descriptors, each given as (process, descriptor), in
-/// an order that the kernel chose at boot.
-pub(super) fn kcmp_file(a: (i32, i32), b: (i32, i32)) -> io::Result<Ordering> {
-    const KCMP_FILE: i32 = 0;
-    // SAFETY: no memory is passed.
-    match unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_FILE, a.1, b.1) } {
-        0 => Ok(Ordering::Equal),
-        1 => Ok(Ordering::Less),
-        2 => Ok(Ordering::Greater),
-        n if n < 0 => Err(io::Error::last_os_error()),
-        _ => Err(io::ErrorKind::Unsupported.into()),
-    }
 }
 
 #[cfg(feature = "ebpf")]

@@ -1,5 +1,6 @@
 //! Restore: image → [`plan`] (a value) → [`execute`].
 
+pub(crate) mod births;
 pub(crate) mod descriptors;
 pub(crate) mod environment;
 pub(crate) mod execute;
@@ -7,7 +8,7 @@ pub(crate) mod files;
 pub(crate) mod handover;
 pub(crate) mod plan;
 pub(crate) mod program;
-pub(crate) mod sessions;
+pub(crate) mod shares;
 pub(crate) mod vdso;
 
 use crate::{error::Result, image::Image, objects::regular};

@@ -2,11 +2,12 @@
 //! [`Environment`]; what cannot be ordered is rejected here, before any process exists.
 
 use super::{
+    births::{self, Step},
     descriptors::{Distribution, HighNumbers},
     environment::Environment,
     files::Numbers,
     program::{Layout, Program},
-    sessions::{self, Births},
+    shares::{self, Share},
     vdso::Vdso,
 };
 use crate::{
@@ -76,7 +77,12 @@ pub(crate) struct Plan {
 struct Planner<'a> {
     image: &'a Image,
     env: &'a Environment,
-    births: HashMap<i32, Births>,
+    births: HashMap<i32, Vec<Step>>,
+    /// Who shares a descriptor table, and who a working directory.
+    tables: HashMap<i32, Share>,
+    directories: HashMap<i32, Share>,
+    /// How many words tasks wait for.
+    words: usize,
     /// Process groups whose leader is gone, by the first of their members.
     stand_ins: BTreeMap<i32, i32>,
     files: Distribution<'a>,
@@ -103,7 +109,11 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
 }
 
 fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
-    let births = sessions::order(&image.tasks, image.inventory.root)?;
+    let births = births::order(&image.tasks, &image.shared_fs, image.inventory.root)?;
+    let mut words = 0;
+    let tables = Share::number(shares::tables(image.tasks.values()), &mut words);
+    let directories = (0..).zip(&image.shared_fs).flat_map(|(n, s)| s.pids.iter().map(move |&pid| (n, pid)));
+    let directories = Share::number(directories, &mut words);
     let mut high = HighNumbers::new(image.tables.values(), image.files.values(), env.fd_limit);
     let pages = PageFiles::plan(image, || high.take())?;
     let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
@@ -115,6 +125,9 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         image,
         env,
         births,
+        tables,
+        directories,
+        words,
         stand_ins: stand_ins(image),
         files,
         shared_fds,
@@ -127,7 +140,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         tasks: Vec::new(),
     };
     let root = &image.tasks[&image.inventory.root];
-    planner.process(root, None)?;
+    planner.process(root, None, None)?;
     if planner.tasks.len() != image.tasks.len() + planner.stand_ins.len() {
         return Err(Error::ImageContent {
             dir: image.dir.clone(),
@@ -199,8 +212,14 @@ fn find_gap(image: &Image, env: &Environment, size: u64) -> Result<u64> {
 }
 
 impl<'a> Planner<'a> {
-    /// Plans a process and all its descendants; the index of its program.
-    fn process(&mut self, task: &'a Task, parent: Option<(&'a AddressSpace, &Prots)>) -> Result<usize> {
+    /// Plans a process and all its descendants; the index of its program. `waiting`: the word that its parent waits for
+    /// until the table that they share is as it was.
+    fn process(
+        &mut self,
+        task: &'a Task,
+        parent: Option<(&'a AddressSpace, &Prots)>,
+        waiting: Option<usize>,
+    ) -> Result<usize> {
         let index = self.programs.len();
         self.programs.push(Program::default());
         let mut program = Program::default();
@@ -232,21 +251,23 @@ impl<'a> Planner<'a> {
         }
         let inherited = parent.map(|(space, prots)| Inherited { space, prots });
         let prots = self.memory(space, inherited, &mut numbers, &mut program)?;
-        self.forks(&births.before, space, &prots, &mut program)?;
-        if births.setsid {
-            program.call("setsid", libc::SYS_setsid, &[]);
+        self.births(&births, (space, &prots), &mut program)?;
+        if let Some(word) = waiting {
+            program.post("let the parent go on", word);
         }
-        self.forks(&births.after, space, &prots, &mut program)?;
         self.groups(task, &mut program);
-        for child in births.before.iter().chain(&births.after) {
-            if let Some(&pgid) = self.stand_ins.get(child) {
+        for step in births {
+            if let Step::Fork { pid, .. } = step
+                && let Some(&pgid) = self.stand_ins.get(&pid)
+            {
                 let args = [pgid.into(), 0.into(), libc::__WALL.into(), 0.into()];
                 program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pgid);
             }
         }
         self.vdso.restore(task.pid, space, &mut program);
+        Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
         self.finish_memory(space, &prots, &mut numbers, &mut program)?;
-        self.descriptors(live, &mut numbers, &mut program)?;
+        self.descriptors(task.pid, live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
         let threads = self.threads(live, &mut program);
@@ -258,8 +279,8 @@ impl<'a> Planner<'a> {
         Ok(index)
     }
 
-    fn zombie(&self, task: &Task, births: &Births, program: &mut Program) {
-        if births.setsid {
+    fn zombie(&self, task: &Task, births: &[Step], program: &mut Program) {
+        if births.contains(&Step::Setsid) {
             program.call("setsid", libc::SYS_setsid, &[]);
         }
         self.groups(task, program);
@@ -322,15 +343,28 @@ impl<'a> Planner<'a> {
         Ok(objects::create(&[file], &self.references(), numbers, program)?[0])
     }
 
-    fn forks(&mut self, children: &[i32], space: &'a AddressSpace, prots: &Prots, program: &mut Program) -> Result<()> {
+    /// The forks of a process, whose memory is in place.
+    fn births(&mut self, steps: &[Step], memory: (&'a AddressSpace, &Prots), program: &mut Program) -> Result<()> {
         let image = self.image;
-        for pid in children {
-            let child = &image.tasks[pid];
-            if let Some(&pgid) = self.stand_ins.get(pid) {
-                self.stand_in(pgid, program);
+        for step in steps {
+            match *step {
+                Step::Setsid => program.call("setsid", libc::SYS_setsid, &[]),
+                Step::Unshare(flag) => program.call("stop sharing", libc::SYS_unshare, &[flag.into()]),
+                Step::Fork { pid, flags } => {
+                    let child = &image.tasks[&pid];
+                    if let Some(&pgid) = self.stand_ins.get(&pid) {
+                        self.stand_in(pgid, program);
+                    }
+                    let word = (flags & libc::CLONE_FILES != 0).then_some(self.words);
+                    self.words += usize::from(word.is_some());
+                    let index = self.process(child, Some(memory), word)?;
+                    let flags = flags as u64 | sys::CLONE_CLEAR_SIGHAND;
+                    program.clone_task(format!("fork process {pid}"), flags, child.exit_signal, pid, index);
+                    if let Some(word) = word {
+                        program.wait_for(format!("wait for process {pid}"), word, 1);
+                    }
+                }
             }
-            let index = self.process(child, Some((space, prots)))?;
-            program.clone_task(format!("fork process {pid}"), sys::CLONE_CLEAR_SIGHAND, child.exit_signal, *pid, index);
         }
         Ok(())
     }
@@ -403,11 +437,18 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    fn descriptors(&self, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
-        process::restore_cwd(live, program);
+    fn descriptors(&self, pid: i32, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        if Share::restores(self.directories.get(&pid)) {
+            process::restore_cwd(live, program);
+        }
         let fd = numbers.lowest();
         process::restore_loginuid(live, self.env.loginuid, fd, program);
         numbers.release(fd);
+        let share = self.tables.get(&pid);
+        if !Share::restores(share) {
+            Share::pass(share, "descriptors", program);
+            return Ok(());
+        }
         self.files.make_table(&self.image.tables[&live.fd_table], &self.references(), numbers, program)?;
         let mut close: Vec<i32> = self.high.iter().chain(self.files.inherited.values()).copied().collect();
         close.sort_unstable();
@@ -450,10 +491,18 @@ impl<'a> Planner<'a> {
         thread::restore(leader, &self.env.sched, program);
         signals::restore_actions(&live.sigactions, program);
         let table = &self.image.tables[&live.fd_table];
-        if self.files.has_late(table) {
+        if Share::restores(self.tables.get(&task.pid)) && self.files.has_late(table) {
             signals::restore_mask(leader.blocked, program);
             self.files.make_late(table, &self.references(), numbers, program)?;
             signals::restore_block(program);
+        }
+        let directory = self.directories.get(&task.pid);
+        if Share::restores(directory) {
+            // Until then, what is opened lies below the restorer's root.
+            Share::wait(directory, "working directory", program);
+            process::restore_fs(live, program);
+        } else {
+            Share::pass(directory, "working directory", program);
         }
         process::restore(live, self.env.personality, program);
         timers::restore_posix_timers(&live.posix_timers, program);

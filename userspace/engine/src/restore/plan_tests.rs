@@ -85,6 +85,8 @@ fn is_expected(refusal: &str) -> bool {
     [
         "is dead or outside the tree",
         "which no living ancestor belongs to",
+        "between them has others",
+        "no order of forks brings about",
         "has left the process group",
         "no process of the image has all descriptors",
         "room for descriptors is missing",

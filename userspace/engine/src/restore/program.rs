@@ -16,6 +16,8 @@ pub(crate) enum Arg {
     Data(u64),
     /// Address of another program (a child or thread to start).
     Program(usize),
+    /// Address of a word that tasks wait for, by its number.
+    Word(usize),
 }
 
 macro_rules! arg_from {
@@ -122,6 +124,16 @@ impl Program {
         self.push(Kind::Trap, 0, &[stage.into()], 0, format!("stage {stage}"));
     }
 
+    /// Lets those go on that [`Self::wait_for`] this word.
+    pub(crate) fn post(&mut self, label: impl Into<String>, word: usize) {
+        self.push(Kind::Post, 0, &[Arg::Word(word)], 0, label.into());
+    }
+
+    /// Waits until so many have posted a word.
+    pub(crate) fn wait_for(&mut self, label: impl Into<String>, word: usize, posts: usize) {
+        self.push(Kind::Await, 0, &[Arg::Word(word), posts.into()], 0, label.into());
+    }
+
     /// Ends the thread; a process with one thread ends with this status.
     pub(crate) fn exit(&mut self, status: i32) {
         self.push(Kind::Exit, 0, &[status.into()], 0, "exit".into());
@@ -195,6 +207,7 @@ pub(crate) struct Layout {
     base: u64,
     /// Offset of each program's [`Task`].
     tasks: Vec<u64>,
+    words: u64,
     stacks: u64,
     size: u64,
 }
@@ -205,7 +218,7 @@ impl Layout {
         Self::new(0, blob, programs).size
     }
 
-    /// Gives the programs addresses: blob first, then programs, then stacks.
+    /// Gives the programs addresses: blob first, then programs, words, stacks.
     pub(crate) fn new(base: u64, blob: usize, programs: &[Program]) -> Self {
         let mut at = (blob as u64).next_multiple_of(64);
         let tasks = programs
@@ -216,9 +229,15 @@ impl Layout {
                 offset
             })
             .collect();
+        let words = at;
+        let count = programs.iter().flat_map(|p| p.steps.iter().flat_map(|s| s.args)).filter_map(|arg| match arg {
+            Arg::Word(n) => Some(n + 1),
+            _ => None,
+        });
+        at += 4 * count.max().unwrap_or(0) as u64;
         let stacks = at.next_multiple_of(4096);
         let size = stacks + STACK * programs.len() as u64;
-        Self { base, tasks, stacks, size: size.next_multiple_of(4096) }
+        Self { base, tasks, words, stacks, size: size.next_multiple_of(4096) }
     }
 
     /// Total size in bytes.
@@ -255,6 +274,7 @@ impl Layout {
                     Arg::Value(v) => v,
                     Arg::Data(offset) => self.base + data + offset,
                     Arg::Program(p) => self.task(p),
+                    Arg::Word(n) => self.base + self.words + 4 * n as u64,
                 });
                 let words = [kind_and_flags, step.nr].into_iter().chain(args).chain([step.expected]);
                 for (i, word) in words.enumerate() {

@@ -3,12 +3,9 @@
 use super::{signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
-    kernel::{
-        proc,
-        sys::{self, Kcmp},
-    },
+    kernel::proc,
     objects::directory,
-    observe::{ProcessState, SharedId, ThreadState},
+    observe::{ProcessState, SharedId},
     restore::program::Program,
     task::{FrozenProcess, Remote, Stopped},
 };
@@ -255,81 +252,6 @@ fn foreign_namespace(pid: i32) -> Option<&'static str> {
     NAMESPACES.into_iter().zip(&*OWN).find(|(name, ours)| ours.is_some() && its(name) != **ours).map(|(name, _)| name)
 }
 
-/// What processes may not share, and threads must.
-const SHARED: [(Kcmp, &str); 4] = [
-    (Kcmp::Vm, "memory (CLONE_VM)"),
-    (Kcmp::Files, "descriptors (CLONE_FILES)"),
-    (Kcmp::Fs, "working directory (CLONE_FS)"),
-    (Kcmp::Sighand, "signal handlers (CLONE_SIGHAND)"),
-];
-
-/// Refuses processes that share what only threads may share here, and threads that do not.
-pub(crate) fn refuse_sharing(processes: &[FrozenProcess], seen: &HashMap<i32, ProcessState>) -> Result<()> {
-    let all: Option<Vec<&ProcessState>> = processes.iter().map(|p| seen.get(&p.pid)).collect();
-    all.map_or_else(|| compare(processes), |all| refuse_sharing_seen(&all))
-}
-
-fn refuse_sharing_seen(processes: &[&ProcessState]) -> Result<()> {
-    let shared = |t: &ThreadState| [t.mm, t.files, t.fs, t.sighand];
-    let mut owners: [HashMap<SharedId, i32>; 4] = Default::default();
-    for process in processes {
-        let Some((leader, others)) = process.threads.split_first() else { continue };
-        for (n, (_, name)) in SHARED.into_iter().enumerate() {
-            let Some(id) = shared(leader)[n] else { continue };
-            if let Some(first) = owners[n].insert(id, process.tgid) {
-                return Err(sharing(process.tgid, name, first));
-            }
-            // A thread that ends has none left.
-            if let Some(own) = others.iter().find(|t| shared(t)[n].is_some_and(|its| its != id)) {
-                return Err(not_sharing(process.tgid, name, own.tid));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The same by kcmp(2), of parents and children.
-fn compare(processes: &[FrozenProcess]) -> Result<()> {
-    let same = |a, b, what| sys::kcmp(a, b, what).context(|| format!("kcmp of {a} and {b}"));
-    let parents: HashMap<i32, i32> =
-        processes.iter().filter_map(|p| Some((p.pid, proc::stat(p.pid).ok()?.ppid))).collect();
-    for process in processes {
-        let pid = process.pid;
-        for (what, name) in SHARED {
-            if let Some(&parent) = parents.get(&pid)
-                && parents.contains_key(&parent)
-                && same(pid, parent, what)?
-            {
-                return Err(sharing(pid, name, parent));
-            }
-        }
-        for &(tid, _) in process.threads.iter().skip(1) {
-            for (what, name) in &SHARED[1..3] {
-                if !same(pid, tid, *what)? {
-                    return Err(not_sharing(pid, name, tid));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn sharing(pid: i32, what: &str, other: i32) -> Error {
-    Error::unsupported(
-        pid,
-        format!("a process that shares its {what} with process {other}"),
-        "wait until a vfork or posix_spawn in progress is over, or use threads",
-    )
-}
-
-fn not_sharing(pid: i32, what: &str, tid: i32) -> Error {
-    Error::unsupported(
-        pid,
-        format!("thread {tid}, which does not share the {what} of its process,"),
-        "run what needs its own in a process of its own",
-    )
-}
-
 /// Sets the login uid, which only the task itself may do, by way of the lowest free descriptor `fd`.
 pub(crate) fn restore_loginuid(live: &LiveTask, own: u32, fd: i32, program: &mut Program) {
     if live.loginuid == own {
@@ -342,13 +264,17 @@ pub(crate) fn restore_loginuid(live: &LiveTask, own: u32, fd: i32, program: &mut
     program.call("close loginuid", libc::SYS_close, &[fd.into()]);
 }
 
-/// What the leader sets for the whole process, before its credentials.
-pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Program) {
+/// Root directory and umask, once nobody opens files any more.
+pub(crate) fn restore_fs(live: &LiveTask, program: &mut Program) {
     if live.root.as_path() != Path::new("/") {
         let root = program.string(&live.root.0);
         program.call(format!("change the root to {}", live.root.lossy()), libc::SYS_chroot, &[root]);
     }
     program.call("set the umask", libc::SYS_umask, &[live.umask.into()]);
+}
+
+/// What the leader sets for the whole process, before its credentials.
+pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Program) {
     if live.child_subreaper {
         program.call("become a subreaper", libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()]);
     }

@@ -51,7 +51,7 @@ impl Store {
         self.indexes.iter().for_each(|index| writer.push(index).unwrap());
         let mut dump = Dump { history, records: Vec::new(), mapped: BTreeMap::new() };
         let opened: BTreeSet<usize> =
-            history.world.processes.values().flat_map(|p| p.fds.values().map(|f| f.0)).collect();
+            history.world.processes.keys().flat_map(|pid| history.world.fds(*pid).values().map(|f| f.0)).collect();
         for &id in &opened {
             let file = &history.world.files[id];
             dump.records.push(open_file(id as u32, file));
@@ -59,14 +59,21 @@ impl Store {
                 dump.pipe(pipe, &mut writer);
             }
         }
+        let (mut tables, mut directories) = (BTreeSet::new(), BTreeMap::<usize, Vec<i32>>::new());
         for (pid, process) in history.world.processes.iter().filter(|p| *p.0 != OUTSIDE) {
-            writer.push(&task(*pid, process)).unwrap();
+            writer.push(&task(*pid, process, &history.world.directories[process.fs])).unwrap();
             if process.dead.is_none() {
                 writer.push(&dump.space(*pid as u32, process)).unwrap();
-                let fds =
-                    process.fds.iter().map(|(&fd, &(file, cloexec))| Descriptor { fd, cloexec, file: file as u32 });
-                writer.push(&FdTable { id: *pid as u32, fds: fds.collect() }).unwrap();
+                if tables.insert(process.table) {
+                    let fds = history.world.fds(*pid).iter();
+                    let fds = fds.map(|(&fd, &(file, cloexec))| Descriptor { fd, cloexec, file: file as u32 });
+                    writer.push(&FdTable { id: process.table as u32, fds: fds.collect() }).unwrap();
+                }
+                directories.entry(process.fs).or_default().push(*pid);
             }
+        }
+        for pids in directories.into_values().filter(|pids| pids.len() > 1) {
+            writer.push(&SharedFs { pids }).unwrap();
         }
         for (id, &memfd) in history.objects.iter().enumerate() {
             let kind = if memfd {
@@ -193,7 +200,7 @@ fn open_file(id: u32, file: &File) -> OpenFile {
     OpenFile { id, flags: file.flags as u32, pos: file.pos, owner: None, kind }
 }
 
-fn task(pid: i32, process: &Process) -> Task {
+fn task(pid: i32, process: &Process, cwd: &str) -> Task {
     let thread = |&tid: &i32| Thread {
         tid,
         comm: Bytes::default(),
@@ -213,8 +220,8 @@ fn task(pid: i32, process: &Process) -> Task {
     let live = LiveTask {
         threads: std::iter::once(&pid).chain(&process.tids).map(thread).collect(),
         address_space: pid as u32,
-        fd_table: pid as u32,
-        cwd: b"/"[..].into(),
+        fd_table: process.table as u32,
+        cwd: cwd.as_bytes().into(),
         cwd_removed: false,
         root: b"/"[..].into(),
         umask: 0o22,

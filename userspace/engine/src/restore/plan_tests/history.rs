@@ -18,6 +18,8 @@ pub(super) type Args = (u8, u8, u8, u8);
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     Fork(Args),
+    Unshare(Args),
+    Chdir(Args),
     Thread(Args),
     Setsid(Args),
     Setpgid(Args),
@@ -46,6 +48,8 @@ pub(super) enum Op {
 pub(super) fn ops(processes: u32, files: u32, memory: u32) -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         8 * processes => any::<Args>().prop_map(Op::Fork),
+        processes => any::<Args>().prop_map(Op::Unshare),
+        processes => any::<Args>().prop_map(Op::Chdir),
         processes => any::<Args>().prop_map(Op::Thread),
         2 * processes => any::<Args>().prop_map(Op::Setsid),
         4 * processes => any::<Args>().prop_map(Op::Setpgid),
@@ -101,7 +105,7 @@ impl History {
     /// Lives through `ops`.
     pub(super) fn new(start: Start, ops: &[Op]) -> Self {
         let mut history = Self { start, world: World::new(), stored: 0, objects: Vec::new() };
-        history.world.fork(OUTSIDE, ROOT).expect("the number is free");
+        history.world.fork(OUTSIDE, ROOT, 0).expect("the number is free");
         let begun = match start {
             Start::Session => history.world.setsid(ROOT),
             Start::Job => history.world.setpgid(ROOT, ROOT),
@@ -117,7 +121,17 @@ impl History {
 
     fn step(&mut self, op: &Op) {
         match op.clone() {
-            Op::Fork(args) => self.with(args, |h, pid, a| h.world.fork(pid, i32::from(a[0] % 40) + 2).ok()),
+            Op::Fork(args) => {
+                self.with(args, |h, pid, a| h.world.fork(pid, i32::from(a[0] % 40) + 2, shared(a[1])).ok());
+            }
+            Op::Unshare(args) => self.with(args, |h, pid, a| h.world.unshare(pid, shared(a[0])).ok()),
+            Op::Chdir(args) => {
+                self.with(args, |h, pid, a| {
+                    let fs = h.world.process(pid).fs;
+                    h.world.directories[fs] = format!("/{}", a[0] % 3);
+                    Some(())
+                });
+            }
             Op::Thread(args) => self.with(args, |h, pid, a| h.world.thread(pid, i32::from(a[0] % 40) + 50).ok()),
             Op::Setsid(args) => self.with(args, |h, pid, _| h.world.setsid(pid).ok()),
             Op::Setpgid(args) => {
@@ -157,7 +171,7 @@ impl History {
             Op::Cloexec(args) => {
                 self.with(args, |h, pid, a| {
                     let fd = h.fd(pid, a[0], |_| true)?;
-                    h.world.process(pid).fds.get_mut(&fd).map(|f| f.1 = true)
+                    h.world.table(pid).get_mut(&fd).map(|f| f.1 = true)
                 });
             }
             Op::Close(args) => {
@@ -258,8 +272,8 @@ impl History {
 
     /// One of the descriptors that a process has.
     fn fd(&mut self, pid: i32, choice: u8, fits: impl Fn(&What) -> bool) -> Option<i32> {
-        let World { processes, files, .. } = &self.world;
-        let fds: Vec<i32> = processes[&pid].fds.iter().filter(|f| fits(&files[f.1.0].what)).map(|f| *f.0).collect();
+        let files = &self.world.files;
+        let fds: Vec<i32> = self.world.fds(pid).iter().filter(|f| fits(&files[f.1.0].what)).map(|f| *f.0).collect();
         (!fds.is_empty()).then(|| fds[choice as usize % fds.len()])
     }
 
@@ -277,8 +291,9 @@ impl History {
 
     /// Another program, with as many libraries as `choice` says.
     fn exec(&mut self, pid: i32, choice: u8) -> Option<()> {
+        self.world.unshare(pid, libc::CLONE_FILES).ok()?;
+        self.world.table(pid).retain(|_, f| !f.1);
         let process = self.world.process(pid);
-        process.fds.retain(|_, f| !f.1);
         process.memory.clear();
         process.tids.clear();
         process.exe = format!("/bin/{}", choice % 8);
@@ -345,6 +360,12 @@ impl History {
         }
         Some(())
     }
+}
+
+/// Flags of clone(2) or unshare(2); mostly none.
+fn shared(choice: u8) -> i32 {
+    let flag = |bit: u8, flag: i32| if choice & bit != 0 { flag } else { 0 };
+    if choice < 128 { 0 } else { flag(1, libc::CLONE_FILES) | flag(2, libc::CLONE_FS) }
 }
 
 /// A few pages of the heap.

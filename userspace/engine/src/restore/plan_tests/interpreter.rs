@@ -16,9 +16,8 @@ use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Calls about what the model does not have.
-const OTHERS: [i64; 19] = [
+const OTHERS: [i64; 18] = [
     libc::SYS_capset,
-    libc::SYS_chdir,
     libc::SYS_ioprio_set,
     libc::SYS_personality,
     libc::SYS_prlimit64,
@@ -49,6 +48,8 @@ pub(super) struct Interpreter<'a> {
     plan: &'a Plan,
     pub world: World,
     running: BTreeMap<i32, Running>,
+    /// How often each word was posted.
+    words: BTreeMap<usize, u64>,
     fd_limit: i32,
     seed: u64,
 }
@@ -65,7 +66,7 @@ impl<'a> Interpreter<'a> {
     ) -> Self {
         let root = image.inventory.root;
         let mut world = World::new();
-        world.fork(OUTSIDE, root).expect("the number is free");
+        world.fork(OUTSIDE, root, 0).expect("the number is free");
         let process = world.process(root);
         process.memory = memory;
         let size = Layout::size_for(BLOB, &plan.programs);
@@ -82,10 +83,10 @@ impl<'a> Interpreter<'a> {
         for (fd, what) in handed {
             world.files.push(File { what, flags: libc::O_RDWR, pos: 0 });
             let file = world.files.len() - 1;
-            world.process(root).fds.insert(fd, (file, false));
+            world.table(root).insert(fd, (file, false));
         }
         let running = [(root, Running { pid: root, program: 0, at: 0 })].into();
-        Self { plan, world, running, fd_limit: env.fd_limit, seed }
+        Self { plan, world, running, words: BTreeMap::new(), fd_limit: env.fd_limit, seed }
     }
 
     /// Runs everything to the end.
@@ -107,9 +108,9 @@ impl<'a> Interpreter<'a> {
     /// Lets tasks run until each has come to a stage, or to its end. Those that are not born yet come later.
     fn reach(&mut self, stage: Stage, mut tids: BTreeSet<i32>) -> Result<(), String> {
         while !tids.is_empty() {
-            let ready: Vec<i32> = tids.iter().copied().filter(|t| self.running.contains_key(t)).collect();
+            let ready: Vec<i32> = tids.iter().copied().filter(|t| self.may_run(*t)).collect();
             if ready.is_empty() {
-                return Err(format!("tasks {tids:?} do not exist in stage {stage:?}"));
+                return Err(format!("tasks {tids:?} do not exist or wait for ever in stage {stage:?}"));
             }
             self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let tid = ready[(self.seed >> 33) as usize % ready.len()];
@@ -123,6 +124,19 @@ impl<'a> Interpreter<'a> {
         Ok(())
     }
 
+    /// Whether a task exists and waits for nobody.
+    fn may_run(&self, tid: i32) -> bool {
+        self.running.get(&tid).is_some_and(|task| {
+            !matches!(self.plan.programs[task.program].step(task.at), Some((Kind::Await, _, _, args, _))
+                if self.posted(args[0]) < value(args[1]))
+        })
+    }
+
+    fn posted(&self, word: Arg) -> u64 {
+        let Arg::Word(word) = word else { return 0 };
+        self.words.get(&word).copied().unwrap_or(0)
+    }
+
     /// One step of a task; the stage it stops for.
     fn step(&mut self, tid: i32) -> Result<Option<u64>, String> {
         let task = self.running.get_mut(&tid).expect("only the living run");
@@ -131,7 +145,7 @@ impl<'a> Interpreter<'a> {
         let (kind, flags, nr, args, expected) =
             program.step(task.at).ok_or_else(|| format!("task {tid} runs off the end of its program"))?;
         task.at += 1;
-        let value = |n: usize| if let Arg::Value(v) = args[n] { v } else { 0 };
+        let value = |n: usize| value(args[n]);
         let outcome = match kind {
             Kind::Trap => return Ok(Some(value(0))),
             Kind::Exit => {
@@ -141,6 +155,12 @@ impl<'a> Interpreter<'a> {
             Kind::Syscall if nr == libc::SYS_kill as u64 => {
                 self.die(pid, value(1) as i32);
                 return Ok(Some(ENDED));
+            }
+            Kind::Await => Ok(0),
+            Kind::Post => {
+                let Arg::Word(word) = args[0] else { return Err(format!("{label}: no word")) };
+                *self.words.entry(word).or_default() += 1;
+                Ok(0)
             }
             Kind::Clone => self.clone_task(pid, program, args),
             Kind::ReadFull => match self.world.file(pid, value(0) as i32).map(|f| f.what.clone()) {
@@ -159,7 +179,7 @@ impl<'a> Interpreter<'a> {
             }
             Kind::Syscall => self.syscall(pid, nr as i64, program, args, value)?,
         };
-        if self.world.process(pid).fds.last_key_value().is_some_and(|(fd, _)| *fd >= self.fd_limit) {
+        if self.world.fds(pid).last_key_value().is_some_and(|(fd, _)| *fd >= self.fd_limit) {
             return Err(format!("task {tid}: {label}: a descriptor beyond the limit"));
         }
         match outcome {
@@ -189,7 +209,7 @@ impl<'a> Interpreter<'a> {
             self.world.thread(pid, tid)?;
             pid
         } else {
-            self.world.fork(pid, tid)?;
+            self.world.fork(pid, tid, flags as i32)?;
             tid
         };
         self.running.insert(tid, Running { pid: owner, program: child, at: 0 });
@@ -220,6 +240,13 @@ impl<'a> Interpreter<'a> {
         let world = &mut self.world;
         let int = |n: usize| value(n) as i32;
         Ok(match nr {
+            libc::SYS_unshare => world.unshare(pid, int(0)),
+            libc::SYS_chdir => {
+                let Arg::Data(path) = args[0] else { return Err("chdir without a path".into()) };
+                let fs = world.process(pid).fs;
+                world.directories[fs] = string(program, path);
+                Ok(0)
+            }
             libc::SYS_setsid => world.setsid(pid),
             libc::SYS_setpgid => world.setpgid(pid, int(1)),
             libc::SYS_wait4 => world.wait(pid, int(0)),
@@ -240,7 +267,7 @@ impl<'a> Interpreter<'a> {
             libc::SYS_dup3 => world.dup3(pid, int(0), int(1), int(2) & libc::O_CLOEXEC != 0),
             libc::SYS_close => world.close(pid, int(0)),
             libc::SYS_close_range => {
-                let gone: Vec<i32> = world.process(pid).fds.range(int(0)..=int(1)).map(|f| *f.0).collect();
+                let gone: Vec<i32> = world.fds(pid).range(int(0)..=int(1)).map(|f| *f.0).collect();
                 gone.into_iter().try_for_each(|fd| world.close(pid, fd).map(drop)).map(|()| 0)
             }
             libc::SYS_fcntl => fcntl(world, pid, int(0), int(1), int(2)),
@@ -273,6 +300,10 @@ impl<'a> Interpreter<'a> {
     }
 }
 
+fn value(arg: Arg) -> u64 {
+    if let Arg::Value(v) = arg { v } else { 0 }
+}
+
 const ENDED: u64 = u64::MAX;
 
 fn word(program: &Program, at: u64) -> u64 {
@@ -301,7 +332,7 @@ fn fcntl(world: &mut World, pid: i32, fd: i32, command: i32, value: i32) -> Resu
         libc::F_SETFL => {
             file.flags = file.flags & libc::O_ACCMODE | value & super::model::KEPT & !libc::O_ACCMODE;
         }
-        libc::F_SETFD => world.process(pid).fds.get_mut(&fd).expect("it is open").1 = value != 0,
+        libc::F_SETFD => world.table(pid).get_mut(&fd).expect("it is open").1 = value != 0,
         libc::F_SETPIPE_SZ => {}
         _ => return Err(libc::EINVAL),
     }

@@ -83,6 +83,9 @@ impl Page {
     }
 }
 
+/// Descriptors: file and close-on-exec by number.
+pub(super) type Table = BTreeMap<i32, (usize, bool)>;
+
 /// A process.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Process {
@@ -92,7 +95,9 @@ pub(super) struct Process {
     /// Wait status of a dead one.
     pub dead: Option<i32>,
     pub tids: BTreeSet<i32>,
-    pub fds: BTreeMap<i32, (usize, bool)>,
+    /// Its descriptor table, and its place in the file system, by number.
+    pub table: usize,
+    pub fs: usize,
     pub memory: BTreeMap<u64, Page>,
     pub exe: String,
 }
@@ -101,6 +106,9 @@ pub(super) struct Process {
 #[derive(Clone, Debug, Default)]
 pub(super) struct World {
     pub processes: BTreeMap<i32, Process>,
+    pub tables: Vec<Table>,
+    /// Working directories.
+    pub directories: Vec<String>,
     pub files: Vec<File>,
     /// Contents of pipes.
     pub pipes: Vec<Vec<u8>>,
@@ -110,11 +118,48 @@ impl World {
     /// With nobody but [`OUTSIDE`].
     pub(super) fn new() -> Self {
         let outside = Process { ppid: 1, pgid: OUTSIDE, sid: OUTSIDE, ..Default::default() };
-        Self { processes: [(OUTSIDE, outside)].into(), ..Default::default() }
+        let (tables, directories) = (vec![Table::new()], vec!["/".into()]);
+        Self { processes: [(OUTSIDE, outside)].into(), tables, directories, ..Default::default() }
     }
 
     pub(super) fn process(&mut self, pid: i32) -> &mut Process {
         self.processes.get_mut(&pid).expect("callers name existing processes")
+    }
+
+    pub(super) fn table(&mut self, pid: i32) -> &mut Table {
+        let table = self.process(pid).table;
+        &mut self.tables[table]
+    }
+
+    /// Descriptors of a process; none of a dead one.
+    pub(super) fn fds(&self, pid: i32) -> &Table {
+        static NONE: Table = Table::new();
+        let process = &self.processes[&pid];
+        if process.dead.is_some() { &NONE } else { &self.tables[process.table] }
+    }
+
+    /// All descriptors that anybody has.
+    fn all_fds(&self) -> impl Iterator<Item = (usize, bool)> {
+        let tables: BTreeSet<usize> = self.living().map(|p| p.table).collect();
+        tables.into_iter().flat_map(|table| self.tables[table].values().copied())
+    }
+
+    fn living(&self) -> impl Iterator<Item = &Process> {
+        self.processes.values().filter(|p| p.dead.is_none())
+    }
+
+    /// unshare(2).
+    pub(super) fn unshare(&mut self, pid: i32, flags: i32) -> Outcome {
+        let Process { table, fs, .. } = *self.process(pid);
+        if flags & libc::CLONE_FILES != 0 {
+            self.tables.push(self.tables[table].clone());
+            self.process(pid).table = self.tables.len() - 1;
+        }
+        if flags & libc::CLONE_FS != 0 {
+            self.directories.push(self.directories[fs].clone());
+            self.process(pid).fs = self.directories.len() - 1;
+        }
+        Ok(0)
     }
 
     fn is_free(&self, pid: i32) -> bool {
@@ -122,7 +167,8 @@ impl World {
         !self.processes.contains_key(&pid) && !self.processes.values().any(used)
     }
 
-    pub(super) fn fork(&mut self, parent: i32, pid: i32) -> Outcome {
+    /// A child that shares what the `flags` of clone(2) say.
+    pub(super) fn fork(&mut self, parent: i32, pid: i32, flags: i32) -> Outcome {
         if !self.is_free(pid) {
             return Err(libc::EEXIST);
         }
@@ -134,6 +180,7 @@ impl World {
             page.content = None;
         }
         self.processes.insert(pid, child);
+        self.unshare(pid, (libc::CLONE_FILES | libc::CLONE_FS) & !flags)?;
         Ok(pid.into())
     }
 
@@ -170,7 +217,6 @@ impl World {
         process.dead = Some(status);
         process.tids.clear();
         process.memory.clear();
-        process.fds.clear();
         process.exe.clear();
         self.forget_closed();
     }
@@ -181,9 +227,8 @@ impl World {
             Some(p) if p.ppid == parent && p.dead.is_some() => {
                 self.processes.remove(&pid);
                 // Who watched it knows now.
-                let files = &self.files;
-                for process in self.processes.values_mut() {
-                    process.fds.retain(|_, fd| files[fd.0].what != What::PidFd(pid));
+                for table in &mut self.tables {
+                    table.retain(|_, fd| self.files[fd.0].what != What::PidFd(pid));
                 }
                 self.forget_closed();
                 Ok(pid.into())
@@ -194,7 +239,7 @@ impl World {
 
     /// A file that nobody has open any more leaves all epoll sets.
     pub(super) fn forget_closed(&mut self) {
-        let open: BTreeSet<usize> = self.processes.values().flat_map(|p| p.fds.values().map(|fd| fd.0)).collect();
+        let open: BTreeSet<usize> = self.all_fds().map(|fd| fd.0).collect();
         for file in &mut self.files {
             if let What::Epoll(targets) = &mut file.what {
                 targets.retain(|(_, target)| open.contains(target));
@@ -209,7 +254,7 @@ impl World {
     }
 
     fn install(&mut self, pid: i32, file: usize, cloexec: bool) -> i32 {
-        let fds = &mut self.process(pid).fds;
+        let fds = self.table(pid);
         let fd = (0..).find(|n| !fds.contains_key(n)).expect("numbers do not end");
         fds.insert(fd, (file, cloexec));
         fd
@@ -224,7 +269,7 @@ impl World {
     }
 
     pub(super) fn file(&mut self, pid: i32, fd: i32) -> Result<&mut File, i32> {
-        let &(file, _) = self.process(pid).fds.get(&fd).ok_or(libc::EBADF)?;
+        let &(file, _) = self.table(pid).get(&fd).ok_or(libc::EBADF)?;
         Ok(&mut self.files[file])
     }
 
@@ -235,12 +280,12 @@ impl World {
     }
 
     pub(super) fn dup(&mut self, pid: i32, fd: i32) -> Outcome {
-        let &(file, _) = self.process(pid).fds.get(&fd).ok_or(libc::EBADF)?;
+        let &(file, _) = self.table(pid).get(&fd).ok_or(libc::EBADF)?;
         Ok(self.install(pid, file, false).into())
     }
 
     pub(super) fn dup3(&mut self, pid: i32, from: i32, to: i32, cloexec: bool) -> Outcome {
-        let fds = &mut self.process(pid).fds;
+        let fds = self.table(pid);
         let &(file, _) = fds.get(&from).ok_or(libc::EBADF)?;
         if from == to {
             return Err(libc::EINVAL);
@@ -251,13 +296,13 @@ impl World {
     }
 
     pub(super) fn close(&mut self, pid: i32, fd: i32) -> Outcome {
-        self.process(pid).fds.remove(&fd).ok_or(libc::EBADF)?;
+        self.table(pid).remove(&fd).ok_or(libc::EBADF)?;
         self.forget_closed();
         Ok(0)
     }
 
     pub(super) fn epoll_add(&mut self, pid: i32, epoll: i32, fd: i32) -> Outcome {
-        let &(target, _) = self.process(pid).fds.get(&fd).ok_or(libc::EBADF)?;
+        let &(target, _) = self.table(pid).get(&fd).ok_or(libc::EBADF)?;
         if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_)) {
             return Err(libc::EPERM);
         }
@@ -374,11 +419,26 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
         if facts(a) != facts(b) {
             return Err(format!("process {pid}: {:?} instead of {:?}", facts(b), facts(a)));
         }
-        let numbers = |p: &Process| p.fds.iter().map(|(fd, f)| (*fd, f.1)).collect::<Vec<_>>();
-        if numbers(a) != numbers(b) {
-            return Err(format!("process {pid}: descriptors {:?} instead of {:?}", numbers(b), numbers(a)));
+        let sharers = |w: &World, same: &dyn Fn(&Process) -> usize| {
+            let own = same(&w.processes[pid]);
+            let others = w.processes.iter().filter(|(_, p)| p.dead.is_none() && same(p) == own);
+            others.map(|p| *p.0).collect::<Vec<_>>()
+        };
+        if a.dead.is_none() {
+            let shared = |w: &World| (sharers(w, &|p| p.table), sharers(w, &|p| p.fs));
+            if shared(wanted) != shared(found) {
+                return Err(format!("process {pid} shares with {:?} instead of {:?}", shared(found), shared(wanted)));
+            }
+            let directory = |w: &World, p: &Process| w.directories[p.fs].clone();
+            if directory(wanted, a) != directory(found, b) {
+                return Err(format!("process {pid} is in {:?}", directory(found, b)));
+            }
         }
-        for ((fd, (a, _)), (b, _)) in a.fds.iter().zip(b.fds.values()) {
+        let numbers = |w: &World| w.fds(*pid).iter().map(|(fd, f)| (*fd, f.1)).collect::<Vec<_>>();
+        if numbers(wanted) != numbers(found) {
+            return Err(format!("process {pid}: descriptors {:?} instead of {:?}", numbers(found), numbers(wanted)));
+        }
+        for ((fd, (a, _)), (b, _)) in wanted.fds(*pid).iter().zip(found.fds(*pid).values()) {
             // Each process gets a pidfd of its own, which nobody notices.
             if matches!(wanted.files[*a].what, What::PidFd(_)) {
                 if wanted.files[*a].what != found.files[*b].what {
