@@ -172,6 +172,17 @@ fn a_thread_with_a_directory_of_its_own() {
 }
 
 #[test]
+fn a_seccomp_filter_with_a_supervisor() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("seccomp", &["--supervisor"]);
+    let pid = target_pid(&target);
+    expect_refused(&tool, &mut target, &[], 4, &["SECCOMP_RET_USER_NOTIF", &pid]);
+    expect_refused(&tool, &mut target, &["--reader", "procfs"], 4, &["SECCOMP_RET_USER_NOTIF"]);
+    target.finish(0);
+}
+
+#[test]
 fn a_userfaultfd() {
     expect_unsupported("userfaultfd");
 }

@@ -119,6 +119,12 @@ fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
 }
 
+/// Their filters are suspended only while they are stopped.
+#[test]
+fn filters_of_seccomp_survive_a_killed_dump() {
+    kill_dumps("seccomp", &[], 40, 6);
+}
+
 #[test]
 fn a_killed_dump_that_kills_leaves_the_target_or_a_complete_image() {
     let _turn = Turn::take();

@@ -94,6 +94,21 @@ fn processes_share_descriptors_and_directories() {
 }
 
 #[test]
+fn filters_and_strict_mode_of_seccomp() {
+    thoroughly("seccomp", &[]);
+}
+
+#[test]
+fn filters_of_seccomp_without_ebpf() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("seccomp", &[]);
+    dump_and_restore(&tool, &mut target, "procfs", |run| run.args(["--reader", "procfs"]));
+    target.assert_well();
+    target.finish(0);
+}
+
+#[test]
 fn a_session_without_its_leader_is_refused() {
     let _turn = Turn::take();
     let tool = Tool::get();

@@ -192,6 +192,7 @@ records! {
     Pipe = 9 v 1;
     PrecopyStats = 10 v 1;
     SharedFs = 12 v 1;
+    Seccomp = 13 v 1;
 }
 
 #[cfg(test)]

@@ -74,6 +74,55 @@ pub struct LiveTask {
     pub loginuid: u32,
 }
 
+/// seccomp(2) of the threads that are under it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seccomp {
+    /// Filters, each content once.
+    pub filters: Vec<SeccompFilter>,
+    /// Threads, by id.
+    pub threads: Vec<SeccompThread>,
+}
+
+/// A filter of seccomp(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SeccompFilter {
+    /// `SECCOMP_FILTER_FLAG_LOG`, if it was given.
+    pub flags: u64,
+    /// The program, as it was given to the kernel.
+    pub program: Vec<BpfInstruction>,
+}
+
+/// An instruction of classic BPF (`struct sock_filter`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BpfInstruction {
+    /// Operation.
+    pub code: u16,
+    /// Instructions to jump over if the condition holds.
+    pub jt: u8,
+    /// The same if it does not.
+    pub jf: u8,
+    /// Operand.
+    pub k: u32,
+}
+
+/// A thread under seccomp(2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompThread {
+    /// Thread id.
+    pub tid: i32,
+    /// Its mode.
+    pub mode: SeccompMode,
+}
+
+/// Mode of a thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SeccompMode {
+    /// `SECCOMP_MODE_STRICT`.
+    Strict,
+    /// `SECCOMP_MODE_FILTER`: numbers of its filters, the oldest first.
+    Filter(Vec<u32>),
+}
+
 /// Processes that share working directory, root directory and umask (CLONE_FS).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedFs {

@@ -4,7 +4,7 @@ use super::{memory::Memory, output::text};
 use serde::Serialize;
 use standstill_engine::Image;
 use standstill_images::types::{
-    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SigAction, Task, TaskState, Thread,
+    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SeccompMode, SigAction, Task, TaskState, Thread,
 };
 
 /// A process.
@@ -79,6 +79,7 @@ pub(crate) struct ThreadView<'a> {
     pub creds: &'a Creds,
     pub sched: &'a Sched,
     pub timerslack_ns: u64,
+    pub seccomp: Option<&'a SeccompMode>,
 }
 
 /// A pending signal, without what was sent along.
@@ -119,7 +120,7 @@ impl<'a> Live<'a> {
     fn new(pid: i32, live: &'a LiveTask, image: &'a Image) -> Self {
         let sharers = image.shared_fs.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
         Self {
-            threads: live.threads.iter().map(ThreadView::new).collect(),
+            threads: live.threads.iter().map(|thread| ThreadView::new(thread, image)).collect(),
             cwd: text(&live.cwd.0),
             root: text(&live.root.0),
             umask: live.umask,
@@ -142,7 +143,8 @@ impl<'a> Live<'a> {
 }
 
 impl<'a> ThreadView<'a> {
-    fn new(thread: &'a Thread) -> Self {
+    fn new(thread: &'a Thread, image: &'a Image) -> Self {
+        let seccomp = image.seccomp.threads.iter().find(|t| t.tid == thread.tid);
         Self {
             tid: thread.tid,
             comm: text(&thread.comm.0),
@@ -157,6 +159,7 @@ impl<'a> ThreadView<'a> {
             creds: &thread.creds,
             sched: &thread.sched,
             timerslack_ns: thread.timerslack_ns,
+            seccomp: seccomp.map(|t| &t.mode),
         }
     }
 }

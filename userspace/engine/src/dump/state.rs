@@ -16,7 +16,7 @@ use crate::{
     tree::{process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, SharedFs, Task, Vma,
+    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -36,6 +36,7 @@ pub(super) struct State {
     pub private: Vec<PrivatePages>,
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
+    seccomp: Option<Seccomp>,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -64,6 +65,7 @@ pub(super) fn collect(
         private: Vec::new(),
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
+        seccomp: None,
         objects: Collected::new(next),
         vdso: Vec::new(),
     };
@@ -86,6 +88,7 @@ pub(super) fn collect(
         state.spaces.push(space);
         mappings.push(areas);
     }
+    state.seccomp = known.seccomp.into_record();
     state.vdso = vdso(options.pid, state.spaces.first())?;
     for &pid in tree.zombies() {
         state.tasks.push(process::collect_zombie(pid)?);
@@ -184,6 +187,7 @@ impl State {
             spaces: self.spaces,
             tables: self.tables,
             shared_fs: self.shared_fs,
+            seccomp: self.seccomp,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,

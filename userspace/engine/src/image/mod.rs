@@ -14,7 +14,7 @@ use standstill_images::{
     store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
-        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, SharedFs, SharedMemory, SharedMemoryId, Task,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
@@ -29,6 +29,7 @@ pub(crate) struct Records {
     pub spaces: Vec<AddressSpace>,
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
+    pub seccomp: Option<Seccomp>,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
     pub shared: Vec<SharedMemory>,
@@ -58,6 +59,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
+    all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
@@ -84,6 +86,8 @@ pub struct Image {
     pub tables: BTreeMap<FdTableId, FdTable>,
     /// Processes that share their working directory.
     pub shared_fs: Vec<SharedFs>,
+    /// Threads under seccomp.
+    pub seccomp: Seccomp,
     /// Open file descriptions, and files that are mapped or executed.
     pub files: BTreeMap<OpenFileId, OpenFile>,
     /// Pipes.
@@ -107,7 +111,7 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let mut shared_fs = Vec::new();
+        let (mut shared_fs, mut seccomp) = (Vec::new(), None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -123,6 +127,7 @@ impl Image {
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
+                Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
                 SharedMemory::KIND => twice |= insert(&mut shared, record.decode::<SharedMemory>()?, |s| s.id),
@@ -145,6 +150,7 @@ impl Image {
             spaces,
             tables,
             shared_fs,
+            seccomp: seccomp.unwrap_or_default(),
             files,
             pipes,
             shared,
@@ -206,6 +212,7 @@ impl Image {
                 ));
             }
         }
+        self.check_seccomp(&ids)?;
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {
             if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {
@@ -219,6 +226,29 @@ impl Image {
         for object in self.shared.values() {
             self.check_runs(&object.pages, 0, object.size.saturating_add(4095))
                 .map_err(|e| format!("shared memory object {}: {e}", object.id))?;
+        }
+        Ok(())
+    }
+
+    /// `ids`: all threads.
+    fn check_seccomp(&self, ids: &HashSet<i32>) -> Result<(), String> {
+        let Seccomp { filters, threads } = &self.seccomp;
+        if !threads.is_sorted_by(|a, b| a.tid < b.tid) {
+            return Err("the threads under seccomp are out of order".into());
+        }
+        if filters.iter().any(|f| f.program.is_empty() || f.program.len() > 4096) {
+            return Err("a seccomp filter has no or too many instructions".into());
+        }
+        for thread in threads {
+            let whole = match &thread.mode {
+                SeccompMode::Strict => true,
+                SeccompMode::Filter(chain) => {
+                    !chain.is_empty() && chain.iter().all(|&number| (number as usize) < filters.len())
+                }
+            };
+            if !whole || !ids.contains(&thread.tid) {
+                return Err(format!("thread {}, which is under seccomp, or a filter of it is missing", thread.tid));
+            }
         }
         Ok(())
     }

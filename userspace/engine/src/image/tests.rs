@@ -98,6 +98,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
             guards: Vec::new(),
         }],
         shared_fs: Vec::new(),
+        seccomp: None,
         tables: vec![FdTable { id: 0, fds: Vec::new() }],
         files: vec![OpenFile { id: 0, flags: 0, pos: 0, owner: None, kind: FileKind::Regular(regular) }],
         pipes: Vec::new(),

@@ -22,6 +22,11 @@ pub(crate) fn interrupt(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
 }
 
+/// PTRACE_SETOPTIONS of a stopped task.
+pub(crate) fn set_options(tid: i32, options: i32) -> io::Result<()> {
+    request(libc::PTRACE_SETOPTIONS as _, tid, 0, options as usize).map(drop)
+}
+
 /// PTRACE_CONT with a signal to deliver (0: none).
 pub(crate) fn cont(tid: i32, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
@@ -112,6 +117,28 @@ pub(crate) fn rseq(tid: i32) -> io::Result<RseqConfiguration> {
     let mut conf = RseqConfiguration::default();
     request(0x420f, tid, size_of::<RseqConfiguration>(), &raw mut conf as usize)?;
     Ok(conf)
+}
+
+/// PTRACE_SECCOMP_GET_FILTER, Linux 4.4: a filter of the thread as it was given to the kernel; the oldest has number 0.
+/// `None`: there are not so many.
+pub(crate) fn seccomp_filter(tid: i32, number: usize) -> io::Result<Option<Vec<libc::sock_filter>>> {
+    const MAXIMUM: usize = 4096; // BPF_MAXINSNS
+    let mut program = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; MAXIMUM];
+    match request(0x420c, tid, number, program.as_mut_ptr() as usize) {
+        Ok(length) => {
+            program.truncate(length as usize);
+            Ok(Some(program))
+        }
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// PTRACE_SECCOMP_GET_METADATA, Linux 4.16: the flags a filter was installed with, as far as the kernel remembers them.
+pub(crate) fn seccomp_flags(tid: i32, number: usize) -> io::Result<u64> {
+    let mut metadata = [number as u64, 0]; // struct seccomp_metadata: which one, flags
+    request(0x420d, tid, size_of_val(&metadata), metadata.as_mut_ptr() as usize)?;
+    Ok(metadata[1])
 }
 
 /// A state change that wait4(2) reports of a traced task.

@@ -26,6 +26,8 @@ pub(crate) struct Environment {
     pub personality: u32,
     pub loginuid: u32,
     pub may_raise_limits: bool,
+    /// May install seccomp filters and suspend them.
+    pub may_filter: bool,
     pub kernel_mappings: Vec<KernelMapping>,
     /// Address ranges in use.
     pub used: Vec<(u64, u64)>,
@@ -77,7 +79,9 @@ impl Environment {
             .context(|| "raise RLIMIT_NOFILE".into())?;
         // SAFETY: 0xffffffff only asks.
         let personality = unsafe { libc::personality(0xffff_ffff) } as u32;
+        const CAP_SYS_ADMIN: u32 = 21;
         const CAP_SYS_RESOURCE: u32 = 24;
+        let may = |capability: u32| status.caps[2] & (1 << capability) != 0;
         Ok(Self {
             creds: creds::of(&status, 0),
             sched: sched::collect(pid)?,
@@ -85,7 +89,8 @@ impl Environment {
             ignored: status.ignored,
             personality,
             loginuid: proc::number(&proc::path(pid, "loginuid")).unwrap_or(u32::MAX),
-            may_raise_limits: status.caps[2] & (1 << CAP_SYS_RESOURCE) != 0,
+            may_raise_limits: may(CAP_SYS_RESOURCE),
+            may_filter: may(CAP_SYS_ADMIN) && status.seccomp == 0,
             kernel_mappings: kernel_mappings(pid)?,
             used: proc::maps(pid)
                 .context(|| "read own mappings".into())?

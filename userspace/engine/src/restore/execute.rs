@@ -187,11 +187,14 @@ impl Execution<'_> {
             pid => debug!(pid, "cloned"),
         }
         self.created.insert(root);
-        let options = libc::PTRACE_O_TRACESYSGOOD
+        let mut options = libc::PTRACE_O_TRACESYSGOOD
             | libc::PTRACE_O_EXITKILL
             | libc::PTRACE_O_TRACEFORK
             | libc::PTRACE_O_TRACEVFORK
             | libc::PTRACE_O_TRACECLONE;
+        if !self.image.seccomp.threads.is_empty() {
+            options |= libc::PTRACE_O_SUSPEND_SECCOMP;
+        }
         ptrace::seize(root, options).context(context)?;
         // glibc registered a restartable sequence for the thread that the child is a copy of: the child has to take it
         // back before the memory goes, and only the kernel can say where it is.

@@ -19,7 +19,7 @@ use crate::{
         pages::PageFiles,
     },
     objects::{self, Referenced, shared_memory},
-    tree::{creds, limits, process, signals, thread, timers},
+    tree::{creds, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{AddressSpace, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -164,6 +164,12 @@ fn stand_ins(image: &Image) -> BTreeMap<i32, i32> {
 /// What of the machine must be as it was.
 fn check_machine(image: &Image, env: &Environment) -> Result<()> {
     let content = |reason: String| Error::ImageContent { dir: image.dir.clone(), reason };
+    if let (Some(thread), false) = (image.seccomp.threads.first(), env.may_filter) {
+        return Err(Error::Missing {
+            what: format!("CAP_SYS_ADMIN, and to be free of seccomp, to put thread {} under seccomp,", thread.tid),
+            remedy: "restore as root, outside of containers that have filters".into(),
+        });
+    }
     for task in image.tasks.values() {
         let Some(live) = &task.live else { continue };
         for t in &live.threads {
@@ -270,8 +276,10 @@ impl<'a> Planner<'a> {
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
-        let threads = self.threads(live, &mut program);
-        let waits = self.attributes(task, live, &mut numbers, &mut program)?;
+        let filters = seccomp::common(&self.image.seccomp, live.threads.iter().map(|t| t.tid));
+        seccomp::restore_common(&self.image.seccomp, task.pid, filters, &mut program);
+        let threads = self.threads(live, filters, &mut program);
+        let waits = self.attributes(task, live, filters, &mut numbers, &mut program)?;
         self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits });
         self.tasks[slot].threads.extend(threads);
         self.tasks[slot].syscall_at = self.vdso.syscall_instruction(task.pid, space)?;
@@ -460,7 +468,8 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    fn threads(&mut self, live: &LiveTask, program: &mut Program) -> Vec<PlannedThread> {
+    /// Starts the threads. `filters`: how many seccomp filters they inherit.
+    fn threads(&mut self, live: &LiveTask, filters: usize, program: &mut Program) -> Vec<PlannedThread> {
         let flags = libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES
@@ -475,6 +484,7 @@ impl<'a> Planner<'a> {
                 let mut own = Program::default();
                 thread::restore(t, &self.env.sched, &mut own);
                 signals::restore_pending(pid, Some(t.tid), &t.pending, &mut own);
+                seccomp::restore_own(&self.image.seccomp, t.tid, filters, &mut own);
                 creds::restore(&t.creds, &self.env.creds, &mut own);
                 thread::restore_pdeath_signal(t, &mut own);
                 let waits = Self::done(t, &mut own);
@@ -486,7 +496,14 @@ impl<'a> Planner<'a> {
     }
 
     /// What comes last for the leader: everything that needs all threads, or after which privileges are gone.
-    fn attributes(&self, task: &Task, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<bool> {
+    fn attributes(
+        &self,
+        task: &Task,
+        live: &LiveTask,
+        filters: usize,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<bool> {
         let leader = &live.threads[0];
         thread::restore(leader, &self.env.sched, program);
         signals::restore_actions(&live.sigactions, program);
@@ -510,6 +527,7 @@ impl<'a> Planner<'a> {
         signals::restore_pending(task.pid, None, &live.pending, program);
         signals::restore_pending(task.pid, Some(task.pid), &leader.pending, program);
         limits::restore(&live.rlimits, &self.env.limits, program);
+        seccomp::restore_own(&self.image.seccomp, task.pid, filters, program);
         creds::restore(&leader.creds, &self.env.creds, program);
         if live.dumpable < 2 {
             program.call("set dumpable", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE.into(), live.dumpable.into()]);

@@ -39,6 +39,7 @@ fn environment(fd_limit: i32) -> Environment {
         personality: 0,
         loginuid: u32::MAX,
         may_raise_limits: true,
+        may_filter: true,
         used: USED.into_iter().chain(kernel.iter().map(|m| (m.start, m.start + m.len))).collect(),
         kernel_mappings: kernel,
         vdso: vec![0x0f, 0x05],

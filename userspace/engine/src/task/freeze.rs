@@ -177,14 +177,7 @@ impl FrozenTree {
 
     /// Seizes and interrupts one thread; false if it is dead.
     fn seize(&mut self, pid: i32, tid: i32) -> Result<bool> {
-        // Filters must not see the system calls that the tasks make for us. The kernel grants that only with
-        // CAP_SYS_ADMIN; tasks with filters are refused later without it.
-        let options = libc::PTRACE_O_TRACESYSGOOD;
-        let seized = match ptrace::seize(tid, options | libc::PTRACE_O_SUSPEND_SECCOMP) {
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EINVAL)) => ptrace::seize(tid, options),
-            other => other,
-        };
-        match seized {
+        match ptrace::seize(tid, libc::PTRACE_O_TRACESYSGOOD) {
             Ok(()) => {}
             Err(e) if proc::is_gone(&e) => return Ok(false),
             Err(e) => {

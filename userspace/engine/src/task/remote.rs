@@ -15,6 +15,7 @@ use crate::{
         ptrace::{self, Wait},
         sys,
     },
+    tree::seccomp,
 };
 use std::{
     fs::{File, OpenOptions},
@@ -213,10 +214,25 @@ impl Remote {
         if own.is_compat() {
             return Err(Error::unsupported(self.pid, "a 32-bit program", "dump 64-bit programs only"));
         }
+        self.suspend_seccomp(tid)?;
         let (pid, at) = (self.pid, self.trampoline);
         self.memory()?.write_all_at(&arch::trampoline(&own), at).context(|| format!("write the vdso of {pid}"))?;
         self.borrowed = Some((tid, own));
         Ok(own)
+    }
+
+    /// Filters must not see the system calls that a thread makes for us. They are back when the thread is let go of,
+    /// whether we do that or the kernel at our end; until then it makes no system call of its own.
+    fn suspend_seccomp(&self, tid: i32) -> Result<()> {
+        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP;
+        match ptrace::set_options(tid, options) {
+            // Not granted: of no importance for who has no filters.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EINVAL)) => {
+                let status = proc::status(self.pid, tid).context(|| format!("read the status of thread {tid}"))?;
+                if status.seccomp == 0 { Ok(()) } else { Err(seccomp::not_permitted(tid)) }
+            }
+            other => other.map_err(|e| failed(tid, e)),
+        }
     }
 
     fn deliver(&mut self, tid: i32, signal: i32) -> Result<()> {

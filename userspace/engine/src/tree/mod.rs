@@ -5,6 +5,7 @@ pub(crate) mod creds;
 pub(crate) mod limits;
 pub(crate) mod process;
 pub(crate) mod sched;
+pub(crate) mod seccomp;
 pub(crate) mod sharing;
 pub(crate) mod signals;
 pub(crate) mod thread;

@@ -1,6 +1,6 @@
 //! Processes: identity, working directory, and what threads of a process share.
 
-use super::{signals, thread, timers};
+use super::{seccomp, signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
     kernel::proc,
@@ -24,6 +24,8 @@ use std::{
 pub(crate) struct Known {
     cwd: HashMap<SharedId, (Bytes, bool)>,
     root: HashMap<SharedId, Bytes>,
+    /// Filters, and who is under which.
+    pub seccomp: seccomp::Collected,
 }
 
 /// What only the process itself or the observer can tell.
@@ -80,7 +82,7 @@ pub(crate) fn collect(
     for &(tid, _) in &process.threads {
         // Securebits differ between threads only where a thread changed its credentials on its own.
         let same = threads.first().map(|leader| leader.creds.securebits);
-        threads.push(thread::collect(pid, tid, seen.and_then(|p| p.thread(tid)), &mut remote, same, timed)?);
+        threads.push(thread::collect(pid, tid, seen.and_then(|p| p.thread(tid)), &mut remote, same, timed, &mut known.seccomp)?);
     }
     remote.detach()?;
     let (cwd, cwd_removed) = match seen.and_then(|p| known.cwd.get(&p.cwd?)) {

@@ -1,8 +1,8 @@
 //! Threads: registers, extended state, and what the kernel keeps per thread for user space.
 
-use super::{creds, sched, signals};
+use super::{creds, sched, seccomp, signals};
 use crate::{
-    error::{Context, Error, Result},
+    error::{Context, Result},
     kernel::{
         arch::{self, Registers},
         proc, ptrace, sys,
@@ -22,8 +22,9 @@ pub(crate) fn collect(
     remote: &mut Remote,
     securebits: Option<u32>,
     timed: bool,
+    filters: &mut seccomp::Collected,
 ) -> Result<Thread> {
-    let (seccomp, creds) = match seen {
+    let (mode, creds) = match seen {
         Some(ThreadState { seccomp: Some(mode), creds: Some(creds), .. }) => (*mode, creds.clone()),
         _ => {
             let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
@@ -35,10 +36,7 @@ pub(crate) fn collect(
             (status.seccomp, creds::of(&status, securebits))
         }
     };
-    if seccomp != 0 {
-        let object = format!("thread {tid}, which is under seccomp,");
-        return Err(Error::unsupported(pid, object, "run the program without seccomp"));
-    }
+    filters.thread(pid, tid, mode)?;
     let (altstack, clear_child_tid, pdeath_signal) = match seen {
         Some(t) => (t.altstack, t.clear_child_tid, t.pdeath_signal),
         None => ask(tid, remote)?,
