@@ -23,7 +23,8 @@ pub(crate) fn synchronize() -> io::Result<()> {
 }
 
 fn install(call: i64, action: u32, flags: u64) -> io::Result<()> {
-    let instruction = |code: u32, jf, k| libc::sock_filter { code: u16::try_from(code).expect("16 bits"), jt: 0, jf, k };
+    let instruction =
+        |code: u32, jf, k| libc::sock_filter { code: u16::try_from(code).expect("16 bits"), jt: 0, jf, k };
     let call = u32::try_from(call).unwrap_or(u32::MAX);
     let mut program = [
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0), // seccomp_data.nr

@@ -4,7 +4,8 @@ use super::{memory::Memory, output::text};
 use serde::Serialize;
 use standstill_engine::Image;
 use standstill_images::types::{
-    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SeccompMode, SigAction, Task, TaskState, Thread,
+    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SeccompMode, SigAction, Task,
+    TaskState, Thread,
 };
 
 /// A process.

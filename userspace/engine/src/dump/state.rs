@@ -4,7 +4,7 @@ use super::{DumpOptions, Phases, observer::Observer, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
     image,
-    kernel::PAGE,
+    kernel::{PAGE, proc},
     memory::{
         self,
         private::{self, PrivatePages},
@@ -16,7 +16,8 @@ use crate::{
     tree::{process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp, SharedFs, Task, Vma,
+    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp, SharedFs, Task,
+    Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -138,7 +139,17 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
             ));
         }
     }
-    births::order(&by_pid, &state.shared_fs, options.pid).map(drop)
+    let births = births::order(&by_pid, &state.shared_fs, options.pid)?;
+    for step in births.values().flatten() {
+        if let births::Step::StandIn { sid, .. } = step
+            && proc::stat(*sid).is_ok()
+        {
+            return Err(Error::Target(format!(
+                "the leader of session {sid} is outside the tree: dump the tree from the session's leader"
+            )));
+        }
+    }
+    Ok(())
 }
 
 impl State {

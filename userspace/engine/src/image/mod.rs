@@ -14,7 +14,8 @@ use standstill_images::{
     store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
-        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, Task,
+        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs, SharedMemory,
+        SharedMemoryId, Task,
     },
 };
 use std::{

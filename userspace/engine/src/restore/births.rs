@@ -9,7 +9,7 @@ use standstill_images::types::{SharedFs, Task};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// What a process does until its children exist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     /// It forks a child that shares what these clone(2) flags say.
     Fork { pid: i32, flags: i32 },
@@ -17,6 +17,9 @@ pub(crate) enum Step {
     Setsid,
     /// It stops sharing: CLONE_FILES or CLONE_FS.
     Unshare(i32),
+    /// It forks a process that leads a session whose own leader is dead, and makes children of its parent (CLONE_PARENT)
+    /// that are in that session. Their exit signals are the same.
+    StandIn { sid: i32, children: Vec<i32> },
 }
 
 /// Sessions, or what is shared by one clone(2) flag.
@@ -67,6 +70,26 @@ impl Kind {
             }
         }
         kind
+    }
+
+    /// Takes from the sessions that children must be born with those whose leader is dead and that the process cannot be in
+    /// itself.
+    fn stand_ins(&self, pid: i32, is_root: bool, wanted: &mut [(i32, [Option<i32>; 3])]) -> BTreeMap<i32, Vec<i32>> {
+        let own = self.of.get(&pid).copied();
+        let leads = own == Some(pid);
+        let mut born = None;
+        let mut orphans: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+        for (child, [session, ..]) in wanted {
+            let Some(sid) = session.filter(|&sid| Some(sid) != own) else { continue };
+            if leads && !is_root && *born.get_or_insert(sid) == sid {
+                continue;
+            }
+            if !self.of.contains_key(&sid) {
+                orphans.entry(sid).or_default().push(*child);
+                *session = None;
+            }
+        }
+        orphans
     }
 
     /// What a process has one after the other, given what its children must be born with; and what it must be born with
@@ -145,7 +168,8 @@ pub(crate) fn order(tasks: &BTreeMap<i32, Task>, shared_fs: &[SharedFs], root: i
         Kind::shared(libc::CLONE_FS, "working directory (CLONE_FS)", tasks, directories),
     ];
     let mut births = HashMap::new();
-    let [session, ..] = born_with(root, &kinds, &children, &mut births, tasks.len())?;
+    let [session, ..] = born_with(root, &kinds, &children, &mut births, 0)?;
+    check_stand_ins(tasks, root, &births)?;
     let outside = tasks[&root].sid;
     if let Some(sid) = session.filter(|&sid| sid != outside) {
         return Err(Error::Target(format!(
@@ -153,6 +177,29 @@ pub(crate) fn order(tasks: &BTreeMap<i32, Task>, shared_fs: &[SharedFs], root: i
         )));
     }
     Ok(births)
+}
+
+/// There is one process for each number, and it has one exit signal, which those that it forks inherit.
+fn check_stand_ins(tasks: &BTreeMap<i32, Task>, root: i32, births: &HashMap<i32, Vec<Step>>) -> Result<()> {
+    let mut seen = HashSet::new();
+    for step in births.values().flatten() {
+        let Step::StandIn { sid, children } = step else { continue };
+        let mut signals = children.iter().map(|child| tasks[child].exit_signal);
+        let first = signals.next();
+        if *sid == tasks[&root].sid {
+            return Err(Error::Target(format!(
+                "processes {children:?} are in the session around the tree, although they descend from members of others: \
+                 end them"
+            )));
+        }
+        if !seen.insert(sid) || signals.any(|signal| Some(signal) != first) {
+            return Err(Error::Target(format!(
+                "the leader of session {sid} is dead, and processes {children:?} in it have another parent or exit signal \
+                 than others: end them"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Orders the births of a process's descendants; what it must be born with itself, as far as that matters.
@@ -163,19 +210,29 @@ fn born_with(
     births: &mut HashMap<i32, Vec<Step>>,
     depth: usize,
 ) -> Result<[Option<i32>; 3]> {
-    let Some(depth) = depth.checked_sub(1) else {
+    if depth > kinds[0].of.len() {
         return Err(Error::Target(format!("process {pid} is its own ancestor")));
-    };
+    }
     let children_of = children.get(&pid).map_or(&[][..], Vec::as_slice);
-    let wanted = children_of.iter().map(|&child| Ok((child, born_with(child, kinds, children, births, depth)?)));
-    let wanted: Vec<(i32, [Option<i32>; 3])> = wanted.collect::<Result<_>>()?;
+    let wanted = children_of.iter().map(|&child| Ok((child, born_with(child, kinds, children, births, depth + 1)?)));
+    let mut wanted: Vec<(i32, [Option<i32>; 3])> = wanted.collect::<Result<_>>()?;
+    let orphans = kinds[0].stand_ins(pid, depth == 0, &mut wanted);
+    let shares = |child: &i32| wanted.iter().any(|(pid, [_, files, fs])| pid == child && files.or(*fs).is_some());
+    if let Some(child) = orphans.values().flatten().find(|child| shares(child)) {
+        return Err(Error::Target(format!(
+            "process {child} is in a session whose leader is dead, and shares descriptors or working directory: end it"
+        )));
+    }
     let mut born = [None; 3];
     let mut phases: [Vec<Option<i32>>; 3] = Default::default();
     for (n, kind) in kinds.iter().enumerate() {
         let wanted: Vec<_> = wanted.iter().map(|(child, wanted)| (*child, wanted[n])).collect();
         (phases[n], born[n]) = kind.phases(pid, &wanted)?;
     }
-    births.insert(pid, steps(pid, kinds, &phases, &wanted)?);
+    wanted.retain(|(child, _)| !orphans.values().flatten().any(|orphan| orphan == child));
+    let mut own = steps(pid, kinds, &phases, &wanted)?;
+    own.extend(orphans.into_iter().map(|(sid, children)| Step::StandIn { sid, children }));
+    births.insert(pid, own);
     Ok(born)
 }
 
@@ -219,7 +276,7 @@ fn steps(
     let mut ready: BTreeSet<usize> = (0..nodes.len()).filter(|&node| before[node] == 0).collect();
     let mut ordered = Vec::with_capacity(nodes.len());
     while let Some(node) = ready.pop_first() {
-        ordered.push(nodes[node]);
+        ordered.push(nodes[node].clone());
         for &next in &after[node] {
             before[next] -= 1;
             if before[next] == 0 {

@@ -33,9 +33,23 @@ fn a_child_of_the_old_session_is_forked_before_setsid() {
 }
 
 #[test]
-fn a_session_without_living_ancestor_is_refused() {
-    assert!(order(&tree(&[(1, 0, 1), (2, 1, 9)]), &[], 1).is_err());
+fn a_session_whose_leader_is_dead_gets_a_stand_in() {
+    let stand_in = |children: &[i32]| Step::StandIn { sid: 9, children: children.to_vec() };
+    let births = order(&tree(&[(1, 0, 1), (2, 1, 9), (3, 1, 9), (4, 2, 9)]), &[], 1).unwrap();
+    assert_eq!(births[&1], [Step::Setsid, stand_in(&[2, 3])]);
+    assert_eq!(births[&2], [fork(4)]);
+    // 2 was in the session before it led its own.
+    let births = order(&tree(&[(1, 0, 1), (2, 1, 2), (3, 2, 9)]), &[], 1).unwrap();
+    assert_eq!((&births[&1][1..], &births[&2][..]), (&[stand_in(&[2])][..], &[fork(3), Step::Setsid][..]));
+    // One leader cannot be a child of two.
+    let divided = order(&tree(&[(1, 0, 1), (2, 1, 9), (3, 1, 1), (4, 3, 9)]), &[], 1).unwrap_err();
+    assert!(divided.to_string().contains("the leader of session 9 is dead"), "{divided}");
     assert!(order(&tree(&[(1, 0, 1), (2, 7, 1)]), &[], 1).is_err());
+}
+
+#[test]
+fn a_living_leader_elsewhere_is_refused() {
+    assert!(order(&tree(&[(1, 0, 1), (2, 1, 2), (3, 1, 2)]), &[], 1).is_err());
 }
 
 #[test]
@@ -66,9 +80,9 @@ fn siblings_share_what_their_parent_gives_up() {
     let tasks = tree(&[(1, 0, 1), (2, 1, 1), (3, 1, 1), (4, 1, 1), (5, 1, 1)]);
     let shared = [SharedFs { pids: vec![2, 4] }, SharedFs { pids: vec![3, 5] }];
     let share = |pid| Step::Fork { pid, flags: libc::CLONE_FS };
-    let leave = Step::Unshare(libc::CLONE_FS);
+    let leave = || Step::Unshare(libc::CLONE_FS);
     let births = order(&tasks, &shared, 1).unwrap();
-    assert_eq!(births[&1], [Step::Setsid, share(2), share(4), leave, share(3), share(5), leave]);
+    assert_eq!(births[&1], [Step::Setsid, share(2), share(4), leave(), share(3), share(5), leave()]);
 }
 
 #[test]

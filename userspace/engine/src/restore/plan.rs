@@ -85,6 +85,8 @@ struct Planner<'a> {
     words: usize,
     /// Process groups whose leader is gone, by the first of their members.
     stand_ins: BTreeMap<i32, i32>,
+    /// Sessions whose leader is gone.
+    orphaned: BTreeSet<i32>,
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
@@ -110,6 +112,11 @@ pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan
 
 fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
     let births = births::order(&image.tasks, &image.shared_fs, image.inventory.root)?;
+    let orphaned = births.values().flatten().filter_map(|step| match step {
+        Step::StandIn { sid, .. } => Some(*sid),
+        _ => None,
+    });
+    let orphaned: BTreeSet<i32> = orphaned.collect();
     let mut words = 0;
     let tables = Share::number(shares::tables(image.tasks.values()), &mut words);
     let directories = (0..).zip(&image.shared_fs).flat_map(|(n, s)| s.pids.iter().map(move |&pid| (n, pid)));
@@ -128,7 +135,8 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         tables,
         directories,
         words,
-        stand_ins: stand_ins(image),
+        stand_ins: stand_ins(image, &orphaned),
+        orphaned,
         files,
         shared_fds,
         first_writers,
@@ -141,7 +149,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     };
     let root = &image.tasks[&image.inventory.root];
     planner.process(root, None, None)?;
-    if planner.tasks.len() != image.tasks.len() + planner.stand_ins.len() {
+    if planner.tasks.len() != image.tasks.len() + planner.stand_ins.len() + planner.orphaned.len() {
         return Err(Error::ImageContent {
             dir: image.dir.clone(),
             reason: "some processes are not descendants of the root".into(),
@@ -152,10 +160,12 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
 }
 
 /// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
-fn stand_ins(image: &Image) -> BTreeMap<i32, i32> {
+/// `orphaned`: sessions that have one anyway, who leads a group, too.
+fn stand_ins(image: &Image, orphaned: &BTreeSet<i32>) -> BTreeMap<i32, i32> {
     let root = &image.tasks[&image.inventory.root];
     let mut by_group = BTreeMap::new();
-    for task in image.tasks.values().filter(|t| t.pgid != root.pgid && !image.tasks.contains_key(&t.pgid)) {
+    let is_led = |pgid: i32| pgid == root.pgid || image.tasks.contains_key(&pgid) || orphaned.contains(&pgid);
+    for task in image.tasks.values().filter(|t| !is_led(t.pgid)) {
         by_group.entry(task.pgid).or_insert(task.pid);
     }
     by_group.into_iter().map(|(pgid, pid)| (pid, pgid)).collect()
@@ -262,13 +272,9 @@ impl<'a> Planner<'a> {
             program.post("let the parent go on", word);
         }
         self.groups(task, &mut program);
-        for step in births {
-            if let Step::Fork { pid, .. } = step
-                && let Some(&pgid) = self.stand_ins.get(&pid)
-            {
-                let args = [pgid.into(), 0.into(), libc::__WALL.into(), 0.into()];
-                program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pgid);
-            }
+        for pid in births.iter().flat_map(|step| self.stand_ins_of(step)) {
+            let args = [pid.into(), 0.into(), libc::__WALL.into(), 0.into()];
+            program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pid);
         }
         self.vdso.restore(task.pid, space, &mut program);
         Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
@@ -358,10 +364,11 @@ impl<'a> Planner<'a> {
             match *step {
                 Step::Setsid => program.call("setsid", libc::SYS_setsid, &[]),
                 Step::Unshare(flag) => program.call("stop sharing", libc::SYS_unshare, &[flag.into()]),
+                Step::StandIn { sid, ref children } => self.session(sid, children, memory, program)?,
                 Step::Fork { pid, flags } => {
                     let child = &image.tasks[&pid];
                     if let Some(&pgid) = self.stand_ins.get(&pid) {
-                        self.stand_in(pgid, program);
+                        self.stand_in(pgid, 0, program);
                     }
                     let word = (flags & libc::CLONE_FILES != 0).then_some(self.words);
                     self.words += usize::from(word.is_some());
@@ -377,13 +384,57 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
+    /// A process that leads the session of a dead and forgotten leader, and forks for its parent who is in it.
+    fn session(
+        &mut self,
+        sid: i32,
+        children: &[i32],
+        memory: (&'a AddressSpace, &Prots),
+        program: &mut Program,
+    ) -> Result<()> {
+        const PARENT: u64 = libc::CLONE_PARENT as u64;
+        let image = self.image;
+        let index = self.programs.len();
+        self.programs.push(Program::default());
+        let threads = vec![PlannedThread { tid: sid, program: index, waits: false }];
+        self.tasks.push(PlannedTask { pid: sid, ends: true, threads, syscall_at: 0 });
+        let mut own = Program::default();
+        own.call("setsid", libc::SYS_setsid, &[]);
+        for pid in children {
+            if let Some(&pgid) = self.stand_ins.get(pid) {
+                self.stand_in(pgid, PARENT, &mut own);
+            }
+            let index = self.process(&image.tasks[pid], Some(memory), None)?;
+            own.clone_task(format!("fork process {pid}"), PARENT | sys::CLONE_CLEAR_SIGHAND, 0, *pid, index);
+        }
+        [Stage::Forked, Stage::Groups, Stage::Joined].into_iter().for_each(|stage| own.trap(stage as u64));
+        own.exit(0);
+        self.programs[index] = own;
+        let signal = image.tasks[&children[0]].exit_signal;
+        program.clone_task(format!("fork process {sid}"), sys::CLONE_CLEAR_SIGHAND, signal, sid, index);
+        Ok(())
+    }
+
+    /// Stand-ins that become children of a process by a step of its births.
+    fn stand_ins_of(&self, step: &Step) -> Vec<i32> {
+        match step {
+            Step::Fork { pid, .. } => self.stand_ins.get(pid).copied().into_iter().collect(),
+            Step::StandIn { sid, children } => std::iter::once(*sid)
+                .chain(children.iter().filter_map(|pid| self.stand_ins.get(pid).copied()))
+                .collect(),
+            Step::Setsid | Step::Unshare(_) => Vec::new(),
+        }
+    }
+
     fn groups(&self, task: &Task, program: &mut Program) {
         program.trap(Stage::Forked as u64);
         if task.pgid == task.pid && task.sid != task.pid {
             program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
         }
         program.trap(Stage::Groups as u64);
-        let led = self.image.tasks.contains_key(&task.pgid) || self.stand_ins.values().any(|&pgid| pgid == task.pgid);
+        let led = self.image.tasks.contains_key(&task.pgid)
+            || self.orphaned.contains(&task.pgid)
+            || self.stand_ins.values().any(|&pgid| pgid == task.pgid);
         if task.pgid != task.pid && led {
             program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
         }
@@ -391,7 +442,8 @@ impl<'a> Planner<'a> {
     }
 
     /// A process that leads the group of a dead and forgotten leader until all members have joined.
-    fn stand_in(&mut self, pgid: i32, program: &mut Program) {
+    /// `flags`: CLONE_PARENT if the parent of who forks it shall wait for it.
+    fn stand_in(&mut self, pgid: i32, flags: u64, program: &mut Program) {
         let index = self.programs.len();
         let mut own = Program::default();
         own.trap(Stage::Forked as u64);
@@ -403,7 +455,8 @@ impl<'a> Planner<'a> {
         let threads = vec![PlannedThread { tid: pgid, program: index, waits: false }];
         self.tasks.push(PlannedTask { pid: pgid, ends: true, threads, syscall_at: 0 });
         let label = format!("fork process {pgid}");
-        program.clone_task(label, sys::CLONE_CLEAR_SIGHAND, libc::SIGCHLD, pgid, index);
+        let signal = if flags == 0 { libc::SIGCHLD } else { 0 };
+        program.clone_task(label, flags | sys::CLONE_CLEAR_SIGHAND, signal, pgid, index);
     }
 
     fn finish_memory(

@@ -14,7 +14,7 @@ use crate::restore::environment::KernelMapping;
 use dump::Store;
 use history::{History, KERNEL, Op, Start, ops, starts};
 use interpreter::Interpreter;
-use model::{Origin, PAGE, Page, compare};
+use model::{OUTSIDE, Origin, PAGE, Page, compare};
 use proptest::prelude::*;
 use standstill_images::types::{Creds, Sched};
 
@@ -70,6 +70,10 @@ fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Re
         Err(e) if is_expected(&e.to_string()) => return Ok(false),
         Err(e) => return Err(e.to_string()),
     };
+    if plan.tasks.iter().any(|t| t.pid == OUTSIDE) {
+        // The dump refuses a session whose leader is alive and not of the tree.
+        return Ok(false);
+    }
     let mut run = Interpreter::new(&plan, &image, own_memory(env), env, seed);
     run.run()?;
     for task in plan.tasks.iter().filter(|t| !t.ends) {
@@ -86,6 +90,9 @@ fn is_expected(refusal: &str) -> bool {
     [
         "is dead or outside the tree",
         "which no living ancestor belongs to",
+        "have another parent or exit signal",
+        "are in the session around the tree",
+        "whose leader is dead, and shares",
         "between them has others",
         "no order of forks brings about",
         "has left the process group",

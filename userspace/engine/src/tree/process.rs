@@ -82,7 +82,15 @@ pub(crate) fn collect(
     for &(tid, _) in &process.threads {
         // Securebits differ between threads only where a thread changed its credentials on its own.
         let same = threads.first().map(|leader| leader.creds.securebits);
-        threads.push(thread::collect(pid, tid, seen.and_then(|p| p.thread(tid)), &mut remote, same, timed, &mut known.seccomp)?);
+        threads.push(thread::collect(
+            pid,
+            tid,
+            seen.and_then(|p| p.thread(tid)),
+            &mut remote,
+            same,
+            timed,
+            &mut known.seccomp,
+        )?);
     }
     remote.detach()?;
     let (cwd, cwd_removed) = match seen.and_then(|p| known.cwd.get(&p.cwd?)) {

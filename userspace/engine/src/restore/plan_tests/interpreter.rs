@@ -210,6 +210,12 @@ impl<'a> Interpreter<'a> {
             pid
         } else {
             self.world.fork(pid, tid, flags as i32)?;
+            if flags & libc::CLONE_PARENT as u64 != 0 {
+                if word(program, block + 32) != 0 {
+                    return Err(libc::EINVAL); // exit_signal
+                }
+                self.world.process(tid).ppid = self.world.process(pid).ppid;
+            }
             tid
         };
         self.running.insert(tid, Running { pid: owner, program: child, at: 0 });
