@@ -193,6 +193,7 @@ records! {
     PrecopyStats = 10 v 1;
     SharedFs = 12 v 1;
     Seccomp = 13 v 1;
+    Cgroups = 14 v 1;
 }
 
 #[cfg(test)]

@@ -74,6 +74,37 @@ pub struct LiveTask {
     pub loginuid: u32,
 }
 
+/// The cgroups that processes are in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroups {
+    /// Sets of cgroups, one of each hierarchy; each set once.
+    pub sets: Vec<Vec<Cgroup>>,
+    /// Processes, with the number of their set.
+    pub processes: Vec<(i32, u32)>,
+}
+
+/// A cgroup.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Controllers or name of its hierarchy, as in `/proc/pid/cgroup`: `cpu,cpuacct`, `name=systemd`; empty: version 2.
+    pub hierarchy: Bytes,
+    /// Path from the root of the dump's cgroup namespace.
+    pub path: Bytes,
+    /// Who may do what with it.
+    pub access: Vec<CgroupAccess>,
+}
+
+/// Permissions of a cgroup or of one of its files (see "Delegation" in cgroups(7)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CgroupAccess {
+    /// Name of the file; empty: the cgroup's directory.
+    pub file: Bytes,
+    /// Permission bits.
+    pub mode: u32,
+    /// User and group.
+    pub owner: (u32, u32),
+}
+
 /// seccomp(2) of the threads that are under it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seccomp {

@@ -2,7 +2,7 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{At, Precopy, PrecopyOptions, Reader, observe::Scope};
+use standstill_engine::{At, CgroupMode, Precopy, PrecopyOptions, Reader, observe::Scope};
 use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -92,12 +92,38 @@ pub(crate) struct DumpArgs {
     pub log: LogArgs,
 }
 
+/// What to do about cgroups
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum CgroupsArg {
+    /// Nothing
+    #[default]
+    Ignore,
+    /// They must exist
+    None,
+    /// Those that are missing are made, without limits
+    Soft,
+}
+
+impl From<CgroupsArg> for CgroupMode {
+    fn from(arg: CgroupsArg) -> Self {
+        match arg {
+            CgroupsArg::Ignore => Self::Ignore,
+            CgroupsArg::None => Self::Exist,
+            CgroupsArg::Soft => Self::Create,
+        }
+    }
+}
+
 /// How a tree is checkpointed
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct HowArgs {
     /// The tree is a job of a shell outside of it
     #[arg(short = 'j', long)]
     pub shell_job: bool,
+    /// Record the cgroups that processes are in. (The mode counts at the restore.)
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
+        default_missing_value = "soft")]
+    pub manage_cgroups: CgroupsArg,
     /// Seconds within which the tree must be frozen
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u64,
@@ -212,6 +238,10 @@ pub(crate) struct RestoreArgs {
     /// The tree becomes a job of the shell that runs this command
     #[arg(short = 'j', long)]
     pub shell_job: bool,
+    /// Put processes into the cgroups that they were in, if the dump recorded these
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
+        default_missing_value = "soft")]
+    pub manage_cgroups: CgroupsArg,
     /// Write the root's pid to this file (in the image directory unless absolute)
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,

@@ -2,7 +2,7 @@
 
 use crate::{
     Failure,
-    args::{Compress, DumpArgs, HowArgs},
+    args::{CgroupsArg, Compress, DumpArgs, HowArgs},
     logging,
     terminal::leave_terminal,
 };
@@ -32,6 +32,7 @@ impl HowArgs {
             dir: dir.into(),
             afterwards: Afterwards::Kill,
             shell_job: self.shell_job,
+            cgroups: self.manage_cgroups != CgroupsArg::Ignore,
             timeout: Duration::from_secs(self.timeout),
             compression: self.compress.into(),
             reader: self.reader.into(),

@@ -26,7 +26,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
     if !args.restore_detached && !args.dry_run {
         forwarded.thread_block().map_err(|e| Failure::io("block signals", &e.into()))?;
     }
-    let restored = restore(&image, &RestoreOptions { dry_run: args.dry_run })?;
+    let restored = restore(&image, &RestoreOptions { dry_run: args.dry_run, cgroups: args.manage_cgroups.into() })?;
     if let Some(plan) = &restored.plan {
         print!("{plan}");
         return Ok(0);

@@ -20,3 +20,4 @@ pub use error::{Error, Result};
 pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
 pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};
+pub use tree::cgroups::CgroupMode;

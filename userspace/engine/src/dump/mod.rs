@@ -71,6 +71,8 @@ pub struct DumpOptions {
     pub afterwards: Afterwards,
     /// The root is the job of a shell that stays outside.
     pub shell_job: bool,
+    /// The cgroups of the processes are recorded.
+    pub cgroups: bool,
     /// Time limit of the freeze.
     pub timeout: Duration,
     /// Compression of the pages.

@@ -13,11 +13,11 @@ use crate::{
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
-    tree::{process, sharing::Sharing},
+    tree::{cgroups, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Backing, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp, SharedFs, Task,
-    Vma,
+    AddressSpace, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp,
+    SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -38,6 +38,7 @@ pub(super) struct State {
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
     seccomp: Option<Seccomp>,
+    cgroups: Option<Cgroups>,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -67,6 +68,7 @@ pub(super) fn collect(
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
         seccomp: None,
+        cgroups: if options.cgroups { Some(cgroups::collect(&pids)?) } else { None },
         objects: Collected::new(next),
         vdso: Vec::new(),
     };
@@ -199,6 +201,7 @@ impl State {
             tables: self.tables,
             shared_fs: self.shared_fs,
             seccomp: self.seccomp,
+            cgroups: self.cgroups,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,

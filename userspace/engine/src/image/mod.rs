@@ -13,14 +13,14 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Backing, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind, Inventory,
-        OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs, SharedMemory,
-        SharedMemoryId, Task,
+        AddressSpace, AddressSpaceId, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind,
+        Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs,
+        SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
     collections::{BTreeMap, HashSet},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 /// The records of one dump.
@@ -31,6 +31,7 @@ pub(crate) struct Records {
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
     pub seccomp: Option<Seccomp>,
+    pub cgroups: Option<Cgroups>,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
     pub shared: Vec<SharedMemory>,
@@ -61,6 +62,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
     all(&mut writer, &records.seccomp)?;
+    all(&mut writer, &records.cgroups)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
@@ -89,6 +91,8 @@ pub struct Image {
     pub shared_fs: Vec<SharedFs>,
     /// Threads under seccomp.
     pub seccomp: Seccomp,
+    /// Cgroups, if they were recorded.
+    pub cgroups: Cgroups,
     /// Open file descriptions, and files that are mapped or executed.
     pub files: BTreeMap<OpenFileId, OpenFile>,
     /// Pipes.
@@ -112,7 +116,7 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp) = (Vec::new(), None);
+        let (mut shared_fs, mut seccomp, mut cgroups) = (Vec::new(), None, None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -129,6 +133,7 @@ impl Image {
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
+                Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
                 SharedMemory::KIND => twice |= insert(&mut shared, record.decode::<SharedMemory>()?, |s| s.id),
@@ -152,6 +157,7 @@ impl Image {
             tables,
             shared_fs,
             seccomp: seccomp.unwrap_or_default(),
+            cgroups: cgroups.unwrap_or_default(),
             files,
             pipes,
             shared,
@@ -214,6 +220,13 @@ impl Image {
             }
         }
         self.check_seccomp(&ids)?;
+        let Cgroups { sets, processes } = &self.cgroups;
+        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || *set as usize >= sets.len()) {
+            return Err("a cgroup or the process in it is missing".into());
+        }
+        if sets.iter().flatten().any(|c| c.path.as_path().components().any(|part| part == Component::ParentDir)) {
+            return Err("a cgroup has a path that leads upwards".into());
+        }
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {
             if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {

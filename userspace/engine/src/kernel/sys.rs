@@ -4,6 +4,7 @@ use super::PAGE;
 use nix::time::{ClockId, clock_gettime};
 use std::{
     cmp::Ordering,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     time::Duration,
@@ -134,6 +135,46 @@ pub(crate) fn cached_pages(file: BorrowedFd<'_>, length: u64) -> io::Result<u64>
     // SAFETY: `range` and `stat` have the size and layout of struct cachestat_range and struct cachestat.
     unsafe { check(libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0))? };
     Ok(stat[0])
+}
+
+/// Mounts a hierarchy of cgroups, named as in `/proc/pid/cgroup`, where nobody sees it: fsmount(2), Linux 5.2.
+pub(crate) fn mount_cgroups(hierarchy: &[u8]) -> io::Result<OwnedFd> {
+    const FSCONFIG_SET_FLAG: i32 = 0;
+    const FSCONFIG_SET_STRING: i32 = 1;
+    const FSCONFIG_CMD_CREATE: i32 = 6;
+    const FSOPEN_CLOEXEC: i32 = 1;
+    const FSMOUNT_CLOEXEC: i32 = 1;
+    let kind = if hierarchy.is_empty() { c"cgroup2" } else { c"cgroup" };
+    // SAFETY: the name is a string; a returned descriptor is new and ours.
+    let context = unsafe {
+        let fd = check(libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC))?;
+        OwnedFd::from_raw_fd(fd as i32)
+    };
+    let configure = |command: i32, key: Option<&CStr>, value: Option<&CStr>| {
+        let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
+        // SAFETY: both are null or strings, as the command wants.
+        check(unsafe {
+            libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, pointer(key), pointer(value), 0)
+        })
+    };
+    for part in hierarchy.split(|&b| b == b',').filter(|part| !part.is_empty()) {
+        let text = |bytes: &[u8]| CString::new(bytes).map_err(io::Error::from);
+        match part.strip_prefix(b"name=") {
+            Some(name) => {
+                if hierarchy == part {
+                    configure(FSCONFIG_SET_FLAG, Some(c"none"), None)?;
+                }
+                configure(FSCONFIG_SET_STRING, Some(c"name"), Some(&text(name)?))?;
+            }
+            None => _ = configure(FSCONFIG_SET_FLAG, Some(&text(part)?), None)?,
+        }
+    }
+    configure(FSCONFIG_CMD_CREATE, None, None)?;
+    // SAFETY: numbers only; a returned descriptor is new and ours.
+    unsafe {
+        check(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0))
+            .map(|fd| OwnedFd::from_raw_fd(fd as i32))
+    }
 }
 
 /// Memory mapped into this process; unmapped on drop.

@@ -16,6 +16,7 @@ use crate::{
     },
     memory::{pages::OpenPages, verify::verify},
     objects::shared_memory,
+    tree::cgroups::{CgroupMode, Placement},
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
@@ -62,15 +63,16 @@ impl Drop for Execution<'_> {
 }
 
 /// Creates the whole tree and brings it to [`Stage::Done`], then hands it over: all tasks run when this returns.
-pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
+pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()> {
     check_ids_are_free(plan)?;
     let layout = Layout::new(plan.base, BLOB.len(), &plan.programs);
     let memory = Mapping::shared_executable_at(plan.base, layout.size()).context(|| "map the restorer".into())?;
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = OpenPages::open(image, &plan.pages)?;
     let shared = make_shared(image, &pages)?;
+    let mut placement = Placement::new(&image.cgroups, cgroups);
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
-    let root = run.create_root(pages.descriptors(), &shared)?;
+    let root = run.create_root(pages.descriptors(), &shared, &mut placement)?;
     debug!(root, "root created");
     // The pages are checked before the kernel or a task changes one (registering a thread's rseq area does): in the
     // page cache while the tasks read them from there, otherwise where they were put.
@@ -81,10 +83,12 @@ pub(crate) fn run(image: &Image, plan: &Plan) -> Result<()> {
     })?;
     drop((pages, shared));
     debug!("pages verified");
+    placement.place_others(root)?;
     [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     handover::hand_over(&mut run)?;
     run.created.clear();
+    placement.keep();
     Ok(())
 }
 
@@ -131,7 +135,12 @@ fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<HashMap<SharedMem
 impl Execution<'_> {
     /// clone3(2) of the root: a copy of this process that leaves it for the restorer at once.
     /// It gets descriptors of files with pages and of the shared memory.
-    fn create_root(&mut self, pages: Vec<(&File, i32)>, shared: &HashMap<SharedMemoryId, OwnedFd>) -> Result<i32> {
+    fn create_root(
+        &mut self,
+        pages: Vec<(&File, i32)>,
+        shared: &HashMap<SharedMemoryId, OwnedFd>,
+        cgroups: &mut Placement<'_>,
+    ) -> Result<i32> {
         let root = self.image.inventory.root;
         let context = || format!("create process {root}");
         let mut fds: Vec<(i32, i32)> =
@@ -200,6 +209,8 @@ impl Execution<'_> {
         // back before the memory goes, and only the kernel can say where it is.
         ptrace::interrupt(root).context(context)?;
         ptrace::wait(root).context(context)?;
+        // Before it has memory, which is accounted to where it is.
+        cgroups.place_root(root)?;
         let rseq = ptrace::rseq(root).context(context)?;
         ptrace::cont(root, 0).context(context)?;
         let message = [rseq.address, u64::from(rseq.size), u64::from(rseq.signature)];

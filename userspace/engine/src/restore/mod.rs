@@ -11,7 +11,7 @@ pub(crate) mod program;
 pub(crate) mod shares;
 pub(crate) mod vdso;
 
-use crate::{error::Result, image::Image, objects::regular};
+use crate::{error::Result, image::Image, objects::regular, tree::cgroups::CgroupMode};
 use standstill_images::types::{FileKind, OpenFile};
 
 /// A restore to carry out.
@@ -19,6 +19,8 @@ use standstill_images::types::{FileKind, OpenFile};
 pub struct RestoreOptions {
     /// Only make the plan and return it as text.
     pub dry_run: bool,
+    /// What to do about recorded cgroups.
+    pub cgroups: CgroupMode,
 }
 
 /// What a restore did.
@@ -56,7 +58,7 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         }
         return Ok(Restored { root, plan: Some(text), elapsed_us: 0 });
     }
-    execute::run(image, &plan)?;
+    execute::run(image, &plan, options.cgroups)?;
     Ok(Restored { root, plan: None, elapsed_us: begin.elapsed().as_micros() as u64 })
 }
 
