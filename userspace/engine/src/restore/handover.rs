@@ -27,18 +27,11 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
             .map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) })
             .collect::<Result<Vec<_>>>()?;
         unmap_restorer(run, planned.pid, planned.syscall_at)?;
+        if let Some(signal) = stop_signal(task, live) {
+            stop(task.pid, signal)?;
+        }
         for (thread, result) in live.threads.iter().zip(results) {
             set_state(thread, result)?;
-        }
-        let stop = match task.state {
-            // A handler would catch the other stop signals.
-            TaskState::Stopped(signal) if live.sigactions.iter().all(|a| a.signal != signal) => Some(signal),
-            TaskState::Stopped(_) => Some(libc::SIGSTOP),
-            _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
-        };
-        if let Some(signal) = stop {
-            // SAFETY: kill takes no memory; the process is ours and stopped.
-            unsafe { libc::kill(task.pid, signal) };
         }
     }
     // From here on nothing can fail but the detaching itself, and tasks run.
@@ -53,6 +46,38 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What stops a process that was stopped, or about to.
+fn stop_signal(task: &Task, live: &LiveTask) -> Option<i32> {
+    match task.state {
+        // A handler would catch the other stop signals.
+        TaskState::Stopped(signal) if live.sigactions.iter().all(|a| a.signal != signal) => Some(signal),
+        TaskState::Stopped(_) => Some(libc::SIGSTOP),
+        _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
+    }
+}
+
+/// Begins a group stop, which each thread joins when it is let go. All signals are still blocked: those that are pending
+/// would otherwise be handled first, those with a lower number than SIGSTOP at least.
+fn stop(pid: i32, signal: i32) -> Result<()> {
+    let context = || format!("stop process {pid}");
+    ptrace::set_sigmask(pid, !(1 << (signal - 1))).context(context)?;
+    // SAFETY: tgkill takes no memory; the process is ours and stopped.
+    unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGSTOP) };
+    ptrace::cont(pid, 0).context(context)?;
+    match ptrace::wait(pid).context(context)? {
+        Wait::Signal(libc::SIGSTOP) => {}
+        other => return Err(unexpected(pid, other)),
+    }
+    // The signal may turn out to be ignored, as SIGTSTP is in an orphaned process group: then this stop is the next.
+    ptrace::interrupt(pid).context(context)?;
+    ptrace::cont(pid, signal).context(context)?;
+    match ptrace::wait(pid).context(context)? {
+        Wait::EventStop(libc::SIGTRAP) if signal != libc::SIGSTOP => stop(pid, libc::SIGSTOP),
+        Wait::EventStop(by) if by == signal => Ok(()),
+        other => Err(unexpected(pid, other)),
+    }
 }
 
 fn live(task: &Task) -> Result<&LiveTask> {
