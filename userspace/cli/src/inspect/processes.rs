@@ -121,14 +121,23 @@ impl<'a> Process<'a> {
 
 impl<'a> Live<'a> {
     fn new(pid: i32, live: &'a LiveTask, image: &'a Image) -> Self {
-        let set = image.cgroups.processes.iter().find(|(of, _)| *of == pid).map(|(_, set)| &image.cgroups.sets[*set as usize]);
+        let set = image
+            .cgroups
+            .processes
+            .iter()
+            .find(|(of, _)| *of == pid)
+            .map(|(_, set)| &image.cgroups.sets[*set as usize]);
         let sharers = image.shared_fs.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
         Self {
             threads: live.threads.iter().map(|thread| ThreadView::new(thread, image)).collect(),
             cwd: text(&live.cwd.0),
             root: text(&live.root.0),
             umask: live.umask,
-            cgroups: set.into_iter().flatten().map(|c| format!("{}:{}", text(&c.hierarchy.0), text(&c.path.0))).collect(),
+            cgroups: set
+                .into_iter()
+                .flatten()
+                .map(|c| format!("{}:{}", text(&c.hierarchy.0), text(&c.path.0)))
+                .collect(),
             shares_directories_with: sharers.into_iter().flatten().copied().filter(|&other| other != pid).collect(),
             descriptor_table: live.fd_table,
             descriptors: image.tables.get(&live.fd_table).map_or(&[], |t| &t.fds),
