@@ -404,3 +404,45 @@ fn damage_in_the_store_of_a_parent_is_noticed() {
     fs::write(&path, &bytes).unwrap();
     assert_eq!(read(dir).unwrap(), all[2].1);
 }
+
+/// The reason why an image with these records is refused.
+fn refusal(change: impl FnOnce(&mut Records)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let target = ImageDir::create(dir.path()).unwrap();
+    let writer = PageWriter::create(&target.pages_path(), Compression::None).unwrap();
+    let mut records = records(Vec::new(), Vec::new());
+    change(&mut records);
+    publish(target, &records, &[writer.finish().unwrap()], &DumpStats::default(), None).unwrap();
+    Image::open(dir.path()).err().map_or_else(String::new, |e| e.to_string())
+}
+
+#[test]
+fn records_about_processes_that_are_not_there_are_refused() {
+    let under = |tid: i32, mode: SeccompMode| {
+        move |records: &mut Records| {
+            let filters = vec![SeccompFilter { flags: 0, program: vec![BpfInstruction::default()] }];
+            records.seccomp = Some(Seccomp { filters, threads: vec![SeccompThread { tid, mode }] });
+        }
+    };
+    let inside = |pid: i32, set: u32, path: &'static [u8]| {
+        move |records: &mut Records| {
+            let cgroup = Cgroup { path: path.into(), ..Cgroup::default() };
+            records.cgroups = Some(Cgroups { sets: vec![vec![cgroup]], processes: vec![(pid, set)] });
+        }
+    };
+    assert_eq!(refusal(|_| {}), "");
+    assert_eq!(refusal(under(7, SeccompMode::Filter(vec![0, 0]))), "");
+    assert_eq!(refusal(inside(7, 0, b"/a")), "");
+    let wrong: [(String, &str); 7] = [
+        (refusal(under(8, SeccompMode::Strict)), "seccomp"),
+        (refusal(under(7, SeccompMode::Filter(vec![1]))), "seccomp"),
+        (refusal(under(7, SeccompMode::Filter(Vec::new()))), "seccomp"),
+        (refusal(inside(8, 0, b"/a")), "cgroup"),
+        (refusal(inside(7, 1, b"/a")), "cgroup"),
+        (refusal(inside(7, 0, b"/a/../../b")), "upwards"),
+        (refusal(|records| records.shared_fs = vec![SharedFs { pids: vec![7, 8] }]), "working directory"),
+    ];
+    for (found, wanted) in wrong {
+        assert!(found.contains(wanted), "{found:?} does not say {wanted}");
+    }
+}
