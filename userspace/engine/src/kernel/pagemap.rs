@@ -187,6 +187,23 @@ impl Pagemap {
         self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
     }
 
+    /// Pages of a range of which the page table says nothing: neither a page, nor that it is swapped or protected.
+    pub(crate) fn blank(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
+        let none_of = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+        let wanted = Wanted { inverted: none_of, all_of: none_of, ..Default::default() };
+        self.in_parts(range, found, |range, found| {
+            self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+        })
+    }
+
+    /// Pages of a range that are not mapped.
+    pub(crate) fn absent(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
+        let wanted = Wanted { inverted: PAGE_IS_PRESENT, all_of: PAGE_IS_PRESENT, ..Default::default() };
+        self.in_parts(range, found, |range, found| {
+            self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+        })
+    }
+
     /// Scans for regions that tell swapped pages and guards; of the swapped ones it gives those that are marks only, or those
     /// that are not.
     fn scan_marks_apart(&self, range: Range, wanted: Wanted, marks: bool, found: &mut Vec<Region>) -> io::Result<()> {
