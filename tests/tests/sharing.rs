@@ -74,6 +74,12 @@ fn memory_that_is_used_elsewhere_is_copied_in_full() {
     assert_eq!((&precopy["shared_tracked"], &precopy["shared_whole"]), (&1.into(), &0.into()), "{precopy}");
     take_back(&tool, &mut target, &images);
     target.finish(0);
+    // A process outside of the tree.
+    let mut target = Target::workload("sharers", &["--children", "1", "--outsider"]);
+    let precopy = precopied(&tool, &target, &target.images("images"));
+    assert_eq!((&precopy["shared_tracked"], &precopy["shared_whole"]), (&0.into(), &1.into()), "{precopy}");
+    expect_well(&mut target);
+    target.finish(0);
 }
 
 /// Without eBPF nobody sees who else maps the memory.
@@ -140,6 +146,12 @@ fn kept(store: &Path) -> Vec<u64> {
 #[test]
 fn writes_by_another_mapping_are_not_missed() {
     hunt("alias,replace", 8);
+}
+
+#[test]
+fn writes_by_mappings_that_linger_are_not_missed() {
+    hunt("linger", 8);
+    hunt("grow", 4);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! - `--mib N` of shared memory (default 16), `--children N` (default 1) besides the root
 //! - `--pages-per-second N` (default 1000) that each process writes
 //! - `--tricks NAME,NAME,…|all`: see [`TRICKS`]
+//! - `--outsider`: another process has the memory, which is not of the tree
 //! - `--noise`: each process allocates and frees memory all the time
 //! - `--seed N`
 
@@ -28,7 +29,7 @@ const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// A way to write, or to disturb whoever watches.
 type Trick = fn(&mut Sharer) -> io::Result<()>;
 
-const TRICKS: [(&str, Trick); 12] = [
+const TRICKS: [(&str, Trick); 14] = [
     ("alias", Sharer::write_by_alias),
     ("child", Sharer::write_by_child),
     ("grandchild", Sharer::write_by_grandchild),
@@ -41,6 +42,8 @@ const TRICKS: [(&str, Trick); 12] = [
     ("inject", Sharer::write_by_system_call),
     ("pageout", Sharer::page_out),
     ("member", Sharer::write_by_lasting_child),
+    ("linger", Sharer::write_by_lasting_alias),
+    ("grow", Sharer::write_by_growing_alias),
 ];
 
 /// One process that writes.
@@ -50,6 +53,10 @@ struct Sharer {
     random: Random,
     /// A child that lives for a while, and writes the last page of ours.
     lasting: Option<Pid>,
+    /// Another mapping of the memory that is there for a while.
+    alias: Option<Mapping>,
+    /// Another mapping of its first half.
+    half: Option<Mapping>,
 }
 
 fn main() {
@@ -58,11 +65,23 @@ fn main() {
     let length = args.value("mib", 16_usize) << 20;
     let children: usize = args.value("children", 1);
     let memory = Mapping::new(length, WRITE, libc::MAP_SHARED, None).expect("map shared memory");
+    if args.flag("outsider") {
+        let root = nix::unistd::getpid();
+        let parent = fork_child(|| {
+            fork_child(|| {
+                // As long as the root lives, or what comes back with its number.
+                while nix::sys::signal::kill(root, None).is_ok() {
+                    thread::sleep(Duration::from_millis(5));
+                }
+            });
+        });
+        waitpid(parent, None).expect("wait for the parent of an outsider");
+    }
     let sharer = |number: usize| {
         let mut book = Book::of_every(memory, 1, (number, children + 1));
         (0..book.len()).step_by(2).for_each(|page| book.write(page, number as u16));
         let random = Random::new(args.value::<u64>("seed", 1) << 16 | number as u64);
-        Sharer { book, writer: number as u16, random, lasting: None }
+        Sharer { book, writer: number as u16, random, lasting: None, alias: None, half: None }
     };
     for number in 1..=children {
         let member = format!("child{number}");
@@ -95,7 +114,7 @@ fn serve(control: Control, mut sharer: Sharer, args: &Args, meter: Option<&Meter
         }
         last = now;
         if noise {
-            drop(std::hint::black_box(vec![1_u8; 1 << 20]));
+            drop(std::hint::black_box(vec![1_u8; 160 << 10]));
         }
         if !tricks.is_empty() {
             let (name, trick) = tricks[sharer.random.below(tricks.len())];
@@ -131,6 +150,46 @@ impl Sharer {
         }
         self.book.moved(memory);
         unmap(alias)
+    }
+
+    /// Through another mapping, which has been there for a while and goes right after.
+    fn write_by_lasting_alias(&mut self) -> io::Result<()> {
+        let memory = self.book.memory();
+        let Some(alias) = self.alias.take() else {
+            self.alias = Some(duplicate(memory)?);
+            return Ok(());
+        };
+        if self.random.once_in(2) {
+            self.alias = Some(alias);
+            return Ok(());
+        }
+        self.book.moved(alias);
+        self.some().for_each(|page| self.book.write(page, self.writer));
+        self.book.moved(memory);
+        unmap(alias)
+    }
+
+    /// Through another mapping of the first half, which has the second half only for this moment.
+    fn write_by_growing_alias(&mut self) -> io::Result<()> {
+        let memory = self.book.memory();
+        let half = memory.length() / 2;
+        let Some(window) = self.half else {
+            let alias = duplicate(memory)?;
+            unmap(alias.part(half, half))?;
+            self.half = Some(alias.part(0, half));
+            return Ok(());
+        };
+        let start = remap(window.start(), half, memory.length(), libc::MREMAP_MAYMOVE, None)?;
+        self.book.moved(Mapping::adopt(start, memory.length()));
+        for page in self.book.len() / 2 + 1..self.book.len() - 1 {
+            if self.random.once_in(32) {
+                self.book.write(page, self.writer);
+            }
+        }
+        self.book.moved(memory);
+        remap(start, memory.length(), half, 0, None)?;
+        self.half = Some(Mapping::adopt(start, half));
+        Ok(())
     }
 
     /// By a process that ends at once.
