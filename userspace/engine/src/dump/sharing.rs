@@ -111,7 +111,8 @@ impl Sharing {
         }
         let found = self.attempt(pids, iterators, tracking, protect, threads).unwrap_or_else(|e| {
             info!("shared memory is not tracked: {e}; all of it is copied under the freeze");
-            self.unable = true;
+            // What is missing now will be missing later.
+            self.unable = self.witnesses.is_none();
             Unchanged::new()
         });
         // What is no proof today is not one tomorrow.
