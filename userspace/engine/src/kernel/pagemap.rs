@@ -205,19 +205,19 @@ impl Pagemap {
         self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
     }
 
-    /// Pages of a range of which the page table says nothing: neither a page, nor that it is swapped or protected.
+    /// Pages of a mapping of which the page table says nothing: neither a page, nor that it is swapped or protected.
     pub(crate) fn blank(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
-        let none_of = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
-        let wanted = Wanted { inverted: none_of, all_of: none_of, ..Default::default() };
-        self.in_parts(range, found, |range, found| {
-            self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
-        })
+        self.without(range, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, found)
     }
 
     /// Pages of a range that are not mapped.
     pub(crate) fn absent(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
-        let wanted = Wanted { inverted: PAGE_IS_PRESENT, all_of: PAGE_IS_PRESENT, ..Default::default() };
-        self.in_parts(range, found, |range, found| {
+        self.without(range, PAGE_IS_PRESENT, found)
+    }
+
+    fn without(&self, range: Range, categories: u64, found: &mut Vec<Range>) -> io::Result<()> {
+        let wanted = Wanted { inverted: categories, all_of: categories, ..Default::default() };
+        self.in_parts(range, 1, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }

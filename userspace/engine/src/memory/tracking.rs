@@ -97,7 +97,7 @@ impl Tracking {
         let mut found = Vec::new();
         // Only what is seen to be protected counts: some kernels take addresses without a page table for unwritten.
         pagemap.blank(range, &mut found)?;
-        pagemap.written(range, protect, &mut found)?;
+        pagemap.written(range, 1, protect, &mut found)?;
         Ok(ranges::set(found))
     }
 

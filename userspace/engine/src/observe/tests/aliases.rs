@@ -10,25 +10,34 @@ use std::{
 
 const LENGTH: usize = 8 << 12;
 
+type Act = fn(*mut libc::c_void);
+
 /// What the process does, and whether memory may be mapped a second time by it.
-const STEPS: [(&str, bool, fn(*mut libc::c_void)); 10] = [
+const STEPS: [(&str, bool, Act); 10] = [
     ("nothing", false, |_| ()),
     ("allocate", false, |_| _ = map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)),
     ("share with nobody", false, |_| _ = map(libc::MAP_SHARED | libc::MAP_ANONYMOUS)),
-    // SAFETY: nobody has a reference to the memory, here and below.
+    // SAFETY: nobody has a reference to the memory.
     ("protect", false, |at| _ = unsafe { libc::mprotect(at, LENGTH, libc::PROT_READ) }),
-    ("shrink", false, |at| _ = unsafe { libc::mremap(at, LENGTH, LENGTH / 2, 0) }),
-    ("grow", true, |at| _ = unsafe { libc::mremap(at, LENGTH / 2, LENGTH, libc::MREMAP_MAYMOVE) }),
+    ("shrink", false, |at| remap(at, LENGTH, LENGTH / 2)),
+    ("grow", true, |at| remap(at, LENGTH / 2, LENGTH)),
+    // SAFETY: nobody has a reference to the memory.
     ("unmap", false, |at| _ = unsafe { libc::munmap(at.wrapping_byte_add(LENGTH / 2), LENGTH / 2) }),
-    ("duplicate", true, |at| _ = unsafe { libc::mremap(at, 0, LENGTH / 2, libc::MREMAP_MAYMOVE) }),
-    ("duplicate by overflow", true, |at| _ = unsafe { libc::mremap(at, usize::MAX, LENGTH / 2, libc::MREMAP_MAYMOVE) }),
+    ("duplicate", true, |at| remap(at, 0, LENGTH / 2)),
+    ("duplicate by overflow", true, |at| remap(at, usize::MAX, LENGTH / 2)),
     ("fork", true, |_| {
-        // SAFETY: the child does nothing.
+        // SAFETY: the child makes one system call.
         if unsafe { libc::fork() } == 0 {
+            // SAFETY: nothing of the test's runs in the child.
             unsafe { libc::_exit(0) }
         }
     }),
 ];
+
+fn remap(at: *mut libc::c_void, from: usize, to: usize) {
+    // SAFETY: nobody has a reference to the memory.
+    unsafe { libc::mremap(at, from, to, libc::MREMAP_MAYMOVE) };
+}
 
 fn map(flags: i32) -> *mut libc::c_void {
     // SAFETY: the kernel places the mapping over nothing that exists.
@@ -85,8 +94,8 @@ fn second_mappings_are_seen() {
 fn references_to_shared_memory_are_counted() {
     let Some(mut iterators) = iterators() else { return };
     let memory = map(libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-    let link = format!("/proc/self/map_files/{:x}-{:x}", memory as usize, memory as usize + LENGTH);
-    let meta = std::fs::metadata(&link).unwrap();
+    let link = |length| format!("/proc/self/map_files/{:x}-{:x}", memory as usize, memory as usize + length);
+    let meta = std::fs::metadata(link(LENGTH)).unwrap();
     let pid = std::process::id() as i32;
     let mut found = || {
         let all = iterators.shared_mappings(&[pid], meta.dev()).unwrap();
@@ -104,11 +113,7 @@ fn references_to_shared_memory_are_counted() {
     let three = found();
     assert_eq!(three.len(), 3);
     assert!(three.iter().all(|m| m.file == three[0].file && (m.file_users, m.dentry_users) == (3, 1)), "{three:?}");
-    let file = File::open(&link.replace(
-        &format!("{:x}-{:x}", memory as usize, memory as usize + LENGTH),
-        &format!("{:x}-{:x}", memory as usize, memory as usize + 4096),
-    ))
-    .unwrap();
+    let file = File::open(link(4096)).unwrap();
     assert!(found().iter().all(|m| (m.file_users, m.dentry_users) == (3, 2)));
     drop(file);
     assert!(found().iter().all(|m| (m.file_users, m.dentry_users) == (3, 1)));
