@@ -20,7 +20,7 @@ impl Case {
     }
 }
 
-pub(crate) const ALL: [Case; 10] = [
+pub(crate) const ALL: [Case; 11] = [
     Case::clock("heap-64m", &["--heap-mib", "64"]),
     Case::clock("heap-1g", &["--heap-mib", "1024"]),
     Case::clock("fds-1000", &["--fds", "1000"]),
@@ -31,6 +31,12 @@ pub(crate) const ALL: [Case; 10] = [
     Case::clock("processes-300", &["--processes", "300"]),
     Case::writer("heap-1g-idle", &["--heap", "1024"]),
     Case::writer("writer-4g", &["--heap", "4096", "--pages-per-second", "2000"]),
+    Case {
+        name: "shared-512m",
+        workload: "sharers",
+        args: &["--mib", "512", "--children", "1", "--pages-per-second", "1000"],
+        only_named: true,
+    },
 ];
 
 /// What is measured in a way of its own, and only when it is named.

@@ -23,6 +23,7 @@ Usage: scripts/bench [options]
                 vmas-20000 threads-100 threads-1000 processes-300
                 and only when named:
                   heap-1g-idle, writer-4g (4 GiB, 2,000 pages/s written)
+                  shared-512m     shared memory of two processes, 1,000 pages/s written by each
                   server          latencies and throughput with a snapshot every 2 s and without
                   small-20hz      20 snapshots a second of 64 MiB, random ones of which are restored
                   tracking-curve  what tracking costs a program that writes 1 GiB from end to end

@@ -274,6 +274,14 @@ plain! {
         pub ops_name: u32,
         /// `vm_special_mapping.name`
         pub special_name: u32,
+        /// `file.f_ref` or, up to Linux 6.12, `f_count`
+        pub file_users: u32,
+        /// Added to what is there it gives the number of references: 0, or 1 since `f_ref` counts from 0.
+        pub file_users_more: u32,
+        /// `path.dentry`
+        pub path_dentry: u32,
+        /// `dentry.d_lockref.count`
+        pub dentry_users: u32,
         /// FMODE_BACKING, which is not an offset but differs between kernels, too.
         pub backing: u32,
     }

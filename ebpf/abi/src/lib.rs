@@ -5,6 +5,7 @@
 //! numbers and forgets them.
 #![no_std]
 
+pub mod aliases;
 mod layout;
 pub mod track;
 
@@ -318,6 +319,12 @@ plain! {
         pub ino: u64,
         /// `anon_vma`; 0: the mapping never had a page of its own.
         pub anon_vma: u64,
+        /// Address of the file of a shared mapping; 0: it is private, or has none.
+        pub file: u64,
+        /// References to that file, as the kernel counts them.
+        pub file_users: u64,
+        /// References to its dentry.
+        pub dentry_users: u64,
         /// Name of the function that names a mapping without file (`vm_ops->name`), ended by a NUL.
         pub name_fn: [u8; SYMBOL_MAX],
         /// Process.

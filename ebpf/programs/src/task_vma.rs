@@ -1,7 +1,7 @@
 //! `iter/task_vma`: the mappings of a process.
 
 use crate::{
-    kernel::{Address, COMMON, Meta, Output, known, load, numbers, pointer, probe_word, wanted, zero},
+    kernel::{Address, COMMON, Meta, Output, known, load, number, numbers, pointer, probe_word, wanted, zero},
     task,
 };
 use aya_ebpf::{
@@ -12,6 +12,9 @@ use standstill_ebpf_abi::{ABSENT, PATH_MAX, VmaLayout, VmaRecord, vma_name};
 
 #[unsafe(no_mangle)]
 static VMA: VmaLayout = zero();
+
+/// Stores through the mapping change the file.
+const VM_SHARED: u64 = 8;
 
 /// `struct bpf_iter__task_vma`.
 #[repr(C)]
@@ -46,8 +49,16 @@ extern "C" fn task_vma(ctx: &TaskVma) -> i32 {
         r.ino = 0;
         r.dev = 0;
         r.name_fn[0] = 0;
+        (r.file, r.file_users, r.dentry_users) = (0, 0, 0);
         let file: Address = load(vma, known(&VMA.file));
         if !file.is_null() {
+            if r.flags & VM_SHARED != 0 {
+                number(&mut r.file, file);
+                let dentry = pointer(file, known(&COMMON.file_path).wrapping_add(known(&VMA.path_dentry)));
+                r.file_users =
+                    probe_word::<u64>(file, known(&VMA.file_users)).wrapping_add(known(&VMA.file_users_more).into());
+                r.dentry_users = probe_word::<u32>(dentry, known(&VMA.dentry_users)).into();
+            }
             let inode: Address = load(file, known(&COMMON.file_inode));
             let sb: Address = load(inode, known(&COMMON.inode_sb));
             r.ino = load(inode, known(&COMMON.inode_ino));

@@ -127,6 +127,31 @@ pub struct PrecopyStats {
     pub expected_us: u64,
     /// Pages that were stored under the freeze.
     pub late_pages: u64,
+    /// Objects of shared memory of which only what had changed was left for the freeze.
+    pub shared_tracked: u64,
+    /// Those that were copied under the freeze, all of them: that they had not changed could not be proven.
+    pub shared_whole: u64,
+}
+
+/// [`PrecopyStats`] before shared memory was tracked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrecopyStatsV1 {
+    rounds: Vec<Round>,
+    expected_pages: u64,
+    expected_us: u64,
+    late_pages: u64,
+}
+
+impl From<PrecopyStatsV1> for PrecopyStats {
+    fn from(old: PrecopyStatsV1) -> Self {
+        Self {
+            rounds: old.rounds,
+            expected_pages: old.expected_pages,
+            expected_us: old.expected_us,
+            late_pages: old.late_pages,
+            ..Self::default()
+        }
+    }
 }
 
 /// A pass over the memory of a running tree.
@@ -190,7 +215,8 @@ records! {
     DumpStatsV1 = 8 v 1;
     DumpStats = 8 v 2;
     Pipe = 9 v 1;
-    PrecopyStats = 10 v 1;
+    PrecopyStatsV1 = 10 v 1;
+    PrecopyStats = 10 v 2;
     SharedFs = 12 v 1;
     Seccomp = 13 v 1;
     Cgroups = 14 v 1;
@@ -200,6 +226,20 @@ records! {
 mod tests {
     use super::*;
     use crate::frame::{Record, RecordReader, RecordWriter};
+
+    #[test]
+    fn old_precopies_say_nothing_of_shared_memory() {
+        let round = Round { pages: 3, us: 4, since_us: 5 };
+        let old = PrecopyStatsV1 { rounds: vec![round], expected_pages: 6, expected_us: 7, late_pages: 8 };
+        let mut writer = RecordWriter::new();
+        writer.push(&old).unwrap();
+        let bytes = writer.finish();
+        let record = RecordReader::new("old".as_ref(), &bytes[..]).unwrap().next().unwrap().unwrap();
+        assert_eq!((record.kind(), record.version()), (PrecopyStats::KIND, 1));
+        let stats = PrecopyStats::from(record.decode::<PrecopyStatsV1>().unwrap());
+        let same = (stats.rounds, stats.expected_pages, stats.expected_us, stats.late_pages);
+        assert_eq!((same, stats.shared_tracked, stats.shared_whole), ((vec![round], 6, 7, 8), 0, 0));
+    }
 
     #[test]
     fn old_stats_have_no_counts() {

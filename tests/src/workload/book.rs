@@ -102,15 +102,31 @@ impl Book {
         fill(self.page_mut(index), number, stamp);
     }
 
-    /// The same through the file behind the memory, or by the memory when there is none.
+    /// The memory of a page of ours.
+    pub fn memory_of(&self, index: usize) -> Mapping {
+        self.memory.part(self.place(index) * PAGE, PAGE)
+    }
+
+    /// What the next version of a page of ours is, by this writer, for whoever writes it in another way.
+    pub fn next_version(&mut self, index: usize, writer: u16) -> [u64; PAGE / 8] {
+        let (number, stamp) = self.next(index, writer);
+        let mut page = [0; WORDS];
+        fill(&mut page, number, stamp);
+        page
+    }
+
+    /// Somebody else has written the next version of a page of ours for this writer.
+    pub fn was_written(&mut self, index: usize, writer: u16) {
+        self.next(index, writer);
+    }
+
+    /// Writes a page of ours through the file behind the memory, or by the memory when there is none.
     pub fn write_to_file(&mut self, index: usize, writer: u16) -> std::io::Result<()> {
         let Some(file) = self.file.clone() else {
             self.write(index, writer);
             return Ok(());
         };
-        let (number, stamp) = self.next(index, writer);
-        let mut page = [0; WORDS];
-        fill(&mut page, number, stamp);
+        let page = self.next_version(index, writer);
         let bytes: Vec<u8> = page.iter().flat_map(|word| word.to_ne_bytes()).collect();
         file.write_all_at(&bytes, (self.place(index) * PAGE) as u64)
     }

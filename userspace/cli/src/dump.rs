@@ -119,4 +119,7 @@ pub(crate) fn print_precopy(precopy: &PrecopyStats) {
     }
     println!("expected        {} pages in {:.2} ms", precopy.expected_pages, precopy.expected_us as f64 / 1000.0);
     println!("under freeze    {} pages", precopy.late_pages);
+    if precopy.shared_tracked + precopy.shared_whole > 0 {
+        println!("shared objects  {} tracked, {} copied in full", precopy.shared_tracked, precopy.shared_whole);
+    }
 }

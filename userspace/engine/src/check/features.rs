@@ -127,7 +127,7 @@ pub(super) const ALL: &[Feature] = &[
     Feature::new(
         "ebpf-tracker",
         Some("5.11"),
-        "`track`, and counted changes in `watch` (CONFIG_TRACING)",
+        "`track`, counted changes in `watch`, copying shared memory before the freeze (CONFIG_TRACING)",
         machine::tracker,
     )
     .needs("CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN"),

@@ -4,6 +4,7 @@ mod chain;
 mod keeper;
 mod observer;
 mod rounds;
+mod sharing;
 mod state;
 mod target;
 mod trackings;
@@ -22,7 +23,7 @@ use crate::{
         copy::{Copier, Parent},
         private::PrivatePages,
     },
-    objects::regular,
+    objects::{regular, shared_memory},
     observe,
     task::{Family, FrozenTree},
 };
@@ -284,7 +285,8 @@ impl<'a> Session<'a> {
         let mut state = state::collect(&tree, options, &mut self.observer, &mut self.trackings, track, &mut phases)
             .map_err(|e| unless_dead(&tree, e))?;
         let before = copier.counts();
-        copy_pages(&tree, &mut state, &mut self.trackings, &mut copier).map_err(|e| unless_dead(&tree, e))?;
+        let shared =
+            copy_pages(&tree, &mut state, &mut self.trackings, &mut copier).map_err(|e| unless_dead(&tree, e))?;
         let counts = copier.finish()?;
         phases.end("pages");
         let mut stats = DumpStats {
@@ -327,7 +329,12 @@ impl<'a> Session<'a> {
         stats.phases = phases.phases;
         stats.counts = state.counts();
         stats.total_us = begin.elapsed().as_micros() as u64;
-        let precopy = precopy.map(|p| PrecopyStats { late_pages: counts.stored - before.stored, ..p });
+        let precopy = precopy.map(|p| PrecopyStats {
+            late_pages: counts.stored - before.stored,
+            shared_tracked: shared.tracked,
+            shared_whole: shared.whole,
+            ..p
+        });
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
         if let Some(tree) = tree {
             tree.kill();
@@ -364,16 +371,28 @@ impl<'a> Session<'a> {
         {
             self.trackings.refuse_direct_io(&entries);
         }
-        let members = || Family::of(options.pid, observer.iterators()).1;
-        let mut rounds = Rounds { trackings: &mut self.trackings, copier, timeout: options.timeout };
-        let rounds = rounds.run(&mut self.looked, max, options.precopy.max_freeze, members)?;
+        let (trackings, timeout) = (&mut self.trackings, options.timeout);
+        let mut rounds = Rounds { trackings, copier, observer, root: options.pid, timeout };
+        let rounds = rounds.run(&mut self.looked, max, options.precopy.max_freeze)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
-        Ok(PrecopyStats { rounds, expected_pages, expected_us, late_pages: 0 })
+        Ok(PrecopyStats { rounds, expected_pages, expected_us, ..Default::default() })
     }
 }
 
+/// How many objects of shared memory were copied in part, and how many in full.
+#[derive(Default)]
+struct SharedCounts {
+    tracked: u64,
+    whole: u64,
+}
+
 /// Copies under the freeze what is not known yet.
-fn copy_pages(tree: &FrozenTree, state: &mut State, trackings: &mut Trackings, copier: &mut Copier<'_>) -> Result<()> {
+fn copy_pages(
+    tree: &FrozenTree,
+    state: &mut State,
+    trackings: &mut Trackings,
+    copier: &mut Copier<'_>,
+) -> Result<SharedCounts> {
     copier.stopped();
     let parents = state.parents();
     let with_children: HashSet<i32> = parents.values().copied().collect();
@@ -387,10 +406,25 @@ fn copy_pages(tree: &FrozenTree, state: &mut State, trackings: &mut Trackings, c
             place(private, &mut rest[0], trackings);
         }
     }
+    let mut counts = SharedCounts::default();
+    let keys: HashMap<_, _> = state.objects.shared_keys().map(|(key, id)| (id, key)).collect();
     for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
-        copier.shared(object, source)?;
+        let key = keys[&object.id];
+        match state.shared.remove(&key).zip(trackings.sharing.object_mut(key)) {
+            Some((unchanged, tracked)) => {
+                tracked.copy(unchanged, copier)?;
+                object.pages = tracked.known.runs().to_vec();
+                counts.tracked += 1;
+            }
+            None => {
+                let failed = || format!("look for shared memory object {}", object.id);
+                let parts = shared_memory::data_ranges(source, object.size).context(failed)?;
+                object.pages = copier.shared(source, &parts)?;
+                counts.whole += 1;
+            }
+        }
     }
-    Ok(())
+    Ok(counts)
 }
 
 /// Completes the lists of pages that no other process needed under the freeze.

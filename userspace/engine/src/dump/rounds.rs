@@ -1,11 +1,12 @@
 //! Pre-copy: memory is copied while the tree runs, again and again what has changed meanwhile, so that little is left for
 //! the freeze.
 
-use super::trackings::Trackings;
+use super::{observer::Observer, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
     kernel::{PAGE, proc, sys},
     memory::{area::Area, copy::Copier, private, ranges},
+    task::Family,
 };
 use standstill_images::types::Round;
 use std::time::{Duration, Instant};
@@ -57,25 +58,21 @@ impl PrecopyOptions {
 pub(super) struct Rounds<'a, 'b> {
     pub trackings: &'a mut Trackings,
     pub copier: &'a mut Copier<'b>,
+    pub observer: &'a mut Observer,
+    /// The root of the tree.
+    pub root: i32,
     /// For stopping a process.
     pub timeout: Duration,
 }
 
 impl Rounds<'_, '_> {
-    /// `looked`: when it was last looked which pages have changed. `members`: the tree's processes at the moment, parents
-    /// first.
-    pub(super) fn run(
-        &mut self,
-        looked: &mut Option<Duration>,
-        max: u32,
-        max_freeze: Duration,
-        mut members: impl FnMut() -> Vec<i32>,
-    ) -> Result<Vec<Round>> {
+    /// `looked`: when it was last looked which pages have changed.
+    pub(super) fn run(&mut self, looked: &mut Option<Duration>, max: u32, max_freeze: Duration) -> Result<Vec<Round>> {
         let mut rounds = Vec::new();
         loop {
             let begin = Instant::now();
             let now = sys::monotonic();
-            let pids = members();
+            let (_, pids) = Family::of(self.root, self.observer.iterators());
             let pages = self.round(&pids)?;
             let since_us = looked.replace(now).map_or(0, |last| now.saturating_sub(last).as_micros() as u64);
             rounds.push(Round { pages, us: begin.elapsed().as_micros() as u64, since_us });
@@ -107,6 +104,12 @@ impl Rounds<'_, '_> {
                 Err(e) if e.is_death() && Some(pid) != root => self.trackings.remove(pid),
                 Err(e) if e.is_death() => return Err(Error::Died(pid)),
                 Err(e) => return Err(e),
+            }
+        }
+        let unchanged = self.trackings.look_at_shared(pids, self.observer.iterators(), true, 1);
+        for (key, unchanged) in unchanged {
+            if let Some(object) = self.trackings.sharing.object_mut(key) {
+                pages += object.copy(unchanged, self.copier)?;
             }
         }
         Ok(pages)

@@ -1,6 +1,6 @@
 //! What is collected of a frozen tree, and the records that it becomes.
 
-use super::{DumpOptions, Phases, observer::Observer, trackings::Trackings};
+use super::{DumpOptions, Phases, observer::Observer, sharing::Unchanged, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
     image,
@@ -35,6 +35,8 @@ pub(super) struct State {
     /// In the order of the frozen processes, as `private` is.
     pub spaces: Vec<AddressSpace>,
     pub private: Vec<PrivatePages>,
+    /// Of shared memory, what need not be copied.
+    pub shared: Unchanged,
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
     seccomp: Option<Seccomp>,
@@ -65,6 +67,7 @@ pub(super) fn collect(
         tasks: Vec::new(),
         spaces: Vec::new(),
         private: Vec::new(),
+        shared: Unchanged::new(),
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
         seccomp: None,
@@ -72,6 +75,10 @@ pub(super) fn collect(
         objects: Collected::new(next),
         vdso: Vec::new(),
     };
+    for (key, object) in trackings.sharing.objects() {
+        let source = object.source.try_clone().context(|| "duplicate a descriptor".into())?;
+        state.objects.known_sources.insert(key, source);
+    }
     let mut done = HashSet::new();
     for entry in entries.iter().filter(|e| done.insert(e.file.0)) {
         objects::dump(entry, entries, &mut state.objects)?;
@@ -100,6 +107,9 @@ pub(super) fn collect(
     phases.end("tasks");
     // Nobody else in the tree needs the processors now.
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS);
+    if trackings.sharing.objects().next().is_some() {
+        state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
+    }
     for ((pid, areas), space) in pids.into_iter().zip(mappings).zip(&mut state.spaces) {
         let (private, guards) = private::look(pid, &areas, trackings.of(pid), protect, threads)?;
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();

@@ -41,14 +41,16 @@ pub(crate) fn check(pid: i32) -> Result<()> {
     Ok(())
 }
 
-/// Memory that the processes have in use: a hint.
+/// Memory that the processes have in use: a hint. Shared memory counts for the process that has most of it.
 pub(super) fn resident_bytes(pids: &[i32]) -> u64 {
-    let anonymous = |pid: &i32| -> Option<u64> {
-        let text = std::fs::read_to_string(proc::path(*pid, "status")).ok()?;
-        let kib: u64 = proc::field(&text, "RssAnon")?.trim_end_matches(" kB").parse().ok()?;
-        Some(kib << 10)
-    };
-    pids.iter().filter_map(anonymous).sum()
+    let (mut anonymous, mut shared) = (0, 0);
+    for pid in pids {
+        let text = std::fs::read_to_string(proc::path(*pid, "status")).unwrap_or_default();
+        let bytes = |name| Some(proc::field(&text, name)?.trim_end_matches(" kB").parse::<u64>().ok()? << 10);
+        anonymous += bytes("RssAnon").unwrap_or(0);
+        shared = bytes("RssShmem").unwrap_or(0).max(shared);
+    }
+    anonymous + shared
 }
 
 /// Memory that the machine can spare.

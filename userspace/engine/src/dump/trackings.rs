@@ -1,9 +1,10 @@
 //! Write tracking of the processes of a tree, and what is known of their pages.
 
+use super::sharing::{Sharing, Unchanged};
 use crate::{
     error::Result,
     memory::{copy::Parent, known::Known, tracking::Tracking},
-    observe::FdEntry,
+    observe::{FdEntry, Iterators},
 };
 use std::{collections::HashMap, time::Duration};
 use tracing::{info, warn};
@@ -14,6 +15,8 @@ pub(super) struct Trackings {
     by_pid: HashMap<i32, Tracking>,
     /// Processes that could not be tracked. They are not asked again.
     unable: Vec<i32>,
+    /// Memory that they share.
+    pub sharing: Sharing,
 }
 
 impl Trackings {
@@ -52,14 +55,27 @@ impl Trackings {
         self.by_pid.get_mut(&pid)
     }
 
-    /// What is known of all processes.
+    /// What is known of all memory.
     pub(super) fn known(&self) -> impl Iterator<Item = &Known> {
-        self.by_pid.values().map(|tracking| &tracking.known)
+        self.by_pid.values().map(|tracking| &tracking.known).chain(self.sharing.known())
     }
 
     /// The same, to change it.
     pub(super) fn known_mut(&mut self) -> impl Iterator<Item = &mut Known> {
-        self.by_pid.values_mut().map(|tracking| &mut tracking.known)
+        self.by_pid.values_mut().map(|tracking| &mut tracking.known).chain(self.sharing.known_mut())
+    }
+
+    /// What of the memory that processes share has not changed; see [`Sharing::look`]. Without iterators nobody knows.
+    pub(super) fn look_at_shared(
+        &mut self,
+        pids: &[i32],
+        iterators: Option<&mut Iterators>,
+        protect: bool,
+        threads: usize,
+    ) -> Unchanged {
+        let Some(iterators) = iterators else { return Unchanged::new() };
+        let tracking = |pid| self.by_pid.get(&pid).filter(|_| !self.unable.contains(&pid));
+        self.sharing.look(pids, iterators, &tracking, protect, threads)
     }
 
     /// Begins to track a running process, unless it is tracked or cannot be. An error: the process has ended.
@@ -119,6 +135,6 @@ impl Trackings {
 
 impl FromIterator<(i32, Tracking)> for Trackings {
     fn from_iter<T: IntoIterator<Item = (i32, Tracking)>>(trackings: T) -> Self {
-        Self { by_pid: trackings.into_iter().collect(), unable: Vec::new() }
+        Self { by_pid: trackings.into_iter().collect(), ..Self::default() }
     }
 }

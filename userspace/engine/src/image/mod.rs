@@ -14,8 +14,8 @@ use standstill_images::{
     store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind,
-        Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, Seccomp, SeccompMode, SharedFs,
-        SharedMemory, SharedMemoryId, Task,
+        Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1, Seccomp, SeccompMode,
+        SharedFs, SharedMemory, SharedMemoryId, Task,
     },
 };
 use std::{
@@ -127,6 +127,9 @@ impl Image {
                 }
                 DumpStats::KIND => twice |= stats.replace(record.decode::<DumpStats>()?).is_some(),
                 PageStoreIndex::KIND => stores.push(PageStoreIndex::decode(&record)?),
+                PrecopyStats::KIND if record.version() == PrecopyStatsV1::VERSION => {
+                    precopy = Some(record.decode::<PrecopyStatsV1>()?.into());
+                }
                 PrecopyStats::KIND => precopy = Some(record.decode::<PrecopyStats>()?),
                 Task::KIND => twice |= insert(&mut tasks, record.decode::<Task>()?, |t| t.pid),
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),

@@ -205,6 +205,23 @@ impl Pagemap {
         self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
     }
 
+    /// Pages of a mapping of which the page table says nothing: neither a page, nor that it is swapped or protected.
+    pub(crate) fn blank(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
+        self.without(range, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, found)
+    }
+
+    /// Pages of a range that are not mapped.
+    pub(crate) fn absent(&self, range: Range, found: &mut Vec<Range>) -> io::Result<()> {
+        self.without(range, PAGE_IS_PRESENT, found)
+    }
+
+    fn without(&self, range: Range, categories: u64, found: &mut Vec<Range>) -> io::Result<()> {
+        let wanted = Wanted { inverted: categories, all_of: categories, ..Default::default() };
+        self.in_parts(range, 1, found, |range, found| {
+            self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
+        })
+    }
+
     /// Scans for regions that tell swapped pages and guards; of the swapped ones it gives those that are marks only, or those
     /// that are not.
     fn scan_marks_apart(&self, range: Range, wanted: Wanted, marks: bool, found: &mut Vec<Region>) -> io::Result<()> {

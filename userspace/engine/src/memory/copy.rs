@@ -5,11 +5,10 @@ use crate::{
     error::{Context, Error, Result},
     image::push_run,
     kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},
-    objects::shared_memory,
 };
 use standstill_images::{
     store::{Buffer, PageIndex, PageWriter},
-    types::{PageRun, SharedMemory},
+    types::PageRun,
 };
 use std::{fs::File, io, os::fd::OwnedFd, os::unix::fs::FileExt};
 
@@ -247,22 +246,20 @@ impl<'a> Copier<'a> {
         kept
     }
 
-    /// Copies the contents of a shared object.
-    pub(crate) fn shared(&mut self, object: &mut SharedMemory, source: &OwnedFd) -> Result<()> {
-        let context = || format!("read shared memory object {}", object.id);
+    /// Copies parts of a shared object; where its pages are.
+    pub(crate) fn shared(&mut self, source: &OwnedFd, parts: &[Range]) -> Result<Vec<PageRun>> {
+        let context = || "read shared memory".to_string();
         let file = File::from(source.try_clone().context(context)?);
-        let ranges = shared_memory::data_ranges(source, object.size).context(context)?;
         let mut copied = Copied::default();
-        for (start, end) in ranges {
-            self.copy(start, end, &mut copied, |at, buffer| {
+        for part in parts {
+            self.copy(part.start, part.end, &mut copied, |at, buffer| {
                 // The last page of a file may be cut short: the rest of it is zeros.
                 let n = read_all(&file, at, buffer).context(context)?;
                 buffer[n..].fill(0);
                 Ok(buffer.len())
             })?;
         }
-        object.pages = copied.runs;
-        Ok(())
+        Ok(copied.runs)
     }
 }
 

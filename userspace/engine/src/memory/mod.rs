@@ -8,6 +8,7 @@ pub(crate) mod map;
 pub(crate) mod pages;
 pub(crate) mod private;
 pub(crate) mod ranges;
+pub(crate) mod shared;
 pub(crate) mod smaps;
 pub(crate) mod tracking;
 pub(crate) mod verify;

@@ -86,6 +86,21 @@ impl Tracking {
         Ok(ranges::subtract(&known, &ranges::set(written)))
     }
 
+    /// Pages of a shared mapping that are not protected against writing. `protect`: they are from now on.
+    ///
+    /// What changes while this looks counts as written to the next time. An error: the mapping is not there, or cannot be
+    /// tracked.
+    pub(super) fn unprotected(&self, pagemap: &Pagemap, range: Range, protect: bool) -> io::Result<Vec<Range>> {
+        if protect {
+            self.userfault.register(range)?;
+        }
+        let mut found = Vec::new();
+        // Only what is seen to be protected counts: some kernels take addresses without a page table for unwritten.
+        pagemap.blank(range, &mut found)?;
+        pagemap.written(range, 1, protect, &mut found)?;
+        Ok(ranges::set(found))
+    }
+
     /// Lets the pages of mappings that follow each other be protected. Gives them back, without those that cannot be.
     fn register<'a>(&self, span: &'a [Area]) -> io::Result<Vec<&'a [Area]>> {
         let whole = Range { start: span[0].range.start, end: span[span.len() - 1].range.end };

@@ -43,6 +43,8 @@ pub(crate) struct Collected {
     pub shared: Vec<SharedMemory>,
     /// For each shared object a way to its contents.
     pub shared_sources: Vec<OwnedFd>,
+    /// Ways to contents of shared objects that somebody had before, by device and inode.
+    pub known_sources: HashMap<(u64, u64), OwnedFd>,
     pipe_ids: HashMap<(u64, u64), PipeId>,
     shared_ids: HashMap<(u64, u64), SharedMemoryId>,
     pidfds: HashMap<i32, OwnedFd>,
@@ -71,6 +73,11 @@ impl Collected {
             e.insert(sys::pidfd_open(entry.tgid).map_err(failed)?);
         }
         sys::pidfd_getfd(self.pidfds[&entry.tgid].as_fd(), entry.fd).map_err(failed)
+    }
+
+    /// Device and inode of each shared object, with its number.
+    pub(crate) fn shared_keys(&self) -> impl Iterator<Item = ((u64, u64), SharedMemoryId)> {
+        self.shared_ids.iter().map(|(key, id)| (*key, *id))
     }
 
     /// Number of the pipe with this inode, and whether it is new.

@@ -6,7 +6,7 @@
 use super::{Collected, regular};
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, sys::Mapping},
+    kernel::{PAGE, pagemap::Range, sys::Mapping},
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
@@ -39,9 +39,10 @@ pub(super) fn dump_deleted(entry: &FdEntry, all: &mut Collected) -> Result<FileK
 
 /// The object whose name is `name` and which the procfs link `link` opens.
 pub(crate) fn collect(name: &Path, link: &Path, dev: u64, ino: u64, all: &mut Collected) -> Result<SharedMemoryId> {
+    let known = all.known_sources.remove(&(dev, ino));
     all.shared_id(dev, ino, |id| {
         let context = || format!("open {} ({})", link.display(), name.display());
-        let file = File::open(link).context(context)?;
+        let file = known.map_or_else(|| File::open(link).context(context), |fd| Ok(File::from(fd)))?;
         let meta = file.metadata().context(context)?;
         let bytes: Bytes = name.into();
         let name = bytes.0.strip_suffix(DELETED).unwrap_or(&bytes.0);
@@ -59,19 +60,31 @@ pub(crate) fn collect(name: &Path, link: &Path, dev: u64, ino: u64, all: &mut Co
 }
 
 /// Ranges of a file that hold data, page aligned (lseek(2) SEEK_DATA).
-pub(crate) fn data_ranges(file: &OwnedFd, size: u64) -> io::Result<Vec<(u64, u64)>> {
-    use nix::unistd::{Whence, lseek};
+pub(crate) fn data_ranges(file: &OwnedFd, size: u64) -> io::Result<Vec<Range>> {
+    data_within(file, Range { start: 0, end: size.next_multiple_of(PAGE) })
+}
+
+/// The same of a part of it.
+pub(crate) fn data_within(file: &OwnedFd, part: Range) -> io::Result<Vec<Range>> {
+    use nix::{
+        errno::Errno,
+        unistd::{Whence, lseek},
+    };
     let mut ranges = Vec::new();
-    let mut at = 0;
-    while at < size {
+    let mut at = part.start;
+    while at < part.end {
         let start = match lseek(file, at as i64, Whence::SeekData) {
-            Ok(offset) => offset as u64 / PAGE * PAGE,
-            Err(nix::errno::Errno::ENXIO) => break,
+            Ok(offset) if (offset as u64) < part.end => offset as u64 / PAGE * PAGE,
+            Ok(_) | Err(Errno::ENXIO) => break,
             Err(e) => return Err(e.into()),
         };
-        let end = lseek(file, start.max(at) as i64, Whence::SeekHole)? as u64;
-        let end = end.max(start + 1).next_multiple_of(PAGE);
-        ranges.push((start, end));
+        let end = match lseek(file, start.max(at) as i64, Whence::SeekHole) {
+            Ok(offset) => (offset as u64).max(start + 1).next_multiple_of(PAGE).min(part.end),
+            // A running process has just thrown it away.
+            Err(Errno::ENXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        ranges.push(Range { start, end });
         at = end;
     }
     Ok(ranges)

@@ -1,6 +1,6 @@
 //! The iterators of a build without the feature `ebpf`: there are none.
 
-use super::{FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry};
+use super::{FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, Space, ThreadState, VmaEntry};
 
 /// Reader of a tree's state through BPF iterators; cannot exist in this build.
 #[derive(Debug)]
@@ -60,6 +60,35 @@ impl Iterators {
     /// # Errors
     /// Cannot be called.
     pub fn vmas(&mut self, _tgids: &[i32]) -> Result<Vec<VmaEntry>> {
+        match *self {}
+    }
+
+    /// Shared mappings of files on a device.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub(crate) fn shared_mappings(&mut self, _tgids: &[i32], _dev: u64) -> Result<Vec<SharedMapping>> {
+        match *self {}
+    }
+}
+
+/// Sees when memory is mapped a second time; cannot exist in this build.
+#[derive(Debug)]
+pub(crate) enum Aliases {}
+
+impl Aliases {
+    /// Loads the program: always [`ObserveError::NotBuilt`].
+    pub(crate) fn load() -> Result<Self> {
+        Err(ObserveError::NotBuilt)
+    }
+
+    /// Cannot be called.
+    pub(crate) fn watch(&mut self, _iterators: &mut Iterators, _pids: &[i32]) -> Result<()> {
+        match *self {}
+    }
+
+    /// Cannot be called.
+    pub(crate) fn of(&self, _pid: i32) -> Result<Option<Space>> {
         match *self {}
     }
 }

@@ -1,7 +1,7 @@
 //! From the programs' records to the types of this module.
 
 use super::{
-    FdEntry, FileId, Lineage, ObserveError, ProcessState, Result, SharedId, ThreadState, VmaEntry,
+    FdEntry, FileId, Lineage, ObserveError, ProcessState, Result, SharedId, SharedMapping, ThreadState, VmaEntry,
     ids::Ids,
     layout::{CredLayout, Layouts},
     restart,
@@ -363,6 +363,30 @@ pub(super) fn vmas(mut stream: &[u8]) -> Result<(Vec<VmaEntry>, Vec<i32>)> {
     }
     all.retain(|v| !unclear.contains(&v.tgid));
     Ok((all, unclear))
+}
+
+/// Shared mappings of a file system, in a stream of `iter/task_vma`; their address spaces are left to the caller.
+pub(super) fn shared_mappings(mut stream: &[u8], dev: u64) -> Result<Vec<SharedMapping>> {
+    let mut all = Vec::new();
+    let mut files = Ids::default();
+    while !stream.is_empty() {
+        let record = VmaRecord::split(stream).and_then(|(r, rest)| Some((r, text(rest, r.name_len)?)));
+        let (record, (_, rest)) = record.ok_or(ObserveError::BadRecord("task_vma"))?;
+        stream = rest;
+        if record.file != 0 && device(record.dev) == dev {
+            all.push(SharedMapping {
+                pid: record.tgid,
+                start: record.start,
+                end: record.end,
+                offset: record.pgoff << 12,
+                ino: record.ino,
+                file: files.of(record.file),
+                file_users: record.file_users,
+                dentry_users: record.dentry_users,
+            });
+        }
+    }
+    Ok(all)
 }
 
 /// The name as `/proc/pid/maps` has it; `None` if only procfs knows.

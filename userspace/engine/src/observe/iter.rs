@@ -1,7 +1,7 @@
 //! Reads a tree through BPF iterators.
 
 use super::{
-    FdEntry, Lineage, ObserveError, ProcessState, Result, ThreadState, VmaEntry,
+    FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, ThreadState, VmaEntry,
     decode::{self, Belongings},
     ids::Ids,
     loader::Programs,
@@ -238,6 +238,15 @@ impl Iterators {
         all.extend(procfs::vmas(&unclear)?);
         all.sort_by_key(|v| (v.tgid, v.start));
         Ok(all)
+    }
+
+    /// Shared mappings of files on a device. The processes may run.
+    ///
+    /// # Errors
+    /// When the iterator cannot be read.
+    pub(crate) fn shared_mappings(&mut self, tgids: &[i32], dev: u64) -> Result<Vec<SharedMapping>> {
+        self.run(What::Vmas, &sorted(tgids))?;
+        decode::shared_mappings(&self.stream, dev)
     }
 
     /// Tells `iter/task_file` whether to write paths.

@@ -326,6 +326,10 @@ fn vmas(btf: &Btf) -> Result<VmaLayout> {
         anon_name_name: at("anon_vma_name", "name").unwrap_or(ABSENT),
         ops_name: at("vm_operations_struct", "name")?,
         special_name: at("vm_special_mapping", "name")?,
+        file_users: any(btf, "file", &["f_ref", "f_count"])?,
+        file_users_more: btf.field("file", "f_ref").is_ok().into(),
+        path_dentry: at("path", "dentry")?,
+        dentry_users: at("dentry", "d_lockref.count")?,
         backing: fmode_backing(),
     })
 }

@@ -7,6 +7,8 @@
 //! Kernel addresses decide which objects are the same. They are turned into small numbers here and go no further.
 
 #[cfg(feature = "ebpf")]
+mod aliases;
+#[cfg(feature = "ebpf")]
 mod btf;
 #[cfg(feature = "ebpf")]
 mod decode;
@@ -32,6 +34,10 @@ mod tests;
 mod track;
 pub mod view;
 
+#[cfg(feature = "ebpf")]
+pub(crate) use aliases::Aliases;
+#[cfg(not(feature = "ebpf"))]
+pub(crate) use iter::Aliases;
 pub use iter::Iterators;
 #[cfg(feature = "ebpf")]
 pub use track::{Calls, Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
@@ -56,6 +62,34 @@ pub enum Scope {
 /// Numbered from 0 by first appearance in the order of (process, descriptor).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId(pub u32);
+
+/// A shared mapping of a file, and how many refer to the file besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SharedMapping {
+    pub pid: i32,
+    pub start: u64,
+    pub end: u64,
+    /// Of the mapping's first byte in the file.
+    pub offset: u64,
+    pub ino: u64,
+    /// The open file description, numbered within one reading.
+    pub file: u32,
+    /// References to that: mappings, descriptors, and whoever looks at it at the moment.
+    pub file_users: u64,
+    /// References to its name, from each of its open file descriptions.
+    pub dentry_users: u64,
+}
+
+/// What happened to the mappings of an address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Space {
+    /// The smallest process that has it.
+    pub owner: i32,
+    /// When its mappings last changed, or when it was first watched (CLOCK_MONOTONIC).
+    pub changed: std::time::Duration,
+    /// When memory of it may last have been mapped a second time, or when it was first watched.
+    pub aliased: std::time::Duration,
+}
 
 /// A descriptor and the open file description (`struct file`) behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! Both readers look at the same processes and have to see the same.
 
+mod aliases;
 mod attributes;
 mod figures;
 mod files;

@@ -13,6 +13,7 @@ use crate::{
         collect,
         copy::is_zero,
         private::{self, PrivatePages},
+        ranges,
     },
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
@@ -193,7 +194,7 @@ fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<Pri
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
         let ranges = shared_memory::data_ranges(source, object.size).context(|| "look for shared memory".into())?;
-        shared += ranges.iter().map(|(start, end)| (end - start).div_ceil(PAGE)).sum::<u64>();
+        shared += ranges::size(&ranges) / PAGE;
     }
     Ok((spaces, shared))
 }
