@@ -16,6 +16,8 @@ pub(crate) struct Area {
     pub untouched: bool,
     /// Somebody tracks writes to it, as far as that was looked for.
     pub registered: bool,
+    /// A fork lacks what is in it, as far as that was looked for.
+    pub unforked: bool,
 }
 
 /// Kinds of mappings.
@@ -50,7 +52,8 @@ impl Area {
             _ => Kind::Other,
         };
         let range = Range { start: vma.start, end: vma.end };
-        Self { range, kind, untouched: map.untouched, registered: map.has(b"uw") }
+        let unforked = vma.flags.dontfork || vma.flags.wipeonfork;
+        Self { range, kind, untouched: map.untouched, registered: map.has(b"uw"), unforked }
     }
 }
 
@@ -62,6 +65,7 @@ impl From<&MapLine> for Area {
             false if line.ino != 0 => Kind::File,
             false => Kind::Anonymous,
         };
-        Self { range: Range { start: line.start, end: line.end }, kind, untouched: false, registered: false }
+        let range = Range { start: line.start, end: line.end };
+        Self { range, kind, untouched: false, registered: false, unforked: false }
     }
 }
