@@ -18,6 +18,8 @@ pub(crate) struct Area {
     pub registered: bool,
     /// A fork lacks what is in it, as far as that was looked for.
     pub unforked: bool,
+    /// A scan that does not look at each page pays.
+    pub bulk: bool,
 }
 
 /// Kinds of mappings.
@@ -34,9 +36,9 @@ pub(crate) enum Kind {
 }
 
 impl Area {
-    /// Where a scan that does not look at each page pays.
-    pub(super) fn is_bulk(&self) -> bool {
-        self.kind == Kind::Anonymous && self.range.end - self.range.start >= 256 * PAGE
+    pub(super) fn new(range: Range, kind: Kind, untouched: bool, registered: bool) -> Self {
+        let bulk = kind == Kind::Anonymous && range.end - range.start >= 256 * PAGE;
+        Self { range, kind, untouched, registered, unforked: false, bulk }
     }
 
     pub(super) fn is_private(&self) -> bool {
@@ -53,7 +55,7 @@ impl Area {
         };
         let range = Range { start: vma.start, end: vma.end };
         let unforked = vma.flags.dontfork || vma.flags.wipeonfork;
-        Self { range, kind, untouched: map.untouched, registered: map.has(b"uw"), unforked }
+        Self { unforked, ..Self::new(range, kind, map.untouched, map.has(b"uw")) }
     }
 }
 
@@ -65,7 +67,6 @@ impl From<&MapLine> for Area {
             false if line.ino != 0 => Kind::File,
             false => Kind::Anonymous,
         };
-        let range = Range { start: line.start, end: line.end };
-        Self { range, kind, untouched: false, registered: false, unforked: false }
+        Self::new(Range { start: line.start, end: line.end }, kind, false, false)
     }
 }
