@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use std::{fs, hint};
 
+use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getpid};
 use serde_json::Value;
 use standstill_tests::harness::left::{expect_no_process, expect_not_tracked};
@@ -215,6 +216,30 @@ fn nobody_notices() {
         expect_well(&mut target);
     }
     take_back(&tool, &mut target, &images);
+    target.finish(0);
+}
+
+/// One that a user has stopped stays so, with a fork or without.
+#[test]
+fn a_stopped_tree() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("writer", &["--heap", "64", "--children", "1", "--threads", "2"]);
+    target.stop();
+    let images = target.images("stopped");
+    let stats = dump(&tool, &target, &images).arg("--precopy=0").run().expect_success().json();
+    assert!(phase(&stats, "forks").is_some(), "{stats}");
+    target.await_stop();
+    target.go_on();
+    expect_well(&mut target);
+    target.kill_tree();
+    target.forget_verdicts();
+    tool.restore(&images).arg("-d").run().expect_success();
+    target.await_stop();
+    for pid in target.processes() {
+        nix::sys::signal::kill(pid, Signal::SIGCONT).expect("continue");
+    }
+    expect_well(&mut target);
     target.finish(0);
 }
 

@@ -1,4 +1,5 @@
-//! A process that waits for its children in every way that there is, and would notice one that is not its own.
+//! A process that waits for its children in every way that there is, and would notice one that is not its own. Signals of
+//! a timer come all the time.
 //!
 //! Options: `--memory MiB` (default 64), `--orphans` (orphans become its children), `--limit` (as a user who may have no
 //! further process),
@@ -21,9 +22,12 @@ use standstill_tests::workload::{Args, Checker, Control, Mapping, Pattern, fork_
 
 /// How many times SIGCHLD came.
 static ENDS: AtomicU64 = AtomicU64::new(0);
+/// How many times SIGALRM came.
+static TICKS: AtomicU64 = AtomicU64::new(0);
 
-extern "C" fn count(_: libc::c_int) {
-    ENDS.fetch_add(1, Ordering::Relaxed);
+extern "C" fn count(signal: libc::c_int) {
+    let counter = if signal == libc::SIGCHLD { &ENDS } else { &TICKS };
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 fn main() {
@@ -42,8 +46,15 @@ fn main() {
         }
     });
     let action = SigAction::new(SigHandler::Handler(count), SaFlags::SA_RESTART, SigSet::empty());
-    // SAFETY: the handler only adds to an atomic number.
-    unsafe { sigaction(Signal::SIGCHLD, &action) }.expect("handle SIGCHLD");
+    for signal in [Signal::SIGCHLD, Signal::SIGALRM] {
+        // SAFETY: the handler only adds to atomic numbers.
+        unsafe { sigaction(signal, &action) }.expect("handle a signal");
+    }
+    let tick = libc::timeval { tv_sec: 0, tv_usec: 500 };
+    let timer = libc::itimerval { it_interval: tick, it_value: tick };
+    // SAFETY: `timer` is read, and the old value is not asked for.
+    let set = unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const timer, 0) };
+    assert_eq!(set, 0, "set a timer");
     let checker = Arc::clone(&control.checker);
     let flags = if args.flag("no-clones") { WaitPidFlag::empty() } else { WaitPidFlag::__WALL };
     std::thread::spawn(move || {
@@ -63,6 +74,7 @@ fn main() {
         check_children(&checker, child);
         check_end(&checker, std::mem::replace(&mut pipe, open()));
         if request.thorough() {
+            checker.figure("ticks", TICKS.load(Ordering::Relaxed));
             let wrong = pattern.first_wrong(memory.words(), 0);
             checker.equal("first wrong word", &wrong, &None);
         }

@@ -42,6 +42,7 @@ use standstill_images::{
 use state::State;
 use std::{
     collections::{HashMap, HashSet},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -417,7 +418,12 @@ fn copy_frozen(state: &mut State, trackings: &mut Trackings, copier: &mut Copier
 fn copy_forks(state: &mut State, trackings: &mut Trackings, copier: &mut Copier<'_>, forks: &Forks) -> Result<()> {
     copy_private(state, trackings, |pages, parent| {
         let parent = parent.map(|parent| Parent { pid: forks.of(parent.pid), ..parent });
-        Ok(copier.private(&pages.in_fork(forks.of(pages.pid)), parent)?.runs)
+        match copier.private(&pages.in_fork(forks.of(pages.pid)), parent) {
+            // Not the target has ended, but what was to keep its memory.
+            Err(e) if e.is_death() => Err(io::Error::from_raw_os_error(libc::ESRCH))
+                .context(|| format!("read the fork of process {}, which somebody has killed", pages.pid)),
+            other => Ok(other?.runs),
+        }
     })
 }
 
