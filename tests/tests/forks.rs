@@ -355,6 +355,35 @@ fn a_tree_survives_killed_dumps() {
     kill_dumps("writer", &EVERYTHING, 20);
 }
 
+/// The thread that waits for the child of a killed dump was computing, and goes on with all its registers.
+#[test]
+fn a_computation_survives_killed_dumps() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let start = || Target::workload("compute", &["--steps", "12000", "--array", "32"]);
+    let result = |target: &mut Target| {
+        target.await_exit(Duration::from_secs(120));
+        fs::read_to_string(target.dir().join("result")).expect("a result")
+    };
+    let right = result(&mut start());
+    let mut target = start();
+    let (pid, images) = (target.pid(), target.images("killed"));
+    let ended = |pid: Pid| proc::state(pid).is_none_or(|state| state == 'Z');
+    let mut random = Random::new(17);
+    let (mut killed, mut parents) = (0, 0);
+    while !ended(pid) {
+        let run = dump(&tool, &target, &images).arg("--precopy=0").spawn();
+        spin_until(Duration::from_secs(5), || !children(pid).is_empty() || ended(run.pid()) || ended(pid));
+        spin(Duration::from_micros(random.next() % 40));
+        parents += u32::from(!children(pid).is_empty());
+        run.kill();
+        killed += u32::from(run.wait().signal.is_some());
+    }
+    say(&format!("{killed} dumps were killed, {parents} of them while the target had a child"));
+    assert_eq!(result(&mut target), right, "result after {killed} killed dumps");
+    assert!(parents > 0, "no dump was killed while the target had a child");
+}
+
 /// The image is what the tree was at the freeze, even if it is gone before that is copied.
 #[test]
 fn the_target_ends_while_its_fork_is_copied() {
