@@ -179,6 +179,20 @@ impl ImageDir {
         }
     }
 
+    /// Removes what was made for an image that will not be.
+    fn clear(&self) {
+        let _ = remove(&self.path.join(ASIDE));
+        let _ = remove(&self.parent_aside());
+        let _ = remove(&self.pages_path());
+        for store in &self.linked {
+            let _ = remove(&self.path.join(store));
+        }
+        if self.created {
+            // Files of others keep it.
+            let _ = fs::remove_dir(&self.path);
+        }
+    }
+
     /// Opens a complete image.
     ///
     /// # Errors
@@ -194,19 +208,11 @@ impl ImageDir {
 
 impl Drop for ImageDir {
     fn drop(&mut self) {
-        if self.committed {
-            return;
+        if !self.committed {
+            self.clear();
         }
-        let _ = remove(&self.path.join(ASIDE));
-        let _ = remove(&self.parent_aside());
-        let _ = remove(&self.pages_path());
-        for store in &self.linked {
-            let _ = remove(&self.path.join(store));
-        }
-        if self.created {
-            // Files of others keep it.
-            let _ = fs::remove_dir(&self.path);
-        }
+        // A process that was forked in between may have a duplicate, which would keep the lock.
+        let _ = self.dir.unlock();
     }
 }
 

@@ -5,12 +5,14 @@
 mod buffer;
 mod codec;
 mod dropped;
+mod progress;
 mod reader;
 mod set;
 mod writer;
 
 pub use buffer::Buffer;
 pub use dropped::punch;
+pub use progress::Progress;
 pub use reader::PageReader;
 pub use set::PageSet;
 pub use writer::PageWriter;

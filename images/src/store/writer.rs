@@ -1,7 +1,7 @@
 //! Writing a page store: filled buffers go to threads that checksum, compress and write them.
 
 use super::{
-    CHUNK, Chunk, Compression, PAGE, PageIndex, PageStoreIndex,
+    CHUNK, Chunk, Compression, PAGE, PageIndex, PageStoreIndex, Progress,
     buffer::{Buffer, Pool},
     codec::Packer,
 };
@@ -67,6 +67,7 @@ struct Output {
     path: PathBuf,
     file: File,
     compression: Compression,
+    told: Arc<Progress>,
     /// Where the next compressed chunk goes.
     end: AtomicU64,
     done: Mutex<Done>,
@@ -88,12 +89,20 @@ impl PageWriter {
     /// # Errors
     /// I/O errors.
     pub fn create(path: &Path, compression: Compression) -> Result<Self, ImageError> {
+        Self::create_telling(path, compression, Arc::default())
+    }
+
+    /// The same, and `told` is told of what is written.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn create_telling(path: &Path, compression: Compression, told: Arc<Progress>) -> Result<Self, ImageError> {
         let io = || ImageError::io(path);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io())?;
         // Where the file system has no direct I/O, the page cache does as well.
         let _ = fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT));
         let (end, done, progress) = Default::default();
-        let output = Arc::new(Output { path: path.into(), file, compression, end, done, progress });
+        let output = Arc::new(Output { path: path.into(), file, compression, told, end, done, progress });
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         let threads = thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
@@ -119,6 +128,11 @@ impl PageWriter {
     /// Sets how many bytes of page data may wait to be written; two chunks at least. Buffers that were made stay.
     pub fn set_limit(&self, bytes: u64) {
         self.pool.set_limit(bytes);
+    }
+
+    /// Who is told of what is written.
+    pub fn told(&self) -> &Progress {
+        &self.output.told
     }
 
     /// Waits until all that was handed over is written, or has failed to be.
@@ -281,6 +295,7 @@ impl Output {
             Compression::Lz4 | Compression::Zstd(_) => self.end.fetch_add(bytes.len() as u64, Ordering::Relaxed),
         };
         self.write_at(bytes, offset)?;
+        self.told.wrote(raw.len() as u64);
         Ok(Chunk { offset, stored: stored as u32, raw: raw.len() as u32, checksum })
     }
 

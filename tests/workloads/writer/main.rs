@@ -3,7 +3,7 @@
 //!
 //! Options:
 //!
-//! - `--heap MiB` (default 64), `--thp` (huge pages for it)
+//! - `--heap MiB` (default 64), `--thp` (huge pages for it), `--unforked` (parts of it that a fork does not get)
 //! - `--pages-per-second N|max` (default 0) that each process writes, `--threads N` (default 1) that share this work
 //! - `--children N`: forked after half of the heap was written, with writes of their own
 //! - `--shared MiB`: anonymous shared memory, and a memfd that is written through its descriptor too, both by everybody
@@ -90,6 +90,12 @@ impl Memory {
     fn new(args: &Args, threads: usize, members: usize) -> Self {
         let mib = |name, default: usize| args.value(name, default) << 20;
         let heap = heap(mib("heap", 64), args.flag("thp"));
+        if args.flag("unforked") {
+            let quarter = heap.length() / 4;
+            let part = |number: usize| heap.part(number * quarter, quarter);
+            part(1).advise(libc::MADV_DONTFORK).expect("advice about forks");
+            part(2).advise(libc::MADV_WIPEONFORK).expect("advice about forks");
+        }
         let each = (heap.length() / threads).next_multiple_of(2 << 20);
         let part = |thread: usize| {
             let start = (thread * each).min(heap.length());

@@ -2,7 +2,7 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{At, CgroupMode, Precopy, PrecopyOptions, Reader, observe::Scope};
+use standstill_engine::{At, CgroupMode, MemorySnapshot, Precopy, PrecopyOptions, Reader, observe::Scope};
 use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -194,11 +194,33 @@ pub(crate) struct PrecopyArgs {
     /// Page data that may wait to be written while the tree runs, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub buffer: u64,
+    /// How what is left for the freeze is kept as it was, for a tree that goes on
+    #[arg(long, value_enum, default_value_t)]
+    pub snapshot: SnapshotArg,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SnapshotArg {
+    /// Copy it under the freeze
+    #[default]
+    Copy,
+    /// Fork the processes, if that is quicker, and copy from the forks after the freeze: for trees that write faster than
+    /// they can be copied
+    Fork,
 }
 
 impl From<PrecopyArgs> for PrecopyOptions {
     fn from(args: PrecopyArgs) -> Self {
-        Self { mode: args.precopy, max_freeze: args.max_freeze, max_rounds: args.max_rounds, buffer: args.buffer << 20 }
+        Self {
+            mode: args.precopy,
+            max_freeze: args.max_freeze,
+            max_rounds: args.max_rounds,
+            buffer: args.buffer << 20,
+            snapshot: match args.snapshot {
+                SnapshotArg::Copy => MemorySnapshot::Copy,
+                SnapshotArg::Fork => MemorySnapshot::Fork,
+            },
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::{
     Failure,
-    args::{CgroupsArg, Compress, DumpArgs, HowArgs},
-    logging,
+    args::{CgroupsArg, Compress, DumpArgs, HowArgs, SnapshotArg},
+    logging, progress,
     terminal::leave_terminal,
 };
 use nix::unistd::{ForkResult, fork, setsid};
@@ -12,7 +12,7 @@ use standstill_images::{
     store::Compression,
     types::{DumpStats, PrecopyStats},
 };
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 impl From<Compress> for Compression {
     fn from(compress: Compress) -> Self {
@@ -41,11 +41,19 @@ impl HowArgs {
             prev_images: None,
             auto_dedup: false,
             track: false,
+            progress: Arc::default(),
         }
     }
 }
 
 pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
+    if args.how.precopy.snapshot == SnapshotArg::Fork && !args.leave_running && !args.leave_stopped {
+        return Err(Failure {
+            status: 2,
+            text: "--snapshot fork needs --leave-running: a tree that is killed stays frozen until its image is safe"
+                .into(),
+        });
+    }
     logging::start(&args.log, &args.images_dir)?;
     let options = DumpOptions {
         afterwards: match (args.leave_running, args.leave_stopped) {
@@ -59,7 +67,7 @@ pub(crate) fn run(args: &DumpArgs) -> Result<u8, Failure> {
         track: args.chain.track_mem,
         ..args.how.options(args.tree, &args.images_dir)
     };
-    let dumped = dump(&options)?;
+    let dumped = progress::during(args.json, || options.progress.look(), || dump(&options))?;
     if args.json {
         println!("{}", serde_json::to_string(&dumped).unwrap_or_default());
     } else if args.display_stats {

@@ -1,6 +1,6 @@
 //! The log: standard error or a file, by tracing.
 
-use crate::{Failure, args::LogArgs};
+use crate::{Failure, args::LogArgs, progress};
 use std::{
     fs::OpenOptions,
     io::IsTerminal,
@@ -40,7 +40,7 @@ pub(crate) fn start(args: &LogArgs, dir: &Path) -> Result<(), Failure> {
     let Some(file) = &args.log_file else {
         tracing_subscriber::fmt()
             .with_max_level(level)
-            .with_writer(std::io::stderr)
+            .with_writer(|| progress::Above)
             .with_ansi(std::io::stderr().is_terminal())
             .init();
         return Ok(());

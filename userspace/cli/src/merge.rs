@@ -6,7 +6,7 @@ use standstill_engine::merge;
 use std::fmt::Write;
 
 pub(crate) fn run(args: &MergeArgs) -> Result<u8, Failure> {
-    let bar = progress::bar(0);
+    let bar = progress::bar(0, args.json);
     let merged = merge::merge(&args.dirs, |_, done, total| {
         bar.set_length(total);
         bar.set_position(done);

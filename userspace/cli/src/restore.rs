@@ -1,6 +1,6 @@
 //! `standstill restore`.
 
-use crate::{Failure, args::RestoreArgs, logging};
+use crate::{Failure, args::RestoreArgs, logging, progress};
 use nix::{
     sys::{
         signal::{SigSet, Signal, kill},
@@ -11,6 +11,8 @@ use nix::{
 use standstill_engine::{At, Image, RestoreOptions, find, list, restore};
 use standstill_images::publish::MANIFEST;
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
+
+const PAGE: u64 = 4096;
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
     logging::start(&args.log, &args.images_dir)?;
@@ -26,7 +28,10 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
     if !args.restore_detached && !args.dry_run {
         forwarded.thread_block().map_err(|e| Failure::io("block signals", &e.into()))?;
     }
-    let restored = restore(&image, &RestoreOptions { dry_run: args.dry_run, cgroups: args.manage_cgroups.into() })?;
+    let options = RestoreOptions { dry_run: args.dry_run, cgroups: args.manage_cgroups.into() };
+    let total = image.spaces.values().flat_map(|space| &space.pages).map(|run| run.pages * PAGE).sum();
+    let filled = || Some((resident(&image).min(total), total));
+    let restored = progress::during(args.json || args.dry_run, filled, || restore(&image, &options))?;
     if let Some(plan) = &restored.plan {
         print!("{plan}");
         return Ok(0);
@@ -48,6 +53,15 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
         return Ok(0);
     }
     stay(Pid::from_raw(restored.root), &forwarded)
+}
+
+/// Memory that the tree's processes have so far, in bytes.
+fn resident(image: &Image) -> u64 {
+    let pages = |pid: &i32| -> Option<u64> {
+        let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+        statm.split(' ').nth(1)?.parse().ok()
+    };
+    image.tasks.keys().filter_map(pages).sum::<u64>() * PAGE
 }
 
 /// Where the image is: the directory itself, or one of its checkpoints.

@@ -7,7 +7,7 @@ use std::{path::Path, thread, time::Instant};
 
 pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
     let begin = Instant::now();
-    let image = match verify(&args.images_dir) {
+    let image = match verify(&args.images_dir, args.json) {
         Ok(image) => image,
         Err(error) => {
             let failure = Failure::from(error);
@@ -33,10 +33,10 @@ pub(crate) fn run(args: &ImageArgs) -> Result<u8, Failure> {
 }
 
 /// Reads all of an image. Opening it checks its records and what they refer to.
-fn verify(dir: &Path) -> Result<Image, Error> {
+fn verify(dir: &Path, json: bool) -> Result<Image, Error> {
     let image = Image::open(dir)?;
     let threads = thread::available_parallelism().map_or(1, |n| n.get());
-    let bar = progress::bar(image.pages() * 4096);
+    let bar = progress::bar(image.pages() * 4096, json);
     let verified: Result<(), Error> = image.stores.iter().try_for_each(|store| {
         let before = store.first * 4096;
         Ok(store.reader()?.verify(threads, |done, _| bar.set_position(before + done))?)

@@ -15,9 +15,10 @@ mod snapshot;
 mod task;
 mod tree;
 
-pub use dump::{Afterwards, DumpOptions, Dumped, Keeper, Precopy, PrecopyOptions, Reader, dump};
+pub use dump::{Afterwards, DumpOptions, Dumped, Keeper, MemorySnapshot, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};
 pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
 pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};
+pub use standstill_images::store::Progress;
 pub use tree::cgroups::CgroupMode;

@@ -23,6 +23,7 @@ use std::{
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     thread::sleep,
     time::{Duration, Instant, SystemTime},
 };
@@ -75,6 +76,7 @@ fn assert_right_clocks(dir: &Path) {
 
 fn dump_to(dir: &Path, pid: i32) {
     dump(&DumpOptions {
+        progress: Arc::default(),
         pid,
         dir: dir.into(),
         afterwards: Afterwards::Kill,

@@ -1,6 +1,7 @@
 //! The order of a dump; nothing but the order.
 
 mod chain;
+mod forks;
 mod keeper;
 mod observer;
 mod rounds;
@@ -12,7 +13,7 @@ mod trackings;
 pub use keeper::Keeper;
 pub use observer::Reader;
 pub(crate) use observer::no_reader;
-pub use rounds::{Precopy, PrecopyOptions};
+pub use rounds::{MemorySnapshot, Precopy, PrecopyOptions};
 pub(crate) use target::check as check_target;
 
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
     kernel::{PAGE, proc, sys},
     memory::{
         copy::{Copier, Parent},
+        known,
         private::PrivatePages,
     },
     objects::{regular, shared_memory},
@@ -28,19 +30,22 @@ use crate::{
     task::{Family, FrozenTree},
 };
 use chain::Chain;
+use forks::Forks;
 use keeper::Told;
 pub(crate) use observer::Observer;
 use rounds::Rounds;
 use serde::Serialize;
 use standstill_images::{
     publish::ImageDir,
-    store::{Compression, PageWriter},
-    types::{AddressSpace, DumpCounts, DumpStats, PrecopyStats},
+    store::{Compression, PageWriter, Progress},
+    types::{AddressSpace, DumpCounts, DumpStats, PageRun, PrecopyStats},
 };
 use state::State;
 use std::{
     collections::{HashMap, HashSet},
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tracing::{info, warn};
@@ -91,6 +96,8 @@ pub struct DumpOptions {
     pub auto_dedup: bool,
     /// Writes are tracked after the dump, so that the next one can go on from it; for trees that go on.
     pub track: bool,
+    /// Is told how far the dump has come.
+    pub progress: Arc<Progress>,
 }
 
 /// What a dump cost.
@@ -251,7 +258,8 @@ impl<'a> Session<'a> {
         let options = self.options;
         let (_, running) = Family::of(options.pid, self.observer.iterators());
         self.observer.read_ahead(&running);
-        let mut pages = PageWriter::create(&dir.pages_path(), options.compression)?;
+        let told = Arc::clone(&options.progress);
+        let mut pages = PageWriter::create_telling(&dir.pages_path(), options.compression, told)?;
         let mut first = self.chain.pages();
         if wanted.link {
             first = self.chain.absorb(&mut self.trackings, &mut pages)?;
@@ -270,13 +278,18 @@ impl<'a> Session<'a> {
         if afterwards != Afterwards::Kill {
             // The thaw must not wait for the disk: what the memory of the machine allows is copied first and written
             // later. Rounds leave little, so that memory for it need not be touched before.
-            let expected = precopy.as_ref().map_or(resident, |p| 4 * PAGE * p.expected_pages);
+            let mut expected = precopy.as_ref().map_or(resident, |p| 4 * PAGE * p.expected_pages);
+            if options.precopy.snapshot == MemorySnapshot::Fork {
+                // More than that is copied after the thaw.
+                expected = expected.min(resident / 8);
+            }
             copier.store.set_limit(resident.min(target::available_memory() / 2).max(options.precopy.buffer));
             copier.store.reserve(expected.max(MIN_RESERVE));
         }
         let (mut family, _) = Family::of(options.pid, self.observer.iterators());
         let prepare_us = begin.elapsed().as_micros() as u64;
 
+        options.progress.set_busy(true);
         let freezing = Instant::now();
         let tree = FrozenTree::freeze(options.pid, options.timeout, &mut family)?;
         let frozen = Instant::now();
@@ -284,10 +297,18 @@ impl<'a> Session<'a> {
         let mut phases = Phases { last: frozen, phases: Vec::new() };
         let mut state = state::collect(&tree, options, &mut self.observer, &mut self.trackings, track, &mut phases)
             .map_err(|e| unless_dead(&tree, e))?;
+        // One that is killed waits for the disk anyway.
+        options.progress.set_busy(afterwards != Afterwards::Kill);
         let before = copier.counts();
-        let shared =
-            copy_pages(&tree, &mut state, &mut self.trackings, &mut copier).map_err(|e| unless_dead(&tree, e))?;
-        let counts = copier.finish()?;
+        copier.stopped();
+        let mut forks = None;
+        if options.precopy.snapshot == MemorySnapshot::Fork && afterwards != Afterwards::Kill {
+            forks = Forks::make(&tree, &state);
+            phases.end("fork");
+        }
+        let shared = copy_frozen(&mut state, &mut self.trackings, &mut copier, forks.is_some())
+            .map_err(|e| unless_dead(&tree, e))?;
+        let late_pages = copier.counts().stored - before.stored;
         phases.end("pages");
         let mut stats = DumpStats {
             reader: self.observer.name().into(),
@@ -296,9 +317,9 @@ impl<'a> Session<'a> {
             frozen_us: 0,
             phases: Vec::new(),
             total_us: 0,
-            pages_stored: counts.stored,
-            pages_zero: counts.zero,
-            pages_shared: counts.shared,
+            pages_stored: 0,
+            pages_zero: 0,
+            pages_shared: 0,
             counts: DumpCounts::default(),
         };
         // A tree that goes on has waited long enough; one that is killed must not run before its image is safe.
@@ -317,6 +338,16 @@ impl<'a> Session<'a> {
                 None
             }
         };
+        options.progress.set_busy(false);
+        let forked = forks.is_some();
+        if let Some(forks) = forks {
+            copier.store.set_limit(options.precopy.buffer);
+            forks.let_go()?;
+            copy_forks(&mut state, &mut self.trackings, &mut copier, &forks)?;
+            phases.end("forks");
+        }
+        let counts = copier.finish()?;
+        (stats.pages_stored, stats.pages_zero, stats.pages_shared) = (counts.stored, counts.zero, counts.shared);
         regular::check_names(&mut state.objects)?;
         place_the_childless(&mut state, &mut self.trackings);
         let dedup = self.dedup(&state)?;
@@ -330,7 +361,7 @@ impl<'a> Session<'a> {
         stats.counts = state.counts();
         stats.total_us = begin.elapsed().as_micros() as u64;
         let precopy = precopy.map(|p| PrecopyStats {
-            late_pages: counts.stored - before.stored,
+            late_pages,
             shared_tracked: shared.tracked,
             shared_whole: shared.whole,
             ..p
@@ -338,9 +369,9 @@ impl<'a> Session<'a> {
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
         if let Some(tree) = tree {
             tree.kill();
-        } else if precopy.is_none() {
-            // A dump that kills writes under the freeze, and one with a pre-copy leaves most to do before: their times say
-            // nothing of others.
+        } else if precopy.is_none() && !forked {
+            // A dump that kills writes under the freeze, one with a pre-copy leaves most to do before, and one with forks
+            // after it: their times say nothing of others.
             observe::view::remember(options.pid, &stats);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
@@ -373,7 +404,7 @@ impl<'a> Session<'a> {
         }
         let (trackings, timeout) = (&mut self.trackings, options.timeout);
         let mut rounds = Rounds { trackings, copier, observer, root: options.pid, timeout };
-        let rounds = rounds.run(&mut self.looked, max, options.precopy.max_freeze)?;
+        let rounds = rounds.run(&mut self.looked, max, &options.precopy)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
         Ok(PrecopyStats { rounds, expected_pages, expected_us, ..Default::default() })
     }
@@ -386,26 +417,26 @@ struct SharedCounts {
     whole: u64,
 }
 
-/// Copies under the freeze what is not known yet.
-fn copy_pages(
-    tree: &FrozenTree,
+/// Copies under the freeze what is not known yet; with forks, only what they do not have.
+fn copy_frozen(
     state: &mut State,
     trackings: &mut Trackings,
     copier: &mut Copier<'_>,
+    forked: bool,
 ) -> Result<SharedCounts> {
-    copier.stopped();
-    let parents = state.parents();
-    let with_children: HashSet<i32> = parents.values().copied().collect();
-    let numbers: HashMap<i32, usize> = tree.pids().into_iter().zip(0..).collect();
-    for (n, private) in state.private.iter().enumerate() {
-        let (earlier, rest) = state.spaces.split_at_mut(n);
-        let parent = parents.get(&private.pid).and_then(|p| Some((*p, earlier.get(*numbers.get(p)?)?)));
-        let parent = parent.map(|(pid, space)| Parent { pid, runs: &space.pages });
-        rest[0].pages = copier.private(private, parent)?.runs;
-        if with_children.contains(&private.pid) {
-            place(private, &mut rest[0], trackings);
+    if forked {
+        for (private, space) in state.private.iter().zip(&mut state.spaces) {
+            // No parent has these pages either.
+            space.pages = copier.private(&private.without_fork(), None)?.runs;
         }
+    } else {
+        copy_private(state, trackings, |pages, parent| Ok(copier.private(pages, parent)?.runs))?;
     }
+    copy_shared(state, trackings, copier)
+}
+
+/// Copies what is not known yet of shared memory, which forks do not keep as it was.
+fn copy_shared(state: &mut State, trackings: &mut Trackings, copier: &mut Copier<'_>) -> Result<SharedCounts> {
     let mut counts = SharedCounts::default();
     let keys: HashMap<_, _> = state.objects.shared_keys().map(|(key, id)| (id, key)).collect();
     for (object, source) in state.objects.shared.iter_mut().zip(&state.objects.shared_sources) {
@@ -425,6 +456,41 @@ fn copy_pages(
         }
     }
     Ok(counts)
+}
+
+/// Copies the rest from forks of the processes.
+fn copy_forks(state: &mut State, trackings: &mut Trackings, copier: &mut Copier<'_>, forks: &Forks) -> Result<()> {
+    copy_private(state, trackings, |pages, parent| {
+        let parent = parent.map(|parent| Parent { pid: forks.of(parent.pid), ..parent });
+        match copier.private(&pages.in_fork(forks.of(pages.pid)), parent) {
+            // Not the target has ended, but what was to keep its memory.
+            Err(e) if e.is_death() => Err(io::Error::from_raw_os_error(libc::ESRCH))
+                .context(|| format!("read the fork of process {}, which somebody has killed", pages.pid)),
+            other => Ok(other?.runs),
+        }
+    })
+}
+
+/// Copies the private pages of all processes, parents before their children, as `copy` does it for one.
+fn copy_private(
+    state: &mut State,
+    trackings: &mut Trackings,
+    mut copy: impl FnMut(&PrivatePages, Option<Parent<'_>>) -> Result<Vec<PageRun>>,
+) -> Result<()> {
+    let parents = state.parents();
+    let with_children: HashSet<i32> = parents.values().copied().collect();
+    let numbers: HashMap<i32, usize> = state.private.iter().map(|p| p.pid).zip(0..).collect();
+    for (n, private) in state.private.iter().enumerate() {
+        let (earlier, rest) = state.spaces.split_at_mut(n);
+        let parent = parents.get(&private.pid).and_then(|p| Some((*p, earlier.get(*numbers.get(p)?)?)));
+        let parent = parent.map(|(pid, space)| Parent { pid, runs: &space.pages });
+        let copied = copy(private, parent)?;
+        rest[0].pages = known::merge(std::mem::take(&mut rest[0].pages), copied);
+        if with_children.contains(&private.pid) {
+            place(private, &mut rest[0], trackings);
+        }
+    }
+    Ok(())
 }
 
 /// Completes the lists of pages that no other process needed under the freeze.

@@ -21,6 +21,17 @@ pub enum Precopy {
     Rounds(u32),
 }
 
+/// How memory is kept as it was at the freeze.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemorySnapshot {
+    /// What has changed since the pre-copy is copied under the freeze.
+    #[default]
+    Copy,
+    /// Processes are forked under the freeze, where that takes less time than to copy, and memory is copied from the
+    /// forks while the tree goes on.
+    Fork,
+}
+
 /// Limits of the pre-copy.
 #[derive(Clone, Copy, Debug)]
 pub struct PrecopyOptions {
@@ -32,11 +43,19 @@ pub struct PrecopyOptions {
     pub max_rounds: u32,
     /// Bytes of page data that may wait to be written while the tree runs.
     pub buffer: u64,
+    /// What becomes of what is left for the freeze, if the tree goes on afterwards.
+    pub snapshot: MemorySnapshot,
 }
 
 impl Default for PrecopyOptions {
     fn default() -> Self {
-        Self { mode: Precopy::Auto, max_freeze: Duration::from_millis(5), max_rounds: 12, buffer: 64 << 20 }
+        Self {
+            mode: Precopy::Auto,
+            max_freeze: Duration::from_millis(5),
+            max_rounds: 12,
+            buffer: 64 << 20,
+            snapshot: MemorySnapshot::Copy,
+        }
     }
 }
 
@@ -67,7 +86,12 @@ pub(super) struct Rounds<'a, 'b> {
 
 impl Rounds<'_, '_> {
     /// `looked`: when it was last looked which pages have changed.
-    pub(super) fn run(&mut self, looked: &mut Option<Duration>, max: u32, max_freeze: Duration) -> Result<Vec<Round>> {
+    pub(super) fn run(
+        &mut self,
+        looked: &mut Option<Duration>,
+        max: u32,
+        options: &PrecopyOptions,
+    ) -> Result<Vec<Round>> {
         let mut rounds = Vec::new();
         loop {
             let begin = Instant::now();
@@ -77,15 +101,16 @@ impl Rounds<'_, '_> {
             let since_us = looked.replace(now).map_or(0, |last| now.saturating_sub(last).as_micros() as u64);
             rounds.push(Round { pages, us: begin.elapsed().as_micros() as u64, since_us });
             debug!(?pids, round = ?rounds.last(), "pre-copied");
-            let next = decide(&rounds, max, max_freeze);
-            if next == Next::Freeze {
-                break;
-            }
-            if next == Next::GiveUp {
-                warn!(
-                    "the tree writes to its memory faster than it can be copied: the freeze will be longer than asked"
-                );
-                break;
+            match decide(&rounds, max, options.max_freeze) {
+                Next::Another => {}
+                Next::GiveUp if options.snapshot == MemorySnapshot::Copy => {
+                    warn!(
+                        "the tree writes to its memory faster than it can be copied: the freeze will be longer than asked \
+                         (--snapshot fork copies after it, if the tree goes on)"
+                    );
+                    break;
+                }
+                Next::Freeze | Next::GiveUp => break,
             }
             // What waits to be written must not compete with the tree, nor with the copying under the freeze.
             self.copier.store.drain();

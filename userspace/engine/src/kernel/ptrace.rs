@@ -17,14 +17,14 @@ pub(crate) fn seize(tid: i32, options: i32) -> io::Result<()> {
     request(libc::PTRACE_SEIZE, tid, 0, options as usize).map(drop)
 }
 
+/// PTRACE_SETOPTIONS of a stopped task.
+pub(crate) fn set_options(tid: i32, options: i32) -> io::Result<()> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop)
+}
+
 /// PTRACE_INTERRUPT: makes a seized task stop soon; see [`wait`].
 pub(crate) fn interrupt(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
-}
-
-/// PTRACE_SETOPTIONS of a stopped task.
-pub(crate) fn set_options(tid: i32, options: i32) -> io::Result<()> {
-    request(libc::PTRACE_SETOPTIONS as _, tid, 0, options as usize).map(drop)
 }
 
 /// PTRACE_CONT with a signal to deliver (0: none).

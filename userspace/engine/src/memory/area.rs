@@ -16,6 +16,8 @@ pub(crate) struct Area {
     pub untouched: bool,
     /// Somebody tracks writes to it, as far as that was looked for.
     pub registered: bool,
+    /// A fork lacks what is in it, as far as that was looked for.
+    pub unforked: bool,
     /// A scan that does not look at each page pays.
     pub bulk: bool,
 }
@@ -36,7 +38,7 @@ pub(crate) enum Kind {
 impl Area {
     pub(super) fn new(range: Range, kind: Kind, untouched: bool, registered: bool) -> Self {
         let bulk = kind == Kind::Anonymous && range.end - range.start >= 256 * PAGE;
-        Self { range, kind, untouched, registered, bulk }
+        Self { range, kind, untouched, registered, unforked: false, bulk }
     }
 
     pub(super) fn is_private(&self) -> bool {
@@ -51,7 +53,9 @@ impl Area {
             Backing::PrivateFile { .. } => Kind::File,
             _ => Kind::Other,
         };
-        Self::new(Range { start: vma.start, end: vma.end }, kind, map.untouched, map.has(b"uw"))
+        let range = Range { start: vma.start, end: vma.end };
+        let unforked = vma.flags.dontfork || vma.flags.wipeonfork;
+        Self { unforked, ..Self::new(range, kind, map.untouched, map.has(b"uw")) }
     }
 }
 

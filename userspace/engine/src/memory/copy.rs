@@ -76,6 +76,19 @@ impl<'a> Copier<'a> {
 
     /// Copies the pages of a process. Those whose frame `parent` has at the same address are stored once.
     pub(crate) fn private(&mut self, pages: &PrivatePages, parent: Option<Parent<'_>>) -> Result<Copied> {
+        self.expecting(ranges::size(&pages.ranges), |copier| copier.each(pages, parent))
+    }
+
+    /// Tells of the bytes that `copy` may store before it does, and afterwards of those that it has not.
+    fn expecting<T>(&mut self, bytes: u64, copy: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let before = self.counts.stored;
+        self.store.told().expect(bytes);
+        let copied = copy(self)?;
+        self.store.told().drop_expected(bytes - (self.counts.stored - before) * PAGE);
+        Ok(copied)
+    }
+
+    fn each(&mut self, pages: &PrivatePages, parent: Option<Parent<'_>>) -> Result<Copied> {
         let pid = pages.pid;
         let open = |pid: i32| Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"));
         let maps = match parent {
@@ -251,14 +264,17 @@ impl<'a> Copier<'a> {
         let context = || "read shared memory".to_string();
         let file = File::from(source.try_clone().context(context)?);
         let mut copied = Copied::default();
-        for part in parts {
-            self.copy(part.start, part.end, &mut copied, |at, buffer| {
-                // The last page of a file may be cut short: the rest of it is zeros.
-                let n = read_all(&file, at, buffer).context(context)?;
-                buffer[n..].fill(0);
-                Ok(buffer.len())
-            })?;
-        }
+        let bytes = parts.iter().map(|part| part.end - part.start).sum();
+        self.expecting(bytes, |copier| {
+            parts.iter().try_for_each(|part| {
+                copier.copy(part.start, part.end, &mut copied, |at, buffer| {
+                    // The last page of a file may be cut short: the rest of it is zeros.
+                    let n = read_all(&file, at, buffer).context(context)?;
+                    buffer[n..].fill(0);
+                    Ok(buffer.len())
+                })
+            })
+        })?;
         Ok(copied.runs)
     }
 }

@@ -39,23 +39,27 @@ impl Known {
     /// Adds pages that were not known; `runs` says where those are that hold something.
     pub(crate) fn learn(&mut self, pages: &[Range], runs: Vec<PageRun>) {
         self.covered = ranges::union(&self.covered, pages);
-        let old = std::mem::take(&mut self.runs);
-        self.runs.reserve(old.len() + runs.len());
-        let (mut old, mut new) = (old.into_iter().peekable(), runs.into_iter().peekable());
-        loop {
-            let next = match (old.peek(), new.peek()) {
-                (Some(a), Some(b)) if a.start < b.start => old.next(),
-                (_, Some(_)) => new.next(),
-                _ => old.next(),
-            };
-            let Some(run) = next else { return };
-            push_run(&mut self.runs, run);
-        }
+        self.runs = merge(std::mem::take(&mut self.runs), runs);
     }
 
     /// The same pages at other places of the store, as `moved` says.
     pub(crate) fn renumber(&mut self, moved: impl Fn(&[PageRun]) -> Vec<PageRun>) {
         self.runs = moved(&self.runs);
+    }
+}
+
+/// Runs of different pages, by address.
+pub(crate) fn merge(a: Vec<PageRun>, b: Vec<PageRun>) -> Vec<PageRun> {
+    let mut all = Vec::with_capacity(a.len() + b.len());
+    let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());
+    loop {
+        let next = match (a.peek(), b.peek()) {
+            (Some(x), Some(y)) if x.start < y.start => a.next(),
+            (_, Some(_)) => b.next(),
+            _ => a.next(),
+        };
+        let Some(run) = next else { return all };
+        push_run(&mut all, run);
     }
 }
 

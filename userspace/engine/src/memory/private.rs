@@ -24,6 +24,24 @@ pub(crate) struct PrivatePages {
     pub over_files: Vec<Range>,
     /// Pages that were copied earlier and have not changed.
     pub unchanged: Vec<Range>,
+    /// Mappings of which a fork of the process has nothing.
+    pub unforked: Vec<Range>,
+}
+
+impl PrivatePages {
+    /// What has to be copied and is not in a fork.
+    pub(crate) fn without_fork(&self) -> Self {
+        self.part(self.pid, ranges::intersect(&self.ranges, &self.unforked))
+    }
+
+    /// What is to be copied from the fork `pid`.
+    pub(crate) fn in_fork(&self, pid: i32) -> Self {
+        self.part(pid, ranges::subtract(&self.ranges, &self.unforked))
+    }
+
+    fn part(&self, pid: i32, ranges: Vec<Range>) -> Self {
+        Self { pid, ranges, over_files: self.over_files.clone(), ..Self::default() }
+    }
 }
 
 /// Up to so many bytes of mappings are scanned although nothing in them is wanted: that takes no more time than another
@@ -57,7 +75,9 @@ pub(crate) fn look(
     let (present, guards) = present(&pagemap, &unsettled(areas, &settled)).context(failed)?;
     let unchanged = ranges::union(&ranges::intersect(&unwritten, &present), &settled);
     let over_files = area_set(areas, |a| a.kind == Kind::File);
-    Ok((PrivatePages { pid, ranges: ranges::subtract(&present, &unchanged), over_files, unchanged }, guards))
+    let unforked = area_set(areas, |a| a.unforked);
+    let ranges = ranges::subtract(&present, &unchanged);
+    Ok((PrivatePages { pid, ranges, over_files, unchanged, unforked }, guards))
 }
 
 /// Mappings cut into parts of which nothing needs to be found, as if untouched, and others.
@@ -245,6 +265,14 @@ mod tests {
             expected.extend((first + 8..first + pages).step_by(8).map(|page| range(page, page + 6)));
             assert_eq!(found.ranges, expected);
         }
+    }
+
+    #[test]
+    fn what_a_fork_lacks_is_apart() {
+        let ranges = vec![range(1, 5), range(8, 10)];
+        let pages = PrivatePages { pid: 7, ranges, unforked: vec![range(4, 9)], ..Default::default() };
+        assert_eq!((pages.without_fork().pid, pages.without_fork().ranges), (7, vec![range(4, 5), range(8, 9)]));
+        assert_eq!((pages.in_fork(8).pid, pages.in_fork(8).ranges), (8, vec![range(1, 4), range(9, 10)]));
     }
 
     #[test]

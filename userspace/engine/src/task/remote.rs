@@ -162,6 +162,36 @@ impl Remote {
         duplicate.context(|| format!("duplicate a descriptor of process {pid}"))
     }
 
+    /// Makes the leader clone itself, copying its memory and sharing its descriptors. The child, which this returns, is
+    /// traced by us and stops before it does anything; let go, it ends, and nobody gets a signal for it.
+    pub(super) fn fork(&mut self) -> Result<i32> {
+        const ERESTARTNOINTR: i32 = 513;
+        let pid = self.pid;
+        self.find_room()?;
+        let flags = (libc::CLONE_FILES | libc::CLONE_PTRACE) as u64;
+        loop {
+            let child = self.raw(pid, libc::SYS_clone, [flags, 0, 0, 0, 0, 0], arch::TRAMPOLINE_FORK)?;
+            if child == -i64::from(ERESTARTNOINTR) {
+                // A signal is to be handled first. The next attempt begins with it.
+                self.give_back()?;
+                continue;
+            }
+            return self.succeeded(pid, libc::SYS_clone, child).map(|child| child as i32);
+        }
+    }
+
+    /// Makes the leader take the status of a child that has ended.
+    pub(super) fn reap(&mut self, child: i32) -> Result<()> {
+        let options = (libc::WEXITED | libc::__WALL) as u64;
+        let args = [libc::P_PID.into(), child as u64, 0, options, 0, 0];
+        self.checked(self.pid, libc::SYS_waitid, args).map(drop)
+    }
+
+    /// Where a child from [`Self::fork`] finds the code for system calls after which it ends.
+    pub(super) fn last_call(&self) -> u64 {
+        self.trampoline + arch::TRAMPOLINE_LAST
+    }
+
     fn checked(&mut self, tid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
         let result = self.raw(tid, nr, args, arch::TRAMPOLINE_CALL)?;
         self.succeeded(tid, nr, result)

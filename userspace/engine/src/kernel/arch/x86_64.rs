@@ -168,15 +168,22 @@ impl Registers {
 }
 
 /// Length of [`trampoline`].
-pub(crate) const TRAMPOLINE: usize = 160;
+pub(crate) const TRAMPOLINE: usize = 224;
 
-/// Where the code of [`trampoline`] begins for a system call whose result is a descriptor that it closes again.
-pub(crate) const TRAMPOLINE_OPEN: u64 = 0;
+/// Where the code of [`trampoline`] begins for a clone(2) whose child waits for nothing but its end: it exits, and the
+/// caller waits for it.
+pub(crate) const TRAMPOLINE_FORK: u64 = 0;
+/// Where it begins for a system call after which the process exits.
+pub(crate) const TRAMPOLINE_LAST: u64 = 45;
+/// Where it begins for a system call whose result is a descriptor that it closes again.
+pub(crate) const TRAMPOLINE_OPEN: u64 = 59;
 /// Where it begins for any other system call.
-pub(crate) const TRAMPOLINE_CALL: u64 = 9;
+pub(crate) const TRAMPOLINE_CALL: u64 = 68;
 
 /// Code that makes one system call and then, if nobody took the registers back, restores all registers that a system
 /// call needs from constants beside it and jumps back to where the task was. Runs at any address.
+///
+/// Flags and stack are not restored, so none of it may change them.
 pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
     let saved = saved.restarted_by_hand();
     // mov r64, [rip + disp32], for the registers that carry arguments or that `syscall` overwrites.
@@ -192,9 +199,33 @@ pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
         ([0x4c, 0x8b, 0x1d], saved.r11),
     ];
     let jump = [0xff, 0x25]; // jmp [rip + disp32]
-    let data = 80;
-    let close = [0x89, 0xc7, 0xb8, libc::SYS_close as u8, 0, 0, 0]; // mov edi, eax; mov eax, SYS_close
-    let mut code = [&SYSCALL_INSTRUCTION[..], &close, &SYSCALL_INSTRUCTION].concat();
+    let data = TRAMPOLINE - 8 * (loads.len() + 1);
+    // WEXITED | __WALL, little endian.
+    let any_end = (libc::WEXITED | libc::__WALL).to_le_bytes();
+    let mut code = [
+        &SYSCALL_INSTRUCTION[..],
+        &[0x89, 0xc1],                                                 // mov ecx, eax
+        &[0xe3, 41],                                                   // jrcxz exit
+        &[0x89, 0xc6],                                                 // mov esi, eax
+        &[0xbf, libc::P_PID as u8, 0, 0, 0],                           // mov edi, P_PID
+        &[0xba, 0, 0, 0, 0],                                           // mov edx, 0
+        &[0x41, 0xba, any_end[0], any_end[1], any_end[2], any_end[3]], // mov r10d, WEXITED | __WALL
+        &[0x41, 0xb8, 0, 0, 0, 0],                                     // mov r8d, 0
+        &[0xb8, libc::SYS_waitid as u8, 0, 0, 0],                      // wait: mov eax, SYS_waitid
+        &SYSCALL_INSTRUCTION,                                          // fails if there is no child
+        &[0x48, 0x8d, 0x48, libc::EINTR as u8],                        // lea rcx, [rax + EINTR]
+        &[0xe3, 0xf3],                                                 // jrcxz wait
+        &[0xeb, 25],                                                   // jmp restore
+        &SYSCALL_INSTRUCTION,                                          // TRAMPOLINE_LAST
+        &[0xbf, 0, 0, 0, 0],                                           // exit: mov edi, 0
+        &[0xb8, libc::SYS_exit_group as u8, 0, 0, 0],                  // mov eax, SYS_exit_group
+        &SYSCALL_INSTRUCTION,
+        &SYSCALL_INSTRUCTION,                    // TRAMPOLINE_OPEN
+        &[0x89, 0xc7],                           // mov edi, eax
+        &[0xb8, libc::SYS_close as u8, 0, 0, 0], // mov eax, SYS_close
+        &SYSCALL_INSTRUCTION,                    // TRAMPOLINE_CALL
+    ]
+    .concat(); // restore:
     let emit = |code: &mut Vec<u8>, opcode: &[u8], index: usize| {
         let next = code.len() + opcode.len() + 4;
         code.extend_from_slice(opcode);
