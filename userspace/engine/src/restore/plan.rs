@@ -1,6 +1,8 @@
 //! The plan of a restore: who forks whom, who opens what, in which stage. A pure function of the image and the
 //! [`Environment`]; what cannot be ordered is rejected here, before any process exists.
 
+mod forks;
+
 use super::{
     births::{self, Step},
     descriptors::{Distribution, HighNumbers},
@@ -13,7 +15,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     image::Image,
-    kernel::{PAGE, arch, sys},
+    kernel::{PAGE, arch},
     memory::{
         map::{self, Inherited, MapFds, Prots},
         pages::PageFiles,
@@ -135,7 +137,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         tables,
         directories,
         words,
-        stand_ins: stand_ins(image, &orphaned),
+        stand_ins: forks::stand_ins(image, &orphaned),
         orphaned,
         files,
         shared_fds,
@@ -157,18 +159,6 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     }
     let Planner { programs, tasks, pages, shared_fds, .. } = planner;
     Ok(Plan { programs, tasks, base, pages, shared_fds })
-}
-
-/// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
-/// `orphaned`: sessions that have one anyway, who leads a group, too.
-fn stand_ins(image: &Image, orphaned: &BTreeSet<i32>) -> BTreeMap<i32, i32> {
-    let root = &image.tasks[&image.inventory.root];
-    let mut by_group = BTreeMap::new();
-    let is_led = |pgid: i32| pgid == root.pgid || image.tasks.contains_key(&pgid) || orphaned.contains(&pgid);
-    for task in image.tasks.values().filter(|t| !is_led(t.pgid)) {
-        by_group.entry(task.pgid).or_insert(task.pid);
-    }
-    by_group.into_iter().map(|(pgid, pid)| (pid, pgid)).collect()
 }
 
 /// What of the machine must be as it was.
@@ -355,108 +345,6 @@ impl<'a> Planner<'a> {
     fn open(&self, id: OpenFileId, numbers: &mut Numbers, program: &mut Program) -> Result<i32> {
         let file = &self.image.files[&id];
         Ok(objects::create(&[file], &self.references(), numbers, program)?[0])
-    }
-
-    /// The forks of a process, whose memory is in place.
-    fn births(&mut self, steps: &[Step], memory: (&'a AddressSpace, &Prots), program: &mut Program) -> Result<()> {
-        let image = self.image;
-        for step in steps {
-            match *step {
-                Step::Setsid => program.call("setsid", libc::SYS_setsid, &[]),
-                Step::Unshare(flag) => program.call("stop sharing", libc::SYS_unshare, &[flag.into()]),
-                Step::StandIn { sid, ref children } => self.session(sid, children, memory, program)?,
-                Step::Fork { pid, flags } => {
-                    let child = &image.tasks[&pid];
-                    if let Some(&pgid) = self.stand_ins.get(&pid) {
-                        self.stand_in(pgid, 0, program);
-                    }
-                    let word = (flags & libc::CLONE_FILES != 0).then_some(self.words);
-                    self.words += usize::from(word.is_some());
-                    let index = self.process(child, Some(memory), word)?;
-                    let flags = flags as u64 | sys::CLONE_CLEAR_SIGHAND;
-                    program.clone_task(format!("fork process {pid}"), flags, child.exit_signal, pid, index);
-                    if let Some(word) = word {
-                        program.wait_for(format!("wait for process {pid}"), word, 1);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A process that leads the session of a dead and forgotten leader, and forks for its parent who is in it.
-    fn session(
-        &mut self,
-        sid: i32,
-        children: &[i32],
-        memory: (&'a AddressSpace, &Prots),
-        program: &mut Program,
-    ) -> Result<()> {
-        const PARENT: u64 = libc::CLONE_PARENT as u64;
-        let image = self.image;
-        let index = self.programs.len();
-        self.programs.push(Program::default());
-        let threads = vec![PlannedThread { tid: sid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: sid, ends: true, threads, syscall_at: 0 });
-        let mut own = Program::default();
-        own.call("setsid", libc::SYS_setsid, &[]);
-        for pid in children {
-            if let Some(&pgid) = self.stand_ins.get(pid) {
-                self.stand_in(pgid, PARENT, &mut own);
-            }
-            let index = self.process(&image.tasks[pid], Some(memory), None)?;
-            own.clone_task(format!("fork process {pid}"), PARENT | sys::CLONE_CLEAR_SIGHAND, 0, *pid, index);
-        }
-        [Stage::Forked, Stage::Groups, Stage::Joined].into_iter().for_each(|stage| own.trap(stage as u64));
-        own.exit(0);
-        self.programs[index] = own;
-        let signal = image.tasks[&children[0]].exit_signal;
-        program.clone_task(format!("fork process {sid}"), sys::CLONE_CLEAR_SIGHAND, signal, sid, index);
-        Ok(())
-    }
-
-    /// Stand-ins that become children of a process by a step of its births.
-    fn stand_ins_of(&self, step: &Step) -> Vec<i32> {
-        match step {
-            Step::Fork { pid, .. } => self.stand_ins.get(pid).copied().into_iter().collect(),
-            Step::StandIn { sid, children } => std::iter::once(*sid)
-                .chain(children.iter().filter_map(|pid| self.stand_ins.get(pid).copied()))
-                .collect(),
-            Step::Setsid | Step::Unshare(_) => Vec::new(),
-        }
-    }
-
-    fn groups(&self, task: &Task, program: &mut Program) {
-        program.trap(Stage::Forked as u64);
-        if task.pgid == task.pid && task.sid != task.pid {
-            program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
-        }
-        program.trap(Stage::Groups as u64);
-        let led = self.image.tasks.contains_key(&task.pgid)
-            || self.orphaned.contains(&task.pgid)
-            || self.stand_ins.values().any(|&pgid| pgid == task.pgid);
-        if task.pgid != task.pid && led {
-            program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
-        }
-        program.trap(Stage::Joined as u64);
-    }
-
-    /// A process that leads the group of a dead and forgotten leader until all members have joined.
-    /// `flags`: CLONE_PARENT if the parent of who forks it shall wait for it.
-    fn stand_in(&mut self, pgid: i32, flags: u64, program: &mut Program) {
-        let index = self.programs.len();
-        let mut own = Program::default();
-        own.trap(Stage::Forked as u64);
-        own.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
-        own.trap(Stage::Groups as u64);
-        own.trap(Stage::Joined as u64);
-        own.exit(0);
-        self.programs.push(own);
-        let threads = vec![PlannedThread { tid: pgid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: pgid, ends: true, threads, syscall_at: 0 });
-        let label = format!("fork process {pgid}");
-        let signal = if flags == 0 { libc::SIGCHLD } else { 0 };
-        program.clone_task(label, flags | sys::CLONE_CLEAR_SIGHAND, signal, pgid, index);
     }
 
     fn finish_memory(
