@@ -42,7 +42,7 @@ pub(crate) fn check(pid: i32) -> Result<()> {
 }
 
 /// Memory that the processes have in use: a hint.
-pub(super) fn resident_bytes(pids: &[i32]) -> u64 {
+pub(crate) fn resident_bytes(pids: &[i32]) -> u64 {
     let anonymous = |pid: &i32| -> Option<u64> {
         let text = std::fs::read_to_string(proc::path(*pid, "status")).ok()?;
         let kib: u64 = proc::field(&text, "RssAnon")?.trim_end_matches(" kB").parse().ok()?;

@@ -26,6 +26,13 @@ pub(crate) struct PrivatePages {
     pub unchanged: Vec<Range>,
 }
 
+impl PrivatePages {
+    /// All pages that were looked for.
+    pub(crate) fn scanned(&self) -> u64 {
+        (ranges::size(&self.ranges) + ranges::size(&self.unchanged)) / PAGE
+    }
+}
+
 /// Mappings of up to so many bytes are scanned although nothing in them is wanted: that takes no more time than another
 /// system call.
 const PASSED_OVER: u64 = 64 * PAGE;

@@ -25,6 +25,7 @@ pub mod procfs;
 #[cfg(feature = "ebpf")]
 mod restart;
 pub(crate) mod run_dir;
+mod sockets;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
@@ -33,6 +34,7 @@ mod track;
 pub mod view;
 
 pub use iter::Iterators;
+pub use sockets::SocketEntry;
 #[cfg(feature = "ebpf")]
 pub use track::{Calls, Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
 

@@ -1,9 +1,9 @@
 //! Both readers look at the same processes and have to see the same.
 
 mod attributes;
-mod figures;
 mod files;
 mod restless;
+mod sockets;
 mod threads;
 mod track;
 mod victim;

@@ -7,7 +7,12 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    kernel::sys::Mapping,
+    kernel::{PAGE, proc, sys::Mapping},
+    memory::{
+        area::{Area, Kind},
+        private,
+        tracking::Tracking,
+    },
     objects::{self, Collected},
     observe::{self, FdEntry, Iterators, ProcessState},
     task::{Family, FrozenTree},
@@ -31,6 +36,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
+use tracing::debug;
 
 /// Threads besides the first of the specimen that threads are measured with.
 const THREADS: u64 = 128;
@@ -41,6 +47,8 @@ const FILES: usize = 16;
 /// The middle one of so many measurements counts: something else may run in between.
 const REPEATS: usize = 5;
 const STACK: u64 = 16 << 10;
+/// Mappings of up to so many bytes tell what a mapping costs.
+const SMALL: u64 = 256 << 10;
 
 /// A small tree that does nothing. It ends when this is dropped, or when we die: then its pipe is closed.
 pub(super) struct Specimen {
@@ -245,6 +253,34 @@ fn mean(values: &[f64]) -> f64 {
     if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
 }
 
+/// What it costs to see which pages have changed, for a mapping and for a page: the memory of a specimen is a copy of ours.
+fn tracking(specimen: &Specimen) -> Result<(f64, f64)> {
+    let failed = || format!("track process {}", specimen.pid);
+    let tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
+    let maps = proc::maps(specimen.pid).context(failed)?;
+    let areas: Vec<Area> = maps.iter().map(Area::from).collect();
+    let look = |areas: &[Area], tracking: Option<&Tracking>, protect: bool| -> Result<f64> {
+        let begin = Instant::now();
+        private::look(specimen.pid, areas, tracking, protect, 1)?;
+        Ok(elapsed(begin))
+    };
+    let dearer = |areas: &[Area]| -> Result<f64> {
+        look(areas, Some(&tracking), true)?;
+        // The difference is small beside what may come in between: the best of each.
+        let best = |tracking: Option<&Tracking>| -> Result<f64> {
+            (0..REPEATS).try_fold(f64::INFINITY, |best, _| Ok(best.min(look(areas, tracking, false)?)))
+        };
+        Ok((best(Some(&tracking))? - best(None)?).max(0.0))
+    };
+    let size = |a: &Area| a.range.end - a.range.start;
+    let Some(largest) = areas.iter().filter(|a| a.kind == Kind::Anonymous).max_by_key(|a| size(a)) else {
+        return Ok((0.0, 0.0));
+    };
+    let page = dearer(std::slice::from_ref(largest))? / (size(largest) / PAGE) as f64;
+    let small: Vec<Area> = areas.iter().filter(|a| size(a) <= SMALL).copied().collect();
+    Ok((dearer(&small)? / small.len().max(1) as f64, page))
+}
+
 /// Measures what the steps of a dump that nobody may try on a running tree cost.
 ///
 /// # Errors
@@ -267,6 +303,12 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
     };
     let threads = median(&Specimen::start(THREADS, 0).context(made)?, iterators)?;
     let processes = median(&Specimen::start(0, CHILDREN).context(made)?, iterators)?;
+    let specimen = Specimen::start(0, 0).context(made)?;
+    // Where nothing can be tracked, nothing is copied before the freeze.
+    let (track_mapping, track_page) = tracking(&specimen).unwrap_or_else(|e| {
+        debug!("{e}");
+        (0.0, 0.0)
+    });
     // One equation for each specimen: so many processes and so many threads took so long.
     let solve = |many_threads: f64, each_process: f64| {
         let thread = ((many_threads - each_process) / THREADS as f64).max(0.0);
@@ -283,6 +325,8 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
         asked_file: threads.asked,
         thaw_thread: threads.thaw / (THREADS + 1) as f64,
         thread_bytes: threads.thread_bytes,
+        track_mapping,
+        track_page,
         ..Costs::default()
     })
 }
@@ -308,7 +352,10 @@ mod tests {
     #[test]
     fn every_step_costs_something() {
         let costs = costs(&mut None).unwrap();
-        for cost in [costs.seize_thread, costs.thread, costs.process, costs.thaw_thread, costs.asked_file] {
+        assert!(costs.track_mapping > 1.0 && costs.track_mapping < 1e6, "{costs:?}");
+        // On a busy machine what a thread costs can hide what a process does.
+        let process = costs.process + costs.thread;
+        for cost in [costs.seize_thread, costs.thread, process, costs.thaw_thread, costs.asked_file] {
             assert!(cost > 100.0 && cost < 1e8, "{costs:?}");
         }
     }
