@@ -145,6 +145,7 @@ fn dumps_and_snapshots_go_first() {
     tool.dump(target.pid(), &images).run().expect_success();
     assert!(watch.child.wait().expect("wait for watch").success());
     drop(watch);
+    target.kill_tree();
     target.forget_verdicts();
     tool.restore(&images).arg("-d").run().expect_success();
     target.assert_free();

@@ -335,7 +335,8 @@ impl Viewer {
         if rounds == 0 {
             return (plain.clone(), plain);
         }
-        let (amounts, early) = found.writes.after_precopy(&found.amounts, &costs, rounds);
+        let (amounts, early) =
+            found.writes.after_precopy(&found.amounts, &costs, rounds, predict::left_before(self.root, &history));
         (predict(&amounts, early + amounts.copied), plain)
     }
 
@@ -393,6 +394,7 @@ fn merge(own: Costs, tree: Costs) -> Costs {
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
+        reread_mapping: tree.reread_mapping,
         mapping: tree.mapping,
         scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,

@@ -33,6 +33,8 @@ costs! {
     read_process,
     read_descriptor,
     read_mapping,
+    /// Reading a mapping that a tracker has no true copy of, as after it was registered for the pre-copy.
+    reread_mapping,
     /// Records of open files: those that the reader knows all of, and those that are asked one by one.
     plain_file,
     asked_file,
@@ -98,7 +100,7 @@ pub(super) const PHASES: [(&str, Terms); 7] = [
         [
             count(n.counts.processes) * c.read_process,
             count(n.counts.descriptors) * c.read_descriptor,
-            count(n.counts.mappings) * c.read_mapping,
+            count(n.counts.mappings) * if n.tracked { c.reread_mapping } else { c.read_mapping },
             0.0,
         ]
     }),
@@ -210,6 +212,12 @@ pub(super) fn predict(
     }
 }
 
+/// Pages that earlier dumps of the same tree had left for the freeze after a pre-copy: the middle one of the last three.
+pub(super) fn left_before(root: i32, history: &[Observed]) -> u64 {
+    let same = history.iter().rev().filter(|o| o.root == root && o.amounts.tracked);
+    middle(same.take(3).map(|o| count(o.amounts.counts.pages)).collect()) as u64
+}
+
 /// By how much dumps of similar trees took longer than the costs said: a mean of the ratios, weighted by likeness and
 /// age. A single dump that was disturbed must not count for much, so those far from the middle are drawn nearer to it.
 fn correction(root: i32, phase: &str, terms: Terms, ns: &[f64; 4], costs: &Costs, history: &[&Observed]) -> f64 {
@@ -298,6 +306,7 @@ mod tests {
             read_process: 2e4,
             read_descriptor: 300.0,
             read_mapping: 250.0,
+            reread_mapping: 250.0,
             plain_file: 200.0,
             asked_file: 5000.0,
             process: 1e5,
@@ -376,6 +385,18 @@ mod tests {
         procfs.reader = "procfs".into();
         let other_reader = predict(1, "ebpf", &large, 7, &costs(), &[procfs]).freeze_us as f64;
         assert_eq!(other_reader, plain);
+    }
+
+    #[test]
+    fn what_was_left_the_last_times() {
+        let dump = |root, tracked, pages| Observed {
+            root,
+            amounts: Amounts { tracked, counts: DumpCounts { pages, ..Default::default() }, ..Default::default() },
+            ..Default::default()
+        };
+        assert_eq!(left_before(7, &[dump(7, false, 9), dump(8, true, 9)]), 0);
+        let history = [dump(7, true, 900), dump(7, true, 30), dump(7, true, 10), dump(8, true, 1), dump(7, true, 20)];
+        assert_eq!(left_before(7, &history), 20);
     }
 
     #[test]

@@ -145,6 +145,9 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
         let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
         found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
         let begin = Instant::now();
+        let again = lease.iterators().vmas(pids).map_err(failed)?;
+        found.costs.reread_mapping = each(nanoseconds(begin), again.len() as u64);
+        let begin = Instant::now();
         found.descriptors = lease.iterators().files(pids).map_err(failed)?;
         found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
         return Ok(join(processes, mapped));
@@ -157,6 +160,7 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
     let begin = Instant::now();
     let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
     found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
+    found.costs.reread_mapping = found.costs.read_mapping;
     let begin = Instant::now();
     let processes = iterators.processes(pids).map_err(failed)?;
     found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);

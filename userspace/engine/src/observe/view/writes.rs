@@ -45,8 +45,9 @@ impl Writes {
     }
 
     /// What is left for the freeze of a dump that copies the tree before it, and how many of the pages are copied before.
-    /// `plain`: without that.
-    pub(super) fn after_precopy(&self, plain: &Amounts, costs: &Costs, rounds: u32) -> (Amounts, u64) {
+    /// `plain`: without that. `before`: pages that were left the last times. Many pages get the contents that they had, as
+    /// the stacks of threads that wake up for a moment, so it is not less.
+    pub(super) fn after_precopy(&self, plain: &Amounts, costs: &Costs, rounds: u32, before: u64) -> (Amounts, u64) {
         let n = &plain.counts;
         let private = plain.copied - plain.shared;
         let (mappings, scanned) = (n.mappings as f64, plain.scanned as f64);
@@ -59,6 +60,7 @@ impl Writes {
             + n.threads as f64 * costs.seize_thread;
         let options = PrecopyOptions::default();
         let Foreseen { early, late } = foresee(&options, rounds, private, took, written, (freezing / 1e3) as u64);
+        let late = late.max(before.min(private));
         let counts = DumpCounts {
             ranges: (late as f64 * self.scattered()).ceil() as u64,
             pages: late,
@@ -95,11 +97,12 @@ mod tests {
         let counts = DumpCounts { processes: 1, threads: 1, mappings: 10, pages: 100_000, ..Default::default() };
         let plain = Amounts { counts, scanned: 100_000, copied: 100_500, shared: 500, tracked: false };
         let costs = Costs { copy_page: 1000.0, scan_page: 10.0, ..Default::default() };
-        let (idle, early) = writes(0, 0).after_precopy(&plain, &costs, 12);
+        let (idle, early) = writes(0, 0).after_precopy(&plain, &costs, 12, 0);
         assert_eq!((idle.counts.pages, idle.copied, early), (0, 500, 100_000));
         assert!(idle.tracked && idle.scanned == 100_000 && idle.counts.mappings == 10);
-        let (busy, early) = writes(10, 160).after_precopy(&plain, &costs, 12);
+        let (busy, early) = writes(10, 160).after_precopy(&plain, &costs, 12, 3);
         assert!(busy.counts.pages > 10 && busy.counts.pages < 5000, "{busy:?}");
+        assert_eq!(writes(0, 0).after_precopy(&plain, &costs, 12, 80).0.counts.pages, 80);
         assert!(early > 105_000 && busy.counts.ranges.abs_diff(busy.counts.pages / 2) <= 1, "{early} {busy:?}");
     }
 }
