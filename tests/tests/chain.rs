@@ -187,3 +187,24 @@ fn a_superseded_image_is_refused() {
     target.assert_well();
     target.finish(0);
 }
+
+/// Its image is there: that the next one will have to copy everything is worth a warning only.
+#[test]
+fn a_dump_after_which_nobody_can_track_is_a_dump() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("clock", &["--heap-mib", "4"]);
+    let in_the_way = PathBuf::from(format!("/run/standstill/writes-{}.sock", target.pid()));
+    fs::create_dir_all(&in_the_way).expect("make a directory");
+    let first = target.images("first");
+    let outcome = tool.pre_dump(target.pid(), &first).run().expect_success();
+    assert!(outcome.log.contains("not tracked further on"), "{outcome}");
+    let second = target.images("second");
+    let dump = tool.dump(target.pid(), &second).arg("--prev-images-dir").arg(&first).run();
+    fs::remove_dir(&in_the_way).expect("remove the directory");
+    dump.expect_success();
+    target.await_gone();
+    tool.restore(&second).arg("-d").run().expect_success();
+    target.assert_well();
+    target.finish(0);
+}

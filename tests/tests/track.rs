@@ -3,7 +3,12 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use standstill_tests::harness::{Target, Tool, Turn, proc, standstill, wait_until};
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 fn track(tool: &Tool, target: &Target) -> Pid {
     let pid = target.pid().to_string();
@@ -39,6 +44,8 @@ fn a_tracker_counts_refuses_a_second_one_and_ends_with_its_tree() {
     tool.command(["track", "-d", "-t", &pid]).run().expect_error(3, &[&pid, &tracker.to_string(), "already"]);
     target.finish(0);
     assert!(is_gone(tracker), "the tracker outlives its tree");
+    let left = |kind: &str| Path::new(&format!("/run/standstill/track-{pid}.{kind}")).exists();
+    assert!(!left("sock") && !left("lock"), "the tracker leaves files");
     tool.command(["track", "--status", "-t", &pid]).run().expect_error(3, &[&pid, "not tracked"]);
 }
 

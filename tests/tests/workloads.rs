@@ -1,12 +1,15 @@
 //! The self-verifying workloads go out and come back.
 
+use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use standstill_tests::harness::left::expect_refused;
 use standstill_tests::harness::{
-    Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_twice, full_cycle, proc, standstill, wait_until,
+    Run, Target, Tool, Turn, dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, proc,
+    standstill, wait_until,
 };
 
 /// Dumps and restores twice in a row, with a verdict before and after each.
@@ -169,6 +172,36 @@ fn is_stop_pending(value: &Value) -> bool {
         Value::Array(values) => values.iter().any(is_stop_pending),
         _ => false,
     }
+}
+
+/// A signal that waits for a stopped process still waits after the restore: no byte of the process changes until it goes
+/// on, and then its handler runs.
+#[test]
+fn signals_wait_for_a_stopped_process() {
+    const SCRIPT: &str = r#"
+import os, signal, sys, threading, time
+os.chdir(sys.argv[1])
+signal.signal(signal.SIGUSR1, lambda *_: open('caught', 'a').write('USR1'))
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+print('READY', flush=True)
+while True:
+    time.sleep(1000)
+"#;
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::start("handler", |dir| {
+        let mut command = Command::new("python3");
+        command.args(["-c", SCRIPT]).arg(dir);
+        command
+    })
+    .await_ready();
+    target.stop();
+    target.signal(Signal::SIGUSR1);
+    dump_and_restore_stopped(&tool, &mut target, "stopped", |run| run);
+    let caught = target.dir().join("caught");
+    let text = || fs::read_to_string(&caught).unwrap_or_default();
+    assert!(wait_until(Duration::from_secs(10), || !text().is_empty()), "the handler has not run");
+    assert_eq!(text(), "USR1");
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub fn dump_and_restore(tool: &Tool, target: &mut Target, name: &str, options: f
 
 /// The same with a stopped target, which allows to compare every byte of its memory; it goes on afterwards.
 #[track_caller]
-fn dump_and_restore_stopped(tool: &Tool, target: &mut Target, name: &str, options: fn(Run) -> Run) -> PathBuf {
+pub fn dump_and_restore_stopped(tool: &Tool, target: &mut Target, name: &str, options: fn(Run) -> Run) -> PathBuf {
     let images = target.images(name);
     target.stop();
     let processes = target.processes();

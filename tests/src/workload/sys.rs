@@ -149,7 +149,21 @@ impl Mapping {
 }
 
 /// The lines of `/proc/self/smaps` about the mapping that contains an address, the range line first.
+///
+/// The text comes in several reads, and a restore between two of them continues at the same offset of a text that may
+/// have other lengths before it. So the entry counts once it was the same twice.
 pub fn smaps_entry(address: usize) -> Option<Vec<String>> {
+    let mut entry = smaps_entry_once(address);
+    loop {
+        let again = smaps_entry_once(address);
+        if again == entry {
+            return entry;
+        }
+        entry = again;
+    }
+}
+
+fn smaps_entry_once(address: usize) -> Option<Vec<String>> {
     let text = fs::read_to_string("/proc/self/smaps").ok()?;
     let mut entry: Vec<String> = Vec::new();
     let mut inside = false;

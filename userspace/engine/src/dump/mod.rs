@@ -148,7 +148,11 @@ pub fn dump(options: &DumpOptions) -> Result<Dumped> {
     let wanted = Wanted { dir: &options.dir, afterwards: options.afterwards, track, link: false };
     let mut dumped = session.checkpoint(dir, &wanted)?;
     if track {
-        dumped.keeper = Some(session.into_keeper()?);
+        // The image is there, and the next one will be as well: only that one has to copy everything.
+        match session.into_keeper() {
+            Ok(keeper) => dumped.keeper = Some(keeper),
+            Err(error) => warn!("the writes of process {} are not tracked further on: {error}", options.pid),
+        }
     }
     Ok(dumped)
 }

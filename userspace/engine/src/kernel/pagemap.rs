@@ -90,8 +90,14 @@ pub(crate) struct Pagemap {
     threads: u64,
 }
 
+/// Parts begin at multiples of this, which no page reaches over.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// Addresses from which on a thread of its own is worth while, in bytes.
 const WORTH_A_THREAD: u64 = 256 << 20;
+
+/// The same for mappings, each of which takes as long as hundreds of pages.
+const MAPPINGS_WORTH_A_THREAD: usize = 1000;
 
 impl Pagemap {
     /// `/proc/<pid>/pagemap`.
@@ -105,22 +111,27 @@ impl Pagemap {
         Self { threads: threads as u64, ..self }
     }
 
-    /// Scans the parts of a large range at the same time.
+    /// Scans the parts of a large range, or of one with many mappings, at the same time.
     fn in_parts<T: Send>(
         &self,
         range: Range,
+        mappings: usize,
         found: &mut Vec<T>,
         scan: impl Fn(Range, &mut Vec<T>) -> io::Result<()> + Sync,
     ) -> io::Result<()> {
-        let parts = self.threads.min((range.end - range.start) / WORTH_A_THREAD);
+        let worth = (range.end - range.start) / WORTH_A_THREAD + (mappings / MAPPINGS_WORTH_A_THREAD) as u64;
+        let parts = self.threads.min(worth);
         if parts < 2 {
             return scan(range, found);
         }
-        let length = ((range.end - range.start) / parts).next_multiple_of(WORTH_A_THREAD / 128);
+        let length = (range.end - range.start).div_ceil(parts);
+        let edge = |n: u64| match n {
+            0 => range.start,
+            n => (range.start + n * length).next_multiple_of(HUGE_PAGE).min(range.end),
+        };
         let part = |n: u64| {
-            let start = range.start + n * length;
             let mut found = Vec::new();
-            scan(Range { start, end: range.end.min(start + length) }, &mut found).map(|()| found)
+            scan(Range { start: edge(n), end: edge(n + 1) }, &mut found).map(|()| found)
         };
         thread::scope(|scope| {
             let others: Vec<_> = (1..parts).map(|n| scope.spawn(move || part(n))).collect();
@@ -151,7 +162,7 @@ impl Pagemap {
     /// Pages of mappings in a range of anonymous memory that hold nothing: absent, the zero page, or guards. Takes a
     /// tenth of the time of [`Self::private`], because no page has to be looked at.
     pub(crate) fn empty(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
-        self.in_parts(range, found, |range, found| self.empty_part(range, found))
+        self.in_parts(range, 1, found, |range, found| self.empty_part(range, found))
     }
 
     fn empty_part(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
@@ -164,12 +175,19 @@ impl Pagemap {
     }
 
     /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
-    /// nothing. `protect`: they are protected from now on, which fails with EPERM where a mapping cannot be.
-    pub(crate) fn written(&self, range: Range, protect: bool, found: &mut Vec<Range>) -> io::Result<()> {
+    /// nothing. `protect`: they are protected from now on, which fails with EPERM where a mapping cannot be. `mappings`:
+    /// how many there are in the range.
+    pub(crate) fn written(
+        &self,
+        range: Range,
+        mappings: usize,
+        protect: bool,
+        found: &mut Vec<Range>,
+    ) -> io::Result<()> {
         let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
         // The kernel has a shorter way for exactly this question.
         let wanted = Wanted { flags, all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
-        self.in_parts(range, found, |range, found| {
+        self.in_parts(range, mappings, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }

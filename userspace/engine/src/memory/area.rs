@@ -16,6 +16,8 @@ pub(crate) struct Area {
     pub untouched: bool,
     /// Somebody tracks writes to it, as far as that was looked for.
     pub registered: bool,
+    /// A scan that does not look at each page pays.
+    pub bulk: bool,
 }
 
 /// Kinds of mappings.
@@ -32,9 +34,9 @@ pub(crate) enum Kind {
 }
 
 impl Area {
-    /// Where a scan that does not look at each page pays.
-    pub(super) fn is_bulk(&self) -> bool {
-        self.kind == Kind::Anonymous && self.range.end - self.range.start >= 256 * PAGE
+    pub(super) fn new(range: Range, kind: Kind, untouched: bool, registered: bool) -> Self {
+        let bulk = kind == Kind::Anonymous && range.end - range.start >= 256 * PAGE;
+        Self { range, kind, untouched, registered, bulk }
     }
 
     pub(super) fn is_private(&self) -> bool {
@@ -49,8 +51,7 @@ impl Area {
             Backing::PrivateFile { .. } => Kind::File,
             _ => Kind::Other,
         };
-        let range = Range { start: vma.start, end: vma.end };
-        Self { range, kind, untouched: map.untouched, registered: map.has(b"uw") }
+        Self::new(Range { start: vma.start, end: vma.end }, kind, map.untouched, map.has(b"uw"))
     }
 }
 
@@ -62,6 +63,6 @@ impl From<&MapLine> for Area {
             false if line.ino != 0 => Kind::File,
             false => Kind::Anonymous,
         };
-        Self { range: Range { start: line.start, end: line.end }, kind, untouched: false, registered: false }
+        Self::new(Range { start: line.start, end: line.end }, kind, false, false)
     }
 }

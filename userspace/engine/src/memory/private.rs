@@ -33,7 +33,7 @@ impl PrivatePages {
     }
 }
 
-/// Mappings of up to so many bytes are scanned although nothing in them is wanted: that takes no more time than another
+/// Up to so many bytes of mappings are scanned although nothing in them is wanted: that takes no more time than another
 /// system call.
 const PASSED_OVER: u64 = 64 * PAGE;
 
@@ -58,10 +58,39 @@ pub(crate) fn look(
         },
         None => Vec::new(),
     };
-    let (present, guards) = present(&pagemap, areas).context(failed)?;
-    let unchanged = ranges::intersect(&unwritten, &present);
+    // A page of anonymous memory that has kept its protection has kept its content. In mappings of files it may have
+    // been dropped, and then the file's is seen.
+    let settled = ranges::intersect(&unwritten, &area_set(areas, |a| a.kind == Kind::Anonymous));
+    let (present, guards) = present(&pagemap, &unsettled(areas, &settled)).context(failed)?;
+    let unchanged = ranges::union(&ranges::intersect(&unwritten, &present), &settled);
     let over_files = area_set(areas, |a| a.kind == Kind::File);
     Ok((PrivatePages { pid, ranges: ranges::subtract(&present, &unchanged), over_files, unchanged }, guards))
+}
+
+/// Mappings cut into parts of which nothing needs to be found, as if untouched, and others.
+fn unsettled(areas: &[Area], settled: &[Range]) -> Vec<Area> {
+    let mut parts = Vec::with_capacity(areas.len());
+    let mut next = 0;
+    for area in areas {
+        let mut part = |start, end, settled| {
+            if start < end {
+                parts.push(Area { range: Range { start, end }, untouched: area.untouched || settled, ..*area });
+            }
+        };
+        let mut at = area.range.start;
+        while let Some(known) = settled.get(next).filter(|known| known.start < area.range.end) {
+            let end = known.end.min(area.range.end);
+            part(at, known.start, false);
+            part(at.max(known.start), end, true);
+            at = end.max(at);
+            if known.end > area.range.end {
+                break;
+            }
+            next += 1;
+        }
+        part(at, area.range.end, false);
+    }
+    parts
 }
 
 /// Pages that hold something, and guards.
@@ -74,13 +103,13 @@ fn present(pagemap: &Pagemap, areas: &[Area]) -> io::Result<(Vec<Range>, Vec<Ran
         ranges::joined(regions.iter().filter(|r| guard.is_none_or(|guard| guard == r.guard)).map(|r| r.range))
     };
     let touched = |a: &Area| a.is_private() && !a.untouched;
-    let bulk = area_set(areas, |a| touched(a) && a.is_bulk());
-    let others = area_set(areas, |a| touched(a) && !a.is_bulk());
+    let bulk = area_set(areas, |a| touched(a) && a.bulk);
+    let others = area_set(areas, |a| touched(a) && !a.bulk);
     let guards = ranges::union(
         &ranges::intersect(&set(&full, Some(true)), &others),
         &ranges::intersect(&set(&empty, Some(true)), &bulk),
     );
-    let others = area_set(areas, |a| touched(a) && !a.is_bulk() && a.kind != Kind::Droppable);
+    let others = area_set(areas, |a| touched(a) && !a.bulk && a.kind != Kind::Droppable);
     let present = ranges::union(
         &ranges::subtract(&bulk, &set(&empty, None)),
         &ranges::intersect(&set(&full, Some(false)), &others),
@@ -93,21 +122,21 @@ fn area_set(areas: &[Area], wanted: impl Fn(&Area) -> bool) -> Vec<Range> {
     ranges::joined(areas.iter().filter(|a| wanted(a)).map(|a| a.range))
 }
 
-/// Parts of the address space that hold all private mappings but the untouched ones, and of the others only small ones;
-/// with whether they are of the bulk kind. Gaps between mappings cost nothing.
+/// Parts of the address space that hold all private mappings but the untouched ones, and of the others only little; with
+/// whether they are of the bulk kind. Gaps between mappings cost nothing.
 fn spans(areas: &[Area]) -> Vec<(Range, bool)> {
     let mut all: Vec<(Range, bool)> = Vec::new();
-    let mut joined = false;
+    let mut passed = 0;
     for area in areas {
         if area.untouched || !area.is_private() {
-            joined &= area.range.end - area.range.start <= PASSED_OVER;
+            passed += area.range.end - area.range.start;
             continue;
         }
         match all.last_mut() {
-            Some((last, bulk)) if joined && *bulk == area.is_bulk() => last.end = area.range.end,
-            _ => all.push((area.range, area.is_bulk())),
+            Some((last, bulk)) if passed <= PASSED_OVER && *bulk == area.bulk => last.end = area.range.end,
+            _ => all.push((area.range, area.bulk)),
         }
-        joined = true;
+        passed = 0;
     }
     all
 }
@@ -124,7 +153,7 @@ mod tests {
     }
 
     fn area(page: u64, pages: u64, kind: Kind) -> Area {
-        Area { range: range(page, page + pages), kind, untouched: false, registered: false }
+        Area::new(range(page, page + pages), kind, false, false)
     }
 
     #[test]
@@ -144,6 +173,46 @@ mod tests {
         assert!(spans(&areas[3..5]).is_empty());
         areas[2].untouched = true;
         assert_eq!(spans(&areas), [&[(range(0, 1), false)], &last[..]].concat());
+    }
+
+    #[test]
+    fn settled_parts_are_passed_over() {
+        let areas =
+            [area(0, 10, ANONYMOUS), area(10, 4, ANONYMOUS), area(20, 1000, ANONYMOUS), area(1020, 5, Kind::File)];
+        let settled = [range(0, 3), range(5, 30), range(500, 1020)];
+        let parts: Vec<_> = unsettled(&areas, &settled).iter().map(|a| (a.range, a.untouched, a.bulk)).collect();
+        let expected = [
+            (range(0, 3), true, false),
+            (range(3, 5), false, false),
+            (range(5, 10), true, false),
+            (range(10, 14), true, false),
+            (range(20, 30), true, true),
+            (range(30, 500), false, true),
+            (range(500, 1020), true, true),
+            (range(1020, 1025), false, false),
+        ];
+        assert_eq!(parts, expected);
+        assert_eq!(
+            spans(&unsettled(&areas, &[])),
+            [(range(0, 14), false), (range(20, 1020), true), (range(1020, 1025), false)]
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn parts_are_the_mappings_again(settled in ranges::tests::sets(), lengths in proptest::collection::vec((1..9u64, 0..4u64), 1..20)) {
+            let mut at = 0;
+            let areas: Vec<Area> = lengths.iter().map(|(pages, gap)| {
+                at += gap + pages;
+                area(at - pages, *pages, ANONYMOUS)
+            }).collect();
+            let settled: Vec<Range> = settled.iter().map(|r| range(r.start, r.end)).collect();
+            let parts = unsettled(&areas, &settled);
+            let all = area_set(&areas, |_| true);
+            proptest::prop_assert_eq!(area_set(&parts, |_| true), all.clone());
+            proptest::prop_assert_eq!(area_set(&parts, |a| a.untouched), ranges::intersect(&all, &settled));
+            proptest::prop_assert_eq!(area_set(&parts, |a| !a.untouched), ranges::subtract(&all, &settled));
+        }
     }
 
     /// A mapping of `pages` pages in which some are written to, some only read, and some guards.

@@ -67,9 +67,9 @@ impl Tracking {
             for part in self.register(span)? {
                 let (from, to) = (part[0].range.start, part[part.len() - 1].range.end);
                 let range = Range { start: from, end: to };
-                let scanned = match part[0].is_bulk() {
-                    true => pagemap.written(range, protect, &mut written),
-                    false => pagemap.written_over_files(range, protect, &mut written),
+                let scanned = match part[0].kind {
+                    Kind::File => pagemap.written_over_files(range, protect, &mut written),
+                    _ => pagemap.written(range, part.len(), protect, &mut written),
                 };
                 match scanned {
                     // A mapping has just been made there.
@@ -115,7 +115,7 @@ impl AsFd for Tracking {
 /// Private mappings of the same kind between which there is no other.
 fn spans(areas: &[Area]) -> impl Iterator<Item = &[Area]> {
     areas
-        .chunk_by(|a, b| can_be_tracked(a) && can_be_tracked(b) && a.is_bulk() == b.is_bulk())
+        .chunk_by(|a, b| can_be_tracked(a) && can_be_tracked(b) && a.kind == b.kind)
         .filter(|span| can_be_tracked(&span[0]))
 }
 

@@ -11,11 +11,12 @@ use crate::{
     tree::{signals, thread},
 };
 use standstill_images::types::{LiveTask, Restart, Task, TaskState, Thread};
-use std::io;
+use std::{collections::HashMap, io};
 
 /// Gives every task its own state and lets it go.
 pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
     let image = run.image;
+    let mut stopping = HashMap::new();
     for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
         let task = &image.tasks[&planned.pid];
         let live = live(task)?;
@@ -27,24 +28,17 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
             .map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) })
             .collect::<Result<Vec<_>>>()?;
         unmap_restorer(run, planned.pid, planned.syscall_at)?;
+        if let Some(signal) = stop_signal(task, live) {
+            stopping.insert(task.pid, begin_stop(task.pid, live.threads.len(), signal)?);
+        }
         for (thread, result) in live.threads.iter().zip(results) {
             set_state(thread, result)?;
-        }
-        let stop = match task.state {
-            // A handler would catch the other stop signals.
-            TaskState::Stopped(signal) if live.sigactions.iter().all(|a| a.signal != signal) => Some(signal),
-            TaskState::Stopped(_) => Some(libc::SIGSTOP),
-            _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
-        };
-        if let Some(signal) = stop {
-            // SAFETY: kill takes no memory; the process is ours and stopped.
-            unsafe { libc::kill(task.pid, signal) };
         }
     }
     // From here on nothing can fail but the detaching itself, and tasks run.
     for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
         for thread in planned.threads.iter().rev() {
-            match ptrace::detach(thread.tid, 0) {
+            match ptrace::detach(thread.tid, stopping.get(&thread.tid).copied().unwrap_or(0)) {
                 Ok(()) => {}
                 // Already handed-over siblings may have ended their process.
                 Err(e) if proc::is_gone(&e) => {}
@@ -53,6 +47,46 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What stops a process that was stopped, or about to.
+fn stop_signal(task: &Task, live: &LiveTask) -> Option<i32> {
+    let caught = |signal: i32| live.sigactions.iter().any(|a| a.signal == signal);
+    let blocked = |signal: i32| live.threads.iter().any(|t| t.blocked & 1 << (signal - 1) != 0);
+    match task.state {
+        TaskState::Stopped(signal) if !caught(signal) && !blocked(signal) => Some(signal),
+        TaskState::Stopped(_) => Some(libc::SIGSTOP),
+        _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
+    }
+}
+
+/// Lets a process begin to stop, before any pending signal is handled: all are still blocked. Returns the signal with
+/// which its first thread is to be let go.
+///
+/// The parent is told of the stop when the last thread takes part in it. That has to wait until the parent was let go
+/// itself, because a traced process gets SIGCHLD even where it ignores it.
+fn begin_stop(pid: i32, threads: usize, signal: i32) -> Result<i32> {
+    let context = || format!("stop process {pid}");
+    // SAFETY: tgkill takes no memory; the process is ours and stopped.
+    unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGSTOP) };
+    ptrace::cont(pid, 0).context(context)?;
+    match ptrace::wait(pid).context(context)? {
+        Wait::Signal(libc::SIGSTOP) => {}
+        other => return Err(unexpected(pid, other)),
+    }
+    if threads == 1 {
+        return Ok(signal);
+    }
+    // The others shall not run before the first has stopped. Should the signal be ignored, as SIGTSTP is in an orphaned
+    // process group, then the interruption stops the thread.
+    ptrace::set_sigmask(pid, !(1 << (signal - 1))).context(context)?;
+    ptrace::interrupt(pid).context(context)?;
+    ptrace::cont(pid, signal).context(context)?;
+    match ptrace::wait(pid).context(context)? {
+        Wait::EventStop(by) if by == signal => Ok(0),
+        Wait::EventStop(libc::SIGTRAP) if signal != libc::SIGSTOP => begin_stop(pid, threads, libc::SIGSTOP),
+        other => Err(unexpected(pid, other)),
+    }
 }
 
 fn live(task: &Task) -> Result<&LiveTask> {

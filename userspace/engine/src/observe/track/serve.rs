@@ -22,7 +22,7 @@ use std::{
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
-            fs::OpenOptionsExt,
+            fs::{MetadataExt, OpenOptionsExt},
             net::{UnixListener, UnixStream},
         },
     },
@@ -68,13 +68,11 @@ pub struct Serving {
     listener: UnixListener,
     socket: PathBuf,
     since: Instant,
-    /// Held as long as the tracker lives; a dead tracker's is free.
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // The lock file stays: who has it open may be about to lock it.
         let _ = fs::remove_file(&self.socket);
     }
 }
@@ -96,7 +94,7 @@ impl Serving {
             other => other.map_err(ObserveError::io(format!("open a pidfd of process {root}")))?,
         };
         run_dir::make(directory).map_err(ObserveError::io(format!("make {}", directory.display())))?;
-        let lock = lock(directory, root)?;
+        let lock = Lock::take(directory, root)?;
         let socket = socket(directory, root);
         let tracker = Tracker::start(root, scope)?;
         let listen = || {
@@ -209,29 +207,52 @@ fn trim() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Takes the place of the tree's only tracker.
-fn lock(directory: &Path, root: i32) -> Result<Flock<File>> {
-    let path = directory.join(format!("track-{root}.lock"));
-    let failed = || ObserveError::io(format!("lock {}", path.display()));
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed())?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(mut lock) => {
-            let pid = std::process::id().to_string();
-            lock.set_len(0).and_then(|()| lock.write_all(pid.as_bytes())).map_err(failed())?;
-            Ok(lock)
+/// The place of the tree's only tracker, held as long as it lives; a dead tracker's is free.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    file: Flock<File>,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // While it is still locked: it cannot be another's.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Lock {
+    fn take(directory: &Path, root: i32) -> Result<Self> {
+        let path = directory.join(format!("track-{root}.lock"));
+        let failed = || ObserveError::io(format!("lock {}", path.display()));
+        loop {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(failed())?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => {
+                    let mine = file.metadata().map_err(failed())?.ino();
+                    // The last tracker may have removed the file between the two calls.
+                    if fs::metadata(&path).is_ok_and(|there| there.ino() == mine) {
+                        let mut lock = Self { path, file };
+                        let pid = std::process::id().to_string();
+                        let written = lock.file.set_len(0).and_then(|()| lock.file.write_all(pid.as_bytes()));
+                        written.map_err(ObserveError::io(format!("write to {}", lock.path.display())))?;
+                        return Ok(lock);
+                    }
+                }
+                Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
+                    let mut pid = String::new();
+                    let _ = file.read_to_string(&mut pid);
+                    return Err(ObserveError::Tracked { root, tracker: pid.trim().parse().unwrap_or(0) });
+                }
+                Err((_, e)) => return Err(failed()(e.into())),
+            }
         }
-        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            Err(ObserveError::Tracked { root, tracker: pid.trim().parse().unwrap_or(0) })
-        }
-        Err((_, e)) => Err(failed()(e.into())),
     }
 }

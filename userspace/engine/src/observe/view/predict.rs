@@ -45,7 +45,7 @@ costs! {
     /// Looking which pages hold something: for a mapping, and for a page.
     scan_mapping,
     scan_page,
-    /// Looking which pages have changed since they were copied, besides.
+    /// Looking which pages have changed since they were copied, instead.
     track_mapping,
     track_page,
     /// Copying: opening a process's memory, a range of pages, a page of it, and comparing a page with the parent's.
@@ -80,9 +80,9 @@ pub(super) struct Amounts {
 }
 
 impl Amounts {
-    /// How much of each there is where only what is tracked costs something.
-    fn tracked(&self, n: u64) -> f64 {
-        if self.tracked { count(n) } else { 0.0 }
+    /// How much of each there is, for what is tracked and for what is not.
+    fn apart(&self, n: u64) -> (f64, f64) {
+        if self.tracked { (count(n), 0.0) } else { (0.0, count(n)) }
     }
 }
 
@@ -121,12 +121,8 @@ pub(super) const PHASES: [(&str, Terms); 7] = [
         ]
     }),
     ("scan", |n, c| {
-        [
-            count(n.counts.mappings) * c.scan_mapping,
-            count(n.scanned) * c.scan_page,
-            n.tracked(n.counts.mappings) * c.track_mapping,
-            n.tracked(n.scanned) * c.track_page,
-        ]
+        let (mappings, pages) = (n.apart(n.counts.mappings), n.apart(n.scanned));
+        [mappings.1 * c.scan_mapping, pages.1 * c.scan_page, mappings.0 * c.track_mapping, pages.0 * c.track_page]
     }),
     ("pages", |n, c| {
         [
@@ -432,6 +428,7 @@ mod tests {
     proptest! {
         #[test]
         fn more_of_anything_never_takes_less(a in amounts(), b in amounts()) {
+            let b = Amounts { tracked: a.tracked, ..b };
             let sum = Amounts {
                 counts: DumpCounts {
                     processes: a.counts.processes + b.counts.processes,
@@ -445,7 +442,7 @@ mod tests {
                     compared: a.counts.compared + b.counts.compared,
                 },
                 scanned: a.scanned + b.scanned,
-                tracked: a.tracked || b.tracked,
+                tracked: a.tracked,
                 copied: a.copied + b.copied,
                 shared: 0,
             };

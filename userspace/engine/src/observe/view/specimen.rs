@@ -253,32 +253,31 @@ fn mean(values: &[f64]) -> f64 {
     if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
 }
 
-/// What it costs to see which pages have changed, for a mapping and for a page: the memory of a specimen is a copy of ours.
+/// What it costs to see which pages have changed, for a small mapping and for a page of a large one. The memory of a
+/// specimen is a copy of ours.
 fn tracking(specimen: &Specimen) -> Result<(f64, f64)> {
     let failed = || format!("track process {}", specimen.pid);
-    let tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
+    let mut tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
     let maps = proc::maps(specimen.pid).context(failed)?;
     let areas: Vec<Area> = maps.iter().map(Area::from).collect();
-    let look = |areas: &[Area], tracking: Option<&Tracking>, protect: bool| -> Result<f64> {
-        let begin = Instant::now();
-        private::look(specimen.pid, areas, tracking, protect, 1)?;
-        Ok(elapsed(begin))
-    };
-    let dearer = |areas: &[Area]| -> Result<f64> {
-        look(areas, Some(&tracking), true)?;
-        // The difference is small beside what may come in between: the best of each.
-        let best = |tracking: Option<&Tracking>| -> Result<f64> {
-            (0..REPEATS).try_fold(f64::INFINITY, |best, _| Ok(best.min(look(areas, tracking, false)?)))
+    // As after a pre-copy: all of it is known.
+    let (found, _) = private::look(specimen.pid, &areas, Some(&tracking), true, 1)?;
+    tracking.known.learn(&found.ranges, Vec::new());
+    let look = |areas: &[Area]| -> Result<f64> {
+        let one = || -> Result<f64> {
+            let begin = Instant::now();
+            private::look(specimen.pid, areas, Some(&tracking), false, 1)?;
+            Ok(elapsed(begin))
         };
-        Ok((best(Some(&tracking))? - best(None)?).max(0.0))
+        Ok(middle((0..REPEATS).map(|_| one()).collect::<Result<Vec<f64>>>()?))
     };
     let size = |a: &Area| a.range.end - a.range.start;
     let Some(largest) = areas.iter().filter(|a| a.kind == Kind::Anonymous).max_by_key(|a| size(a)) else {
         return Ok((0.0, 0.0));
     };
-    let page = dearer(std::slice::from_ref(largest))? / (size(largest) / PAGE) as f64;
+    let page = look(std::slice::from_ref(largest))? / (size(largest) / PAGE) as f64;
     let small: Vec<Area> = areas.iter().filter(|a| size(a) <= SMALL).copied().collect();
-    Ok((dearer(&small)? / small.len().max(1) as f64, page))
+    Ok((look(&small)? / small.len().max(1) as f64, page))
 }
 
 /// Measures what the steps of a dump that nobody may try on a running tree cost.

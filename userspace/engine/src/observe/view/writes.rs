@@ -51,8 +51,8 @@ impl Writes {
         let n = &plain.counts;
         let private = plain.copied - plain.shared;
         let (mappings, scanned) = (n.mappings as f64, plain.scanned as f64);
-        let look = mappings * (costs.scan_mapping + costs.track_mapping + costs.mapping)
-            + scanned * (costs.scan_page + costs.track_page)
+        let look = mappings * (costs.track_mapping + costs.mapping)
+            + scanned * costs.track_page
             + n.processes as f64 * costs.copy_process;
         let took = |pages: u64| ((look + pages as f64 * (costs.copy_page + costs.copy_range)) / 1e3) as u64;
         let written = |us: u64| (self.within(us as f64 / 1e6) * private as f64) as u64;
@@ -96,7 +96,7 @@ mod tests {
     fn what_a_precopy_leaves() {
         let counts = DumpCounts { processes: 1, threads: 1, mappings: 10, pages: 100_000, ..Default::default() };
         let plain = Amounts { counts, scanned: 100_000, copied: 100_500, shared: 500, tracked: false };
-        let costs = Costs { copy_page: 1000.0, scan_page: 10.0, ..Default::default() };
+        let costs = Costs { copy_page: 1000.0, track_page: 10.0, ..Default::default() };
         let (idle, early) = writes(0, 0).after_precopy(&plain, &costs, 12, 0);
         assert_eq!((idle.counts.pages, idle.copied, early), (0, 500, 100_000));
         assert!(idle.tracked && idle.scanned == 100_000 && idle.counts.mappings == 10);
