@@ -214,7 +214,7 @@ mod tests {
             (KeyCode::Tab, Pane::Sockets),
             (KeyCode::Tab, Pane::Overview),
             (KeyCode::BackTab, Pane::Sockets),
-            (KeyCode::Char('9'), Pane::Descriptors),
+            (KeyCode::Char('9'), Pane::Sockets),
             (KeyCode::Char('1'), Pane::Overview),
         ] {
             assert_eq!(press(&mut app, key), Wish::GoOn);
