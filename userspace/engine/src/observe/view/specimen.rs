@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn every_step_costs_something() {
         let costs = costs(&mut None).unwrap();
-        assert!(costs.track_mapping > 1.0 && costs.track_mapping < 1e6, "{costs:?}");
+        assert!(costs.track_mapping > 1.0 && costs.track_mapping < 1e8, "{costs:?}");
         // On a busy machine what a thread costs can hide what a process does.
         let process = costs.process + costs.thread;
         for cost in [costs.seize_thread, costs.thread, process, costs.thaw_thread, costs.asked_file] {
