@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, proc, sys::Mapping},
+    kernel::{PAGE, pagemap::Range, proc, sys::Mapping},
     memory::{
         area::{Area, Kind},
         private,
@@ -47,8 +47,8 @@ const FILES: usize = 16;
 /// The middle one of so many measurements counts: something else may run in between.
 const REPEATS: usize = 5;
 const STACK: u64 = 16 << 10;
-/// Mappings of up to so many bytes tell what a mapping costs.
-const SMALL: u64 = 256 << 10;
+/// Neighbouring mappings of a page, which tell what a mapping costs.
+const MAPPINGS: u64 = 1024;
 
 /// A small tree that does nothing. It ends when this is dropped, or when we die: then its pipe is closed.
 pub(super) struct Specimen {
@@ -164,6 +164,21 @@ extern "C" fn idle(_: *mut libc::c_void) -> i32 {
     }
 }
 
+/// Mappings for a specimen to inherit, side by side: every other page is read-only.
+fn many_mappings() -> io::Result<(Mapping, Range)> {
+    let memory = Mapping::anonymous(MAPPINGS * PAGE)?;
+    memory.bytes_mut().fill(1);
+    for page in (0..MAPPINGS).step_by(2) {
+        let start = (memory.start() + page * PAGE) as *mut libc::c_void;
+        // SAFETY: the page is part of the mapping just made, and nobody writes to it any more.
+        if unsafe { libc::mprotect(start, PAGE as usize, libc::PROT_READ) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let range = Range { start: memory.start(), end: memory.start() + MAPPINGS * PAGE };
+    Ok((memory, range))
+}
+
 /// Files for the specimens to inherit.
 fn files() -> io::Result<(Vec<File>, Vec<OwnedFd>)> {
     let plain = (0..FILES).map(|_| File::open("/proc/self/exe")).collect::<io::Result<_>>()?;
@@ -255,7 +270,7 @@ fn mean(values: &[f64]) -> f64 {
 
 /// What it costs to see which pages have changed, for a small mapping and for a page of a large one. The memory of a
 /// specimen is a copy of ours.
-fn tracking(specimen: &Specimen) -> Result<(f64, f64)> {
+fn tracking(specimen: &Specimen, small: Range) -> Result<(f64, f64)> {
     let failed = || format!("track process {}", specimen.pid);
     let mut tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
     let maps = proc::maps(specimen.pid).context(failed)?;
@@ -276,7 +291,8 @@ fn tracking(specimen: &Specimen) -> Result<(f64, f64)> {
         return Ok((0.0, 0.0));
     };
     let page = look(std::slice::from_ref(largest))? / (size(largest) / PAGE) as f64;
-    let small: Vec<Area> = areas.iter().filter(|a| size(a) <= SMALL).copied().collect();
+    let ours = |a: &&Area| a.range.start >= small.start && a.range.end <= small.end;
+    let small: Vec<Area> = areas.iter().filter(ours).copied().collect();
     Ok((look(&small)? / small.len().max(1) as f64, page))
 }
 
@@ -302,9 +318,10 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
     };
     let threads = median(&Specimen::start(THREADS, 0).context(made)?, iterators)?;
     let processes = median(&Specimen::start(0, CHILDREN).context(made)?, iterators)?;
+    let (_mapped, small) = many_mappings().context(made)?;
     let specimen = Specimen::start(0, 0).context(made)?;
     // Where nothing can be tracked, nothing is copied before the freeze.
-    let (track_mapping, track_page) = tracking(&specimen).unwrap_or_else(|e| {
+    let (track_mapping, track_page) = tracking(&specimen, small).unwrap_or_else(|e| {
         debug!("{e}");
         (0.0, 0.0)
     });
