@@ -17,8 +17,8 @@ Usage: scripts/bench [options]
   --tracking-cost
                 measure only what a tracker costs its target: redis under load, and make -j2
   --prediction  measure only how near the freezes that `watch` predicts are to those of dumps that follow, with and
-                without a tracker, without copying before the freeze: fds-15000 vmas-20000 processes-300
-                threads-1000 heap-64m, and a redis-server that idles
+                without a tracker, as `dump` copies memory before the freeze and with --precopy=0: fds-15000
+                vmas-20000 processes-300 threads-1000 heap-64m, and a redis-server that idles
   --case NAME   only this case (may be repeated): heap-64m heap-1g fds-1000 fds-15000
                 vmas-20000 threads-100 threads-1000 processes-300
                 and only when named:

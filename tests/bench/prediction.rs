@@ -7,12 +7,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 use standstill_tests::harness::{Setting, Target, Tool};
 
 use crate::cases;
 use crate::options::Options;
-use crate::report::high_median;
+use crate::report::{high_median, write_json};
 
 /// Those of [`cases::ALL`] that are measured, besides redis.
 const CASES: [&str; 5] = ["fds-15000", "vmas-20000", "processes-300", "threads-1000", "heap-64m"];
@@ -20,70 +21,109 @@ const REDIS: &str = "redis-idle";
 /// Looks before each dump: from the fifth on, `watch` takes the middle one of five measurements.
 const LOOKS: usize = 6;
 
+/// Dumps: their name in the table, which of the predictions is theirs, and their options.
+const DUMPS: [(&str, &str, &[&str]); 2] =
+    [("default", "prediction", &[]), ("precopy=0", "prediction_without_precopy", &["--precopy=0"])];
+
 /// Microseconds of one freeze.
+#[derive(Serialize)]
 struct Freeze {
     predicted: f64,
     observed: f64,
+    /// The phases as they were predicted, and as the dump told them.
+    parts: Value,
+    phases: Value,
 }
 
 impl Freeze {
-    /// Within a quarter or 2 ms.
     fn is_near(&self) -> bool {
-        (self.predicted - self.observed).abs() <= (self.observed / 4.0).max(2000.0)
+        is_near(self.predicted, self.observed)
     }
+}
+
+/// Within a quarter or 2 ms.
+fn is_near(expected: f64, observed: f64) -> bool {
+    (expected - observed).abs() <= (observed / 4.0).max(2000.0)
 }
 
 /// Measures all cases, and prints a line for each.
 pub(crate) fn print(tool: &Tool, options: &Options) -> Result<(), String> {
     println!("freezes in ms; near: within 25 % or 2 ms; {} dumps of each", options.runs);
+    println!("steady: dumps as near to the middle one of the same row, which is what any prediction could reach");
     println!(
-        "{:<14} {:<8} {:>20} {:>22} {:>9} {:>6} {:>6}",
-        "case", "reader", "first pred. / obs.", "median pred. / obs.", "worst", "near", "fresh"
+        "{:<14} {:<8} {:<10} {:>20} {:>22} {:>9} {:>6} {:>6} {:>6}",
+        "case", "reader", "dump", "first pred. / obs.", "median pred. / obs.", "worst", "near", "steady", "fresh"
     );
     let all = || CASES.into_iter().chain([REDIS]);
     let some = all().any(|case| options.names(case));
+    let mut rows = Vec::new();
     for case in all().filter(|case| !some || options.names(case)) {
         for tracked in [false, true] {
-            let (freezes, fresh) =
+            let (series, fresh) =
                 measure(tool, &options.dir, case, tracked, options.runs).map_err(|error| format!("{case}: {error}"))?;
-            let ms = |of: fn(&Freeze) -> f64| high_median(&freezes.iter().map(of).collect::<Vec<_>>()) / 1e3;
-            let worst =
-                freezes.iter().map(|f| f.predicted / f.observed - 1.0).max_by(|a, b| a.abs().total_cmp(&b.abs()));
-            let near = freezes.iter().filter(|f| f.is_near()).count();
-            println!(
-                "{case:<14} {:<8} {:>9.1} /{:>9.1} {:>10.1} /{:>10.1} {:>+7.0} % {near:>3}/{:<2} {fresh:>6}",
-                if tracked { "tracker" } else { "ebpf" },
-                freezes[0].predicted / 1e3,
-                freezes[0].observed / 1e3,
-                ms(|f| f.predicted),
-                ms(|f| f.observed),
-                100.0 * worst.unwrap_or(f64::NAN),
-                freezes.len(),
-            );
+            let reader = if tracked { "tracker" } else { "ebpf" };
+            for ((dump, ..), freezes) in DUMPS.iter().zip(series) {
+                row(case, reader, dump, &freezes, &fresh);
+                rows.push(json!({ "case": case, "reader": reader, "dump": dump, "freezes": freezes }));
+            }
         }
     }
-    Ok(())
+    write_json(options, &json!({ "prediction": rows, "runs": options.runs }))
 }
 
-fn measure(tool: &Tool, dir: &Path, case: &str, tracked: bool, runs: usize) -> Result<(Vec<Freeze>, String), String> {
+fn row(case: &str, reader: &str, dump: &str, freezes: &[Freeze], fresh: &str) {
+    let middle = |of: fn(&Freeze) -> f64| high_median(&freezes.iter().map(of).collect::<Vec<_>>());
+    let (predicted, observed) = (middle(|f| f.predicted), middle(|f| f.observed));
+    let worst = freezes.iter().map(|f| f.predicted / f.observed - 1.0).max_by(|a, b| a.abs().total_cmp(&b.abs()));
+    println!(
+        "{case:<14} {reader:<8} {dump:<10} {:>9.1} /{:>9.1} {:>10.1} /{:>10.1} {:>+7.0} % {:>3}/{:<2} {:>3}/{:<2} {fresh:>6}",
+        freezes[0].predicted / 1e3,
+        freezes[0].observed / 1e3,
+        predicted / 1e3,
+        observed / 1e3,
+        100.0 * worst.unwrap_or(f64::NAN),
+        freezes.iter().filter(|f| f.is_near()).count(),
+        freezes.len(),
+        freezes.iter().filter(|f| is_near(observed, f.observed)).count(),
+        freezes.len(),
+    );
+}
+
+/// Freezes of each kind of dump, and what of the tracker's copy was fresh in the last one.
+fn measure(
+    tool: &Tool,
+    dir: &Path,
+    case: &str,
+    tracked: bool,
+    runs: usize,
+) -> Result<([Vec<Freeze>; 2], String), String> {
     let target = if case == REDIS { redis()? } else { workload(dir, case) };
     let pid = target.pid().to_string();
     if tracked {
         tool.command(["track", "-d", "-t", &pid]).run().expect_success();
     }
     let mut fresh = String::new();
-    let freezes = (0..runs).map(|_| {
-        let predicted = predict(tool, &pid)?;
-        let images = target.images("running");
-        let args = ["-R", "--json", "--precopy=0", "-v"];
-        let stats = tool.dump(target.pid(), &images).args(args).run().expect_success().json();
-        let log = std::fs::read_to_string(images.join("dump.log")).unwrap_or_default();
-        let told = log.split_once("fresh=").and_then(|(_, rest)| rest.split_once('%'));
-        fresh = told.map_or("-".to_owned(), |(share, _)| format!("{} %", share.trim_matches(['"', ' '])));
-        let us = |name: &str| stats[name].as_f64().ok_or_else(|| format!("no {name} in {stats}"));
-        Ok(Freeze { predicted, observed: us("freezing_us")? + us("frozen_us")? })
-    });
-    Ok((freezes.collect::<Result<_, String>>()?, fresh))
+    let mut series = [Vec::new(), Vec::new()];
+    for _ in 0..runs {
+        for ((_, name, args), freezes) in DUMPS.iter().zip(&mut series) {
+            let prediction = predict(tool, &pid, name)?;
+            let images = target.images("running");
+            let dump = tool.dump(target.pid(), &images).args(["-R", "--json", "-v"]).args(*args);
+            let stats = dump.run().expect_success().json();
+            let log = std::fs::read_to_string(images.join("dump.log")).unwrap_or_default();
+            let told = log.split_once("fresh=").and_then(|(_, rest)| rest.split_once('%'));
+            fresh = told.map_or("-".to_owned(), |(share, _)| format!("{} %", share.trim_matches(['"', ' '])));
+            let us = |of: &Value, name: &str| of[name].as_f64().ok_or_else(|| format!("no {name} in {of}"));
+            freezes.push(Freeze {
+                predicted: us(&prediction, "freeze_us")?,
+                observed: us(&stats, "freezing_us")? + us(&stats, "frozen_us")?,
+                parts: prediction["parts"].clone(),
+                phases: json!({ "freezing": stats["freezing_us"], "others": stats["phases"], "counts": stats["counts"],
+                    "precopy": stats["precopy"] }),
+            });
+        }
+    }
+    Ok((series, fresh))
 }
 
 fn workload(dir: &Path, case: &str) -> Target {
@@ -117,8 +157,8 @@ fn redis() -> Result<Target, String> {
     Err("redis does not answer".to_owned())
 }
 
-/// What `watch` says after a few looks.
-fn predict(tool: &Tool, pid: &str) -> Result<f64, String> {
+/// One of the predictions of `watch` after a few looks.
+fn predict(tool: &Tool, pid: &str, name: &str) -> Result<Value, String> {
     let mut watch = Command::new(tool.path())
         .args(["watch", "--json", "--interval", "500ms", "-t", pid])
         .stdout(Stdio::piped())
@@ -130,5 +170,6 @@ fn predict(tool: &Tool, pid: &str) -> Result<f64, String> {
     watch.wait().map_err(|e| format!("watch: {e}"))?;
     let line = last.ok_or("watch says nothing")?.map_err(|e| format!("watch: {e}"))?;
     let sample: Value = serde_json::from_str(&line).map_err(|e| format!("watch: {e}"))?;
-    sample["prediction"]["freeze_us"].as_f64().ok_or_else(|| format!("no prediction: {line}"))
+    let prediction = &sample[name];
+    if prediction.is_object() { Ok(prediction.clone()) } else { Err(format!("no {name}: {line}")) }
 }

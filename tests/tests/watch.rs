@@ -53,6 +53,8 @@ fn panes_and_keys() {
     tmux.expect(&["COUNT▾", "eventfd", "epoll", "pipe", "tcp", "listen"]);
     tmux.keys(&["s"]);
     tmux.expect(&["KIND▾"]);
+    tmux.keys(&["5"]);
+    tmux.expect(&["RECV▾", "LOCAL", "tcp", "listen"]);
     tmux.keys(&["1"]);
     tmux.resize(120, 40);
     let is_larger = || tmux.screen().lines().nth(39).is_some_and(|line| line.contains("q quit"));
@@ -184,14 +186,17 @@ fn metrics_over_loopback() {
     assert_eq!(outcome.stderr, format!("standstill: process {pid} has ended\n"));
 }
 
+/// Predictions, and the options of the dumps that they are about.
+const DUMPS: [(&str, &[&str]); 2] = [("prediction", &[]), ("prediction_without_precopy", &["--precopy=0"])];
+
 /// Microseconds of a freeze: predicted, and observed in a dump that follows.
-fn predicted_and_observed(tool: &Tool, target: &Target, reader: &str) -> (f64, f64) {
+fn predicted_and_observed(tool: &Tool, target: &Target, (name, options): (&str, &[&str])) -> (f64, f64) {
     let pid = target.pid().to_string();
-    let args = ["watch", "--json", "--once", "--interval", "300ms", "--reader", reader, "-t", &pid];
+    let args = ["watch", "--json", "--once", "--interval", "300ms", "-t", &pid];
     let sample = tool.command(args).run().expect_success().json();
-    let predicted = sample["prediction"]["freeze_us"].as_f64().unwrap_or_else(|| panic!("no prediction: {sample}"));
+    let predicted = sample[name]["freeze_us"].as_f64().unwrap_or_else(|| panic!("no {name}: {sample}"));
     let images = target.images("running");
-    let stats = tool.dump(target.pid(), &images).args(["-R", "--json", "--precopy=0", "--reader", reader]).run();
+    let stats = tool.dump(target.pid(), &images).args(["-R", "--json"]).args(options).run();
     let stats = stats.expect_success().json();
     let field = |name: &str| stats[name].as_f64().unwrap_or_else(|| panic!("{name}: {stats}"));
     assert!(stats["counts"]["threads"].as_u64().is_some_and(|n| n > 0), "{stats}");
@@ -202,18 +207,19 @@ fn predicted_and_observed(tool: &Tool, target: &Target, reader: &str) -> (f64, f
 fn a_freeze_is_predicted() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };
-    for args in [&["--heap-mib", "64"][..], &["--threads", "200"], &["--fds", "2000"]] {
+    let targets = [&["--heap-mib", "64"][..], &["--threads", "200"], &["--fds", "2000"]];
+    for (args, dump) in targets.into_iter().flat_map(|args| DUMPS.map(|dump| (args, dump))) {
         let target = Target::workload("clock", args);
         // The dumps themselves teach it. Other work on the machine spoils either figure at times, so what counts is the
         // middle of all; `scripts/bench --prediction` measures how near it is when the machine is quiet.
-        let tries: Vec<_> = (0..9).map(|_| predicted_and_observed(&tool, &target, "auto")).collect();
+        let tries: Vec<_> = (0..9).map(|_| predicted_and_observed(&tool, &target, dump)).collect();
         let middle = |of: fn(&(f64, f64)) -> f64| {
             let mut values: Vec<f64> = tries.iter().map(of).collect();
             values.sort_by(f64::total_cmp);
             values[values.len() / 2]
         };
         let (predicted, observed) = (middle(|t| t.0), middle(|t| t.1));
-        say(&format!("{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}"));
+        say(&format!("{args:?}, {}: predicted {predicted} us, observed {observed} us: {tries:?}", dump.0));
         let near = (predicted - observed).abs() <= (observed * 0.4).max(2000.0);
         assert!(near, "{args:?}: predicted {predicted} us, observed {observed} us: {tries:?}");
         thread::sleep(Duration::from_millis(100));

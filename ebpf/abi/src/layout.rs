@@ -286,3 +286,65 @@ plain! {
         pub backing: u32,
     }
 }
+
+plain! {
+    /// What `sockets` needs besides.
+    pub struct SocketLayout {
+        /// `file.private_data`
+        pub file_private: u32,
+        /// `socket.sk`
+        pub socket_sk: u32,
+        /// `sock_common.skc_family`
+        pub family: u32,
+        /// `sock.sk_type`
+        pub sort: u32,
+        /// `sock.sk_protocol`
+        pub protocol: u32,
+        /// `sock_common.skc_state`
+        pub state: u32,
+        /// `sock_common.skc_num`
+        pub local_port: u32,
+        /// `sock_common.skc_dport`
+        pub peer_port: u32,
+        /// `sock_common.skc_rcv_saddr`
+        pub local4: u32,
+        /// `sock_common.skc_daddr`
+        pub peer4: u32,
+        /// `sock_common.skc_v6_rcv_saddr`, or [`ABSENT`]
+        pub local6: u32,
+        /// `sock_common.skc_v6_daddr`, or [`ABSENT`]
+        pub peer6: u32,
+        /// `sock.sk_receive_queue.qlen`
+        pub queue_len: u32,
+        /// `sock.sk_backlog.rmem_alloc`
+        pub rmem_alloc: u32,
+        /// `sock.sk_wmem_alloc`
+        pub wmem_alloc: u32,
+        /// `sock.sk_ack_backlog`
+        pub backlog: u32,
+        /// `sock.sk_socket`
+        pub sk_socket: u32,
+        /// `tcp_sock.rcv_nxt`
+        pub rcv_nxt: u32,
+        /// `tcp_sock.copied_seq`
+        pub copied_seq: u32,
+        /// `tcp_sock.write_seq`
+        pub write_seq: u32,
+        /// `tcp_sock.snd_una`
+        pub snd_una: u32,
+        /// `udp_sock.forward_deficit`
+        pub forward_deficit: u32,
+        /// `unix_sock.addr`, or [`ABSENT`]
+        pub unix_addr: u32,
+        /// `unix_sock.peer`
+        pub unix_peer: u32,
+        /// `unix_address.len`
+        pub address_len: u32,
+        /// `unix_address.name`
+        pub address_name: u32,
+        /// `socket_alloc.socket`
+        pub alloc_socket: u32,
+        /// `socket_alloc.vfs_inode`
+        pub alloc_inode: u32,
+    }
+}

@@ -134,6 +134,47 @@ plain! {
     }
 }
 
+/// Longest name of a unix socket (`sun_path`).
+pub const UNIX_NAME: usize = 108;
+
+plain! {
+    /// A socket, from the program `sockets`.
+    pub struct SocketRecord {
+        /// Process.
+        pub tgid: i32,
+        /// Number of the descriptor.
+        pub fd: i32,
+        /// `i_ino`.
+        pub ino: u64,
+        /// `i_ino` of the unix socket that it is connected to; 0: none, or nobody has it open.
+        pub peer_ino: u64,
+        /// Address of its own and that of the other side; IPv4 has the first four bytes.
+        pub local: [u8; 16],
+        /// The other side's.
+        pub peer: [u8; 16],
+        /// `skc_num`.
+        pub local_port: u16,
+        /// `skc_dport`.
+        pub peer_port: u16,
+        /// `skc_family`.
+        pub family: u16,
+        /// `sk_type`.
+        pub sort: u16,
+        /// `sk_protocol`.
+        pub protocol: u16,
+        /// `skc_state`.
+        pub state: u16,
+        /// Bytes received and not read yet; of a listening socket connections, of a unix socket packets or connections.
+        pub receive: u32,
+        /// Bytes sent and not acknowledged or received yet.
+        pub send: u32,
+        /// Bytes of `name`.
+        pub name_len: u32,
+        /// Name of a unix socket, in whole words.
+        pub name: [u8; UNIX_NAME.next_multiple_of(8)],
+    }
+}
+
 plain! {
     /// A thread, from `iter/task`. A [`ProcessRecord`] follows if it is the leader.
     pub struct ThreadRecord {

@@ -10,6 +10,7 @@ mod access;
 mod kernel;
 mod name;
 mod runtime;
+mod socket;
 mod task;
 mod task_file;
 mod task_vma;

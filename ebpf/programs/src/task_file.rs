@@ -13,10 +13,10 @@ pub static FILE: FileLayout = zero();
 /// `struct bpf_iter__task_file`.
 #[repr(C)]
 pub struct TaskFile {
-    meta: *const Meta,
-    task: Address,
-    fd: u32,
-    file: Address,
+    pub meta: *const Meta,
+    pub task: Address,
+    pub fd: u32,
+    pub file: Address,
 }
 
 /// Writes a [`FileRecord`].

@@ -335,6 +335,10 @@ pub(crate) struct WatchArgs {
     /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a port alone means loopback
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<Address>,
+    /// Also show how quickly memory is written to. Each process is stopped for a moment at the beginning, and the first write
+    /// to a page after a look takes it longer
+    #[arg(long)]
+    pub dirty: bool,
     /// Who reads descriptors and mappings
     #[arg(long, value_enum, default_value_t)]
     pub reader: ReaderArg,

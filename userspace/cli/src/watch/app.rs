@@ -11,14 +11,16 @@ pub(super) enum Pane {
     Processes,
     Memory,
     Descriptors,
+    Sockets,
 }
 
 impl Pane {
-    pub(super) const ALL: [(Self, &'static str); 4] = [
+    pub(super) const ALL: [(Self, &'static str); 5] = [
         (Self::Overview, "1 Overview"),
         (Self::Processes, "2 Processes"),
         (Self::Memory, "3 Memory"),
         (Self::Descriptors, "4 Descriptors"),
+        (Self::Sockets, "5 Sockets"),
     ];
 
     pub(super) fn number(self) -> usize {
@@ -33,9 +35,9 @@ impl Pane {
     pub(super) fn columns(self) -> usize {
         match self {
             Self::Overview => 1,
-            Self::Processes => 5,
-            Self::Memory => 4,
+            Self::Processes | Self::Memory => 5,
             Self::Descriptors => 2,
+            Self::Sockets => 3,
         }
     }
 }
@@ -46,7 +48,7 @@ pub(super) struct App {
     pub pane: Pane,
     pub sample: Option<Sample>,
     /// The column that each pane is sorted by.
-    pub sort: [usize; 4],
+    pub sort: [usize; 5],
     /// The first row shown.
     pub top: usize,
     /// Rows that the screen has room for, as last drawn.
@@ -62,7 +64,7 @@ pub(super) enum Wish {
 
 impl App {
     pub(super) fn new(root: i32) -> Self {
-        Self { root, pane: Pane::Overview, sample: None, sort: [0; 4], top: 0, page: 1 }
+        Self { root, pane: Pane::Overview, sample: None, sort: [0; 5], top: 0, page: 1 }
     }
 
     pub(super) fn take(&mut self, sample: Sample) {
@@ -77,6 +79,7 @@ impl App {
             Pane::Processes => sample.processes.len(),
             Pane::Memory => sample.memory.len(),
             Pane::Descriptors => sample.descriptors.len(),
+            Pane::Sockets => sample.sockets.len(),
         }
     }
 
@@ -94,7 +97,7 @@ impl App {
             KeyCode::Char('q') | KeyCode::Esc => return Wish::Quit,
             KeyCode::Tab | KeyCode::Right => self.show(self.pane.step(1)),
             KeyCode::BackTab | KeyCode::Left => self.show(self.pane.step(Pane::ALL.len() - 1)),
-            KeyCode::Char(c @ '1'..='4') => self.show(Pane::ALL[c as usize - '1' as usize].0),
+            KeyCode::Char(c @ '1'..='5') => self.show(Pane::ALL[c as usize - '1' as usize].0),
             KeyCode::Char('s') => {
                 let column = &mut self.sort[self.pane.number()];
                 *column = (*column + 1) % self.pane.columns();
@@ -120,7 +123,7 @@ impl App {
 #[cfg(test)]
 pub(super) mod samples {
     use standstill_engine::observe::view::{
-        DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals,
+        DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, SocketRow, Totals,
     };
 
     /// A tree of two processes that does something.
@@ -142,6 +145,7 @@ pub(super) mod samples {
             size: resident * 2,
             resident,
             private_dirty: resident / 4,
+            written_per_second: None,
         };
         let descriptor = |kind: &str, state: Option<&str>, count| DescriptorRow {
             kind: kind.into(),
@@ -168,14 +172,26 @@ pub(super) mod samples {
                 mapping(MappingKind::File, "/usr/lib/libc.so.6", 2 << 20),
             ],
             descriptors: vec![descriptor("tcp", Some("established"), 40), descriptor("regular", None, 3)],
+            sockets: vec![SocketRow {
+                pid: 4711,
+                fd: 9,
+                kind: "tcp".into(),
+                state: Some("established".into()),
+                receive: Some(0),
+                send: Some(1200),
+                local: "127.0.0.1:80".into(),
+                peer: "127.0.0.1:40404".into(),
+            }],
             rates: Rates { forks: 1.5, descriptors: 250.0, mappings: Some(12.0), ..Rates::default() },
             prediction: Some(Prediction {
                 freeze_us: 12_345,
                 image_bytes: 68 << 20,
+                precopied: true,
                 parts: vec![part("freezing", 2345, 1.0), part("pages", 10_000, 1.25)],
                 dumps: 3,
                 age: 0.4,
             }),
+            prediction_without_precopy: Some(Prediction { freeze_us: 54_321, ..Prediction::default() }),
             ..Sample::default()
         }
     }
@@ -195,9 +211,10 @@ mod tests {
         for (key, want) in [
             (KeyCode::Char('3'), Pane::Memory),
             (KeyCode::Tab, Pane::Descriptors),
+            (KeyCode::Tab, Pane::Sockets),
             (KeyCode::Tab, Pane::Overview),
-            (KeyCode::BackTab, Pane::Descriptors),
-            (KeyCode::Char('9'), Pane::Descriptors),
+            (KeyCode::BackTab, Pane::Sockets),
+            (KeyCode::Char('9'), Pane::Sockets),
             (KeyCode::Char('1'), Pane::Overview),
         ] {
             assert_eq!(press(&mut app, key), Wish::GoOn);

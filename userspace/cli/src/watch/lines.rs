@@ -75,6 +75,7 @@ fn text(sample: Sample) -> String {
         (Pane::Processes, rows(sample.processes.len())),
         (Pane::Memory, rows(sample.memory.len())),
         (Pane::Descriptors, rows(sample.descriptors.len())),
+        (Pane::Sockets, rows(sample.sockets.len())),
     ];
     app.take(sample);
     let mut text = String::new();
@@ -124,6 +125,7 @@ mod tests {
         assert_eq!(json["totals"]["threads"], 9);
         assert_eq!(json["memory"][0]["kind"], "anonymous");
         assert_eq!(json["descriptors"][0]["kind"], "tcp");
+        assert_eq!(json["sockets"][0]["send"], 1200);
         assert_eq!(json["rates"]["forks"], 1.5);
         assert_eq!(json["prediction"]["freeze_us"], 12_345);
         assert_eq!(json["prediction"]["parts"][0]["phase"], "freezing");
@@ -147,7 +149,7 @@ mod tests {
     #[test]
     fn once_shows_all_panes() {
         let text = text(samples::busy());
-        for word in ["12.3 ms", "worker", "/usr/lib/libc.so.6", "established", "freezing"] {
+        for word in ["12.3 ms", "worker", "/usr/lib/libc.so.6", "established", "freezing", "127.0.0.1:40404"] {
             assert!(text.contains(word), "{word}:\n{text}");
         }
     }

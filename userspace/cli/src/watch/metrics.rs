@@ -162,6 +162,17 @@ fn memory(registry: &mut Registry, sample: &Sample) {
             family.get_or_create(&label).inc_by(value as f64);
         }
     }
+    if sample.memory.iter().any(|row| row.written_per_second.is_some()) {
+        let written = Floats::default();
+        for (row, rate) in sample.memory.iter().filter_map(|row| Some((row, row.written_per_second?))) {
+            written.get_or_create(&KindLabel { kind: kind_name(row.kind).to_owned() }).inc_by(rate);
+        }
+        registry.register(
+            "memory_written_bytes_per_second",
+            "Memory that is written to, each page once a look",
+            written,
+        );
+    }
     for (name, help, family) in [
         ("memory_mapped", "Mapped memory by kind", size),
         ("memory_resident", "Resident memory by kind", resident),
@@ -219,6 +230,11 @@ fn prediction(registry: &mut Registry, sample: &Sample) {
         seconds(p.freeze_us),
     );
     gauge(registry, "predicted_image", "How large an image would be", Some(Unit::Bytes), p.image_bytes as f64);
+    if let Some(plain) = &sample.prediction_without_precopy {
+        let help = "How long a dump that copies nothing before the freeze would stop the tree";
+        let seconds = seconds(plain.freeze_us);
+        gauge(registry, "predicted_freeze_without_precopy", help, Some(Unit::Seconds), seconds);
+    }
     let family = Floats::default();
     for part in &p.parts {
         family.get_or_create(&PhaseLabel { phase: part.phase.clone() }).set(seconds(part.us));
@@ -254,12 +270,22 @@ mod tests {
             ("standstill_memory_resident_bytes{kind=\"file\"}", 2_097_152.0),
             ("standstill_changes_per_second{what=\"forks\"}", 1.5),
             ("standstill_predicted_freeze_seconds", 0.012_345),
+            ("standstill_predicted_freeze_without_precopy_seconds", 0.054_321),
             ("standstill_predicted_image_bytes", 71_303_168.0),
             ("standstill_predicted_phase_seconds{phase=\"pages\"}", 0.01),
         ] {
             assert_eq!(series.get(name), Some(&value), "{name} in {series:#?}");
         }
         assert!(!series.keys().any(|name| name.contains("signals")), "what nobody can tell is left out");
+    }
+
+    #[test]
+    fn written_memory_by_kind() {
+        let mut sample = samples::busy();
+        let name = "standstill_memory_written_bytes_per_second{kind=\"anonymous\"}";
+        assert!(!text(&sample).contains("written"));
+        sample.memory[0].written_per_second = Some(4096.5);
+        assert_eq!(parse(&text(&sample)).get(name), Some(&4096.5));
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub(crate) fn run(args: &WatchArgs) -> Result<u8, Failure> {
     if !view || args.log.log_file.is_some() {
         logging::start(&args.log, Path::new("."))?;
     }
-    let viewer = Viewer::with(args.tree, args.reader.into(), args.scope.into())?;
+    let viewer = Viewer::with(args.tree, args.reader.into(), args.scope.into(), args.dirty)?;
     // In this order: who waits for the address to answer can rely on everything else.
     let metrics = args.metrics.map(Metrics::serve).transpose()?;
     stop::on_signals()?;

@@ -20,7 +20,7 @@ const BAR: usize = 34;
 pub(super) fn render(sample: &Sample, area: Rect, buffer: &mut Buffer) {
     let mut lines = Vec::new();
     match (&sample.prediction, &sample.prediction_note) {
-        (Some(p), _) => prediction(p, &mut lines),
+        (Some(p), _) => prediction(p, sample.prediction_without_precopy.as_ref(), &mut lines),
         (None, Some(note)) => lines.push(Line::from(vec!["If frozen now: ".bold(), plain(note).into()])),
         (None, None) => lines.push(Line::from("If frozen now: not known yet")),
     }
@@ -30,6 +30,9 @@ pub(super) fn render(sample: &Sample, area: Rect, buffer: &mut Buffer) {
     changes(sample, &mut lines);
     lines.push(Line::default());
     lines.push(reader(sample));
+    if let Some(note) = &sample.dirty_note {
+        lines.push(Line::from(vec!["No rates of writes: ".yellow(), plain(note).into()]));
+    }
     Paragraph::new(lines).render(area, buffer);
 }
 
@@ -41,7 +44,7 @@ pub(super) fn milliseconds(us: u64) -> String {
     }
 }
 
-fn prediction(p: &Prediction, lines: &mut Vec<Line<'_>>) {
+fn prediction(p: &Prediction, plain_dump: Option<&Prediction>, lines: &mut Vec<Line<'_>>) {
     lines.push(Line::from(vec![
         "If frozen now: ".bold(),
         "freeze of ".into(),
@@ -68,6 +71,10 @@ fn prediction(p: &Prediction, lines: &mut Vec<Line<'_>>) {
         n => format!("corrected by {n} earlier dumps"),
     };
     lines.push(Line::from(format!("  measured {:.1} s ago, {from}", p.age)).dim());
+    if let Some(plain) = plain_dump.filter(|_| p.precopied) {
+        let without = milliseconds(plain.freeze_us);
+        lines.push(Line::from(format!("  memory is copied before; with --precopy=0 a freeze of {without}")).dim());
+    }
 }
 
 fn tree(sample: &Sample, lines: &mut Vec<Line<'_>>) {

@@ -19,7 +19,7 @@ use ratatui::{
 };
 use std::{os::fd::AsFd, time::Duration};
 
-const HELP: &str = " q quit   Tab 1-4 pane   s sort   ↑ ↓ PgUp PgDn scroll";
+const HELP: &str = " q quit   Tab 1-5 pane   s sort   ↑ ↓ PgUp PgDn scroll";
 
 /// Gives the terminal back on every way out. Panics do so before they print: see [`ratatui::try_init`].
 struct Restore;
@@ -181,6 +181,14 @@ mod tests {
         expect(&shown(&mut busy('2'), 80, 24), &["PID▾", "RESIDENT", "4712", "worker", "64.00 MiB"]);
         expect(&shown(&mut busy('3'), 80, 24), &["RESIDENT▾", "anonymous", "/usr/lib/libc.so.6", "128.00 MiB"]);
         expect(&shown(&mut busy('4'), 80, 24), &["COUNT▾", "tcp", "established", "40", "regular"]);
+        expect(
+            &shown(&mut busy('5'), 80, 24),
+            &["RECV▾", "tcp", "established", "1200", "127.0.0.1:80", "…7.0.0.1:40404"],
+        );
+        let mut app = busy('3');
+        let written = |sample: &mut Sample| sample.memory[0].written_per_second = Some(5_242_880.0);
+        written(app.sample.as_mut().unwrap());
+        expect(&shown(&mut app, 80, 24), &["WRITTEN/S", "5.00 MiB", "libc.so.6"]);
     }
 
     #[test]
@@ -205,7 +213,7 @@ mod tests {
         if let Some(sample) = &mut app.sample {
             sample.processes[0].comm = "\x1b[31mred\n".into();
         }
-        for pane in ['1', '2', '3', '4'] {
+        for pane in ['1', '2', '3', '4', '5'] {
             app.key(KeyEvent::new(KeyCode::Char(pane), KeyModifiers::NONE));
             for (width, height) in [(1, 1), (20, 5), (80, 24), (200, 60)] {
                 let screen = shown(&mut app, width, height);

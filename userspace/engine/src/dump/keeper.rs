@@ -1,7 +1,7 @@
 //! Who goes on tracking the writes of a tree between two dumps: a small process that holds the userfaultfds and what is
 //! known of the memory, on `/run/standstill/writes-PID.sock` for root only. The next dump takes both, or only looks.
 
-use super::{chain::Chain, trackings::Trackings};
+use super::{chain::Chain, trackings::Trackings, turn::Turn};
 use crate::{
     error::{Context, Error, Result},
     kernel::{letter, sys},
@@ -50,15 +50,27 @@ pub struct Keeper {
     socket: PathBuf,
     knowledge: Vec<u8>,
     trackings: Trackings,
+    _turn: Option<Turn>,
 }
 
 fn socket(root: i32) -> PathBuf {
     Path::new(run_dir::PATH).join(format!("writes-{root}.sock"))
 }
 
+/// Whether the writes of a tree are tracked for its next image. Other dumps copy nothing before the freeze then.
+pub(crate) fn is_kept(root: i32) -> bool {
+    socket(root).exists()
+}
+
 impl Keeper {
     /// Prepares to keep what a session knows.
-    pub(super) fn new(root: i32, trackings: Trackings, chain: Chain, looked: Option<Duration>) -> Result<Self> {
+    pub(super) fn new(
+        root: i32,
+        trackings: Trackings,
+        chain: Chain,
+        looked: Option<Duration>,
+        turn: Option<Turn>,
+    ) -> Result<Self> {
         let processes = trackings.iter().map(|(pid, tracking)| (pid, tracking.known.clone())).collect();
         let knowledge = Knowledge { version: env!("CARGO_PKG_VERSION").into(), chain, looked, processes };
         let knowledge = postcard::to_stdvec(&knowledge).map_err(io::Error::other).context(|| "encode".into())?;
@@ -76,7 +88,7 @@ impl Keeper {
         };
         let listener = listen().context(|| format!("listen on {}", socket.display()))?;
         let root = sys::pidfd_open(root).context(|| format!("open a pidfd of process {root}"))?;
-        Ok(Self { root, listener, socket, knowledge, trackings })
+        Ok(Self { root, listener, socket, knowledge, trackings, _turn: turn })
     }
 
     /// Keeps it all until the root of the tree ends or somebody takes it.

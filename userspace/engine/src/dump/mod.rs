@@ -9,12 +9,16 @@ mod sharing;
 mod state;
 mod target;
 mod trackings;
+mod turn;
 
 pub use keeper::Keeper;
+pub(crate) use keeper::is_kept;
 pub use observer::Reader;
 pub(crate) use observer::no_reader;
+pub(crate) use rounds::{Foreseen, foresee};
 pub use rounds::{MemorySnapshot, Precopy, PrecopyOptions};
-pub(crate) use target::check as check_target;
+pub(crate) use target::{check as check_target, resident_bytes};
+pub(crate) use turn::{Watcher, is_taken};
 
 use crate::{
     error::{Context, Error, Result},
@@ -50,6 +54,7 @@ use std::{
 };
 use tracing::{info, warn};
 use trackings::Trackings;
+use turn::Turn;
 
 /// Memory for page data that is touched before the freeze, in bytes.
 const MIN_RESERVE: u64 = 4 << 20;
@@ -113,6 +118,19 @@ pub struct Dumped {
     pub keeper: Option<Keeper>,
 }
 
+/// What was done with memory under a freeze, in pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frozen {
+    /// It was told which pages had changed.
+    pub tracked: bool,
+    /// Pages that were looked for, copied or not.
+    pub scanned: u64,
+    /// Pages that were copied.
+    pub stored: u64,
+    /// Pages that were read, and hold only zeros.
+    pub zero: u64,
+}
+
 /// Measures named parts of the frozen time.
 struct Phases {
     last: Instant,
@@ -161,6 +179,7 @@ pub(crate) struct Session<'a> {
     parent: Option<Image>,
     /// The tracking is somebody else's, and must not be disturbed.
     guest: bool,
+    turn: Option<Turn>,
 }
 
 /// An image that is to be made.
@@ -177,13 +196,15 @@ pub(crate) struct Wanted<'a> {
 
 impl<'a> Session<'a> {
     pub(crate) fn open(options: &'a DumpOptions, observer: Observer) -> Self {
-        let (trackings, looked, chain, parent, guest) = Default::default();
-        Self { options, observer, trackings, looked, chain, parent, guest }
+        let (trackings, looked, chain, parent, guest, turn) = Default::default();
+        Self { options, observer, trackings, looked, chain, parent, guest, turn }
     }
 
-    /// Goes on with what the keeper of the tree knows, if the image that it knows of is to be the parent.
+    /// Goes on with what the keeper of the tree knows, if the image that it knows of is to be the parent. Whoever watches the
+    /// writes of the tree ends that first.
     pub(crate) fn resume(&mut self) -> Result<()> {
         let options = self.options;
+        self.turn = Some(Turn::take(options.pid)?);
         let told = Told::ask(options.pid)?;
         let parent = match &options.prev_images {
             // As in CRIU, from the directory of the image.
@@ -235,9 +256,9 @@ impl<'a> Session<'a> {
 
     /// What the next dump goes on with.
     fn into_keeper(self) -> Result<Keeper> {
-        let Self { trackings, mut chain, looked, .. } = self;
+        let Self { trackings, mut chain, looked, turn, .. } = self;
         chain.dir = chain.dir.canonicalize().context(|| format!("resolve {}", chain.dir.display()))?;
-        Keeper::new(self.options.pid, trackings, chain, looked)
+        Keeper::new(self.options.pid, trackings, chain, looked, turn)
     }
 
     /// Makes an image in `dir`, which is that of `wanted`.
@@ -308,7 +329,7 @@ impl<'a> Session<'a> {
         }
         let shared = copy_frozen(&mut state, &mut self.trackings, &mut copier, forks.is_some())
             .map_err(|e| unless_dead(&tree, e))?;
-        let late_pages = copier.counts().stored - before.stored;
+        let late = copier.counts();
         phases.end("pages");
         let mut stats = DumpStats {
             reader: self.observer.name().into(),
@@ -360,8 +381,14 @@ impl<'a> Session<'a> {
         stats.phases = phases.phases;
         stats.counts = state.counts();
         stats.total_us = begin.elapsed().as_micros() as u64;
+        let done = Frozen {
+            tracked: precopy.is_some(),
+            scanned: state.private.iter().map(PrivatePages::scanned).sum(),
+            stored: late.stored - before.stored,
+            zero: late.zero - before.zero,
+        };
         let precopy = precopy.map(|p| PrecopyStats {
-            late_pages,
+            late_pages: done.stored,
             shared_tracked: shared.tracked,
             shared_whole: shared.whole,
             ..p
@@ -369,10 +396,10 @@ impl<'a> Session<'a> {
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
         if let Some(tree) = tree {
             tree.kill();
-        } else if precopy.is_none() && !forked {
-            // A dump that kills writes under the freeze, one with a pre-copy leaves most to do before, and one with forks
-            // after it: their times say nothing of others.
-            observe::view::remember(options.pid, &stats);
+        } else if !forked {
+            // A dump that kills writes under the freeze, and one with forks leaves most to do after it: their times say
+            // nothing of others.
+            observe::view::remember(options.pid, &stats, &done);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
         // The image is complete without: what goes wrong now costs space only.

@@ -64,7 +64,7 @@ const LARGE: u64 = 16 << 20;
 
 impl PrecopyOptions {
     /// How many rounds at most there are for a tree with so much memory.
-    pub(super) fn rounds(&self, resident: u64) -> u32 {
+    pub(crate) fn rounds(&self, resident: u64) -> u32 {
         match self.mode {
             Precopy::Auto if resident >= LARGE => self.max_rounds,
             Precopy::Auto => 0,
@@ -191,6 +191,36 @@ fn decide(rounds: &[Round], max: u32, max_freeze: Duration) -> Next {
     }
 }
 
+/// What a pre-copy of a tree that is only looked at would come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Foreseen {
+    /// Pages that are copied while the tree runs.
+    pub early: u64,
+    /// Pages that are left for the freeze.
+    pub late: u64,
+}
+
+/// Goes through the rounds of a pre-copy without copying: `all` pages at first, then what `written` says is written to
+/// within so many microseconds. `took`: how long a round of so many pages takes. `freezing_us`: from the last round to
+/// the moment in which nobody writes any more.
+pub(crate) fn foresee(
+    options: &PrecopyOptions,
+    max: u32,
+    all: u64,
+    took: impl Fn(u64) -> u64,
+    written: impl Fn(u64) -> u64,
+    freezing_us: u64,
+) -> Foreseen {
+    let mut rounds = vec![Round { pages: all, us: took(all), since_us: 0 }];
+    while decide(&rounds, max, options.max_freeze) == Next::Another {
+        let since_us = rounds[rounds.len() - 1].us.max(1);
+        let pages = written(since_us).min(all);
+        rounds.push(Round { pages, us: took(pages), since_us });
+    }
+    let last = rounds[rounds.len() - 1];
+    Foreseen { early: rounds.iter().map(|r| r.pages).sum(), late: written(last.us + freezing_us).min(all) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +241,20 @@ mod tests {
         assert_eq!(decide(&rounds, 12, LIMIT), Next::Another);
         rounds.push(round(60, 5_000, 30_000));
         assert_eq!(decide(&rounds, 12, LIMIT), Next::Freeze);
+    }
+
+    #[test]
+    fn a_precopy_is_foreseen() {
+        let options = PrecopyOptions::default();
+        let took = |pages: u64| 1000 + pages;
+        let idle = foresee(&options, 12, 100_000, took, |_| 0, 2000);
+        assert_eq!(idle, Foreseen { early: 100_000, late: 0 });
+        // 2,000 pages a second: 202 in the first round, one in the second, and so few that it freezes after the third.
+        let busy = foresee(&options, 12, 100_000, took, |us| us / 500, 2000);
+        assert!((100_200..100_220).contains(&busy.early) && (5..10).contains(&busy.late), "{busy:?}");
+        // As many as can be copied: all that one round gains is what the next one loses.
+        let hopeless = foresee(&options, 12, 100_000, took, |us| us, 2000);
+        assert_eq!((hopeless.early, hopeless.late), (200_000, 100_000));
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub(crate) fn check(pid: i32) -> Result<()> {
 }
 
 /// Memory that the processes have in use: a hint. Shared memory counts for the process that has most of it.
-pub(super) fn resident_bytes(pids: &[i32]) -> u64 {
+pub(crate) fn resident_bytes(pids: &[i32]) -> u64 {
     let (mut anonymous, mut shared) = (0, 0);
     for pid in pids {
         let text = std::fs::read_to_string(proc::path(*pid, "status")).unwrap_or_default();

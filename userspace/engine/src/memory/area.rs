@@ -5,7 +5,7 @@ use crate::kernel::{PAGE, pagemap::Range, proc::MapLine};
 use standstill_images::types::{Backing, Vma};
 
 /// Why a mapping is refused that the target tracks itself.
-pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end its use before the dump";
+pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end that use, or the `watch --dirty` or `snapshot` of a tree it is in, before the dump";
 
 /// A mapping, as far as its pages are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

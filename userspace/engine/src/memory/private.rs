@@ -44,6 +44,13 @@ impl PrivatePages {
     }
 }
 
+impl PrivatePages {
+    /// All pages that were looked for.
+    pub(crate) fn scanned(&self) -> u64 {
+        (ranges::size(&self.ranges) + ranges::size(&self.unchanged)) / PAGE
+    }
+}
+
 /// Up to so many bytes of mappings are scanned although nothing in them is wanted: that takes no more time than another
 /// system call.
 const PASSED_OVER: u64 = 64 * PAGE;

@@ -1,6 +1,8 @@
 //! The iterators of a build without the feature `ebpf`: there are none.
 
-use super::{FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, Space, ThreadState, VmaEntry};
+use super::{
+    FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, SocketEntry, Space, ThreadState, VmaEntry,
+};
 
 /// Reader of a tree's state through BPF iterators; cannot exist in this build.
 #[derive(Debug)]
@@ -52,6 +54,14 @@ impl Iterators {
     /// # Errors
     /// Cannot be called.
     pub fn threads(&mut self, _tgids: &[i32]) -> Result<Vec<ThreadState>> {
+        match *self {}
+    }
+
+    /// The sockets of the processes, by process and descriptor.
+    ///
+    /// # Errors
+    /// Cannot be called.
+    pub fn sockets(&mut self, _tgids: &[i32]) -> Result<Vec<SocketEntry>> {
         match *self {}
     }
 

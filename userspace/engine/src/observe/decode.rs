@@ -1,19 +1,21 @@
 //! From the programs' records to the types of this module.
 
 use super::{
-    FdEntry, FileId, Lineage, ObserveError, ProcessState, Result, SharedId, SharedMapping, ThreadState, VmaEntry,
+    FdEntry, FileId, Lineage, ObserveError, ProcessState, Result, SharedId, SharedMapping, SocketEntry, ThreadState,
+    VmaEntry,
     ids::Ids,
     layout::{CredLayout, Layouts},
     restart,
 };
 use standstill_ebpf_abi::{
-    ABSENT, Action, CPUS, FileRecord, GROUPS, LineageRecord, NAMESPACES, Plain, ProcessRecord, TaskLayout,
-    ThreadRecord, VmaRecord, vma_name,
+    ABSENT, Action, CPUS, FileRecord, GROUPS, LineageRecord, NAMESPACES, Plain, ProcessRecord, SocketRecord,
+    TaskLayout, ThreadRecord, UNIX_NAME, VmaRecord, vma_name,
 };
-use standstill_images::types::{AltStack, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
+use standstill_images::types::{AltStack, Bytes, Creds, ITimer, MmLayout, Rseq, Sched, SigAction};
 use std::{
     collections::HashMap,
     ffi::OsStr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
@@ -32,6 +34,48 @@ fn text(rest: &[u8], len: i32) -> Option<(&[u8], &[u8])> {
 
 fn path(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
+}
+
+/// Sockets by process and descriptor.
+pub(super) fn sockets(stream: &[u8]) -> Result<Vec<SocketEntry>> {
+    let mut all = Vec::with_capacity(stream.len() / size_of::<SocketRecord>());
+    let mut rest = stream;
+    while !rest.is_empty() {
+        let (record, after) = SocketRecord::split(rest).ok_or(ObserveError::BadRecord("sockets"))?;
+        rest = after;
+        all.push(socket(&record));
+    }
+    all.sort_by_key(|s: &SocketEntry| (s.tgid, s.fd));
+    Ok(all)
+}
+
+fn socket(r: &SocketRecord) -> SocketEntry {
+    let address = |bytes: &[u8; 16], port: u16| -> Option<SocketAddr> {
+        match i32::from(r.family) {
+            libc::AF_INET => Some((Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]), port).into()),
+            libc::AF_INET6 => Some((Ipv6Addr::from(*bytes), port).into()),
+            _ => None,
+        }
+    };
+    let name = &r.name[..(r.name_len as usize).min(UNIX_NAME)];
+    // The length of a path counts its NUL.
+    let end = if name.first() == Some(&0) { None } else { name.iter().position(|b| *b == 0) };
+    let has_queues = [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX].contains(&r.family.into());
+    SocketEntry {
+        tgid: r.tgid,
+        fd: r.fd,
+        ino: r.ino,
+        family: r.family,
+        sort: r.sort,
+        protocol: r.protocol,
+        state: r.state,
+        local: address(&r.local, r.local_port),
+        peer: address(&r.peer, r.peer_port).filter(|a| a.port() != 0),
+        name: Bytes::from(&name[..end.unwrap_or(name.len())]),
+        peer_ino: Some(r.peer_ino).filter(|ino| *ino != 0),
+        receive: has_queues.then_some(r.receive.into()),
+        send: has_queues.then_some(r.send.into()),
+    }
 }
 
 /// The device number in stat's encoding.

@@ -1,7 +1,7 @@
 //! Reads a tree through BPF iterators.
 
 use super::{
-    FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, ThreadState, VmaEntry,
+    FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, SocketEntry, ThreadState, VmaEntry,
     decode::{self, Belongings},
     ids::Ids,
     loader::Programs,
@@ -83,6 +83,7 @@ pub(super) enum What {
     Files,
     Tasks,
     Vmas,
+    Sockets,
 }
 
 impl Iterators {
@@ -249,6 +250,15 @@ impl Iterators {
         decode::shared_mappings(&self.stream, dev)
     }
 
+    /// The sockets of the processes, by process and descriptor, in whatever network namespace they are.
+    ///
+    /// # Errors
+    /// When the iterator cannot be read.
+    pub fn sockets(&mut self, tgids: &[i32]) -> Result<Vec<SocketEntry>> {
+        self.run(What::Sockets, &sorted(tgids))?;
+        decode::sockets(&self.stream)
+    }
+
     /// Tells `iter/task_file` whether to write paths.
     pub(super) fn write_paths(&mut self, wanted: bool) -> Result<()> {
         self.programs.paths.set(0, u32::from(wanted), 0).map_err(map_failed)
@@ -262,6 +272,7 @@ impl Iterators {
             What::Files => &self.programs.task_file,
             What::Tasks => &self.programs.task,
             What::Vmas => &self.programs.task_vma,
+            What::Sockets => &self.programs.sockets,
         };
         if self.restrictable && tgids.len() <= ONE_BY_ONE {
             for &tgid in tgids {

@@ -2,7 +2,9 @@
 
 use super::{ObserveError, Result, btf::Btf};
 use serde::{Deserialize, Serialize};
-use standstill_ebpf_abi::{ABSENT, CRED_BYTES, CommonLayout, FileLayout, Plain, RESTART_BYTES, TaskLayout, VmaLayout};
+use standstill_ebpf_abi::{
+    ABSENT, CRED_BYTES, CommonLayout, FileLayout, Plain, RESTART_BYTES, SocketLayout, TaskLayout, VmaLayout,
+};
 
 const STRUCTS: &[&str] = &[
     "anon_vma_name",
@@ -27,8 +29,16 @@ const STRUCTS: &[&str] = &[
     "robust_list_head",
     "sighand_struct",
     "signal_struct",
+    "sock",
+    "sock_common",
+    "socket",
+    "socket_alloc",
     "super_block",
     "task_struct",
+    "tcp_sock",
+    "udp_sock",
+    "unix_address",
+    "unix_sock",
     "upid",
     "user_namespace",
     "vfsmount",
@@ -43,6 +53,7 @@ pub(super) struct Layouts {
     pub files: FileLayout,
     pub tasks: TaskLayout,
     pub vmas: VmaLayout,
+    pub sockets: SocketLayout,
     pub restart: RestartLayout,
     pub cred: CredLayout,
     /// Size of `robust_list_head`, which get_robust_list(2) gives for every thread.
@@ -52,7 +63,7 @@ pub(super) struct Layouts {
 /// [`Layouts`] as it goes from one process to another.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct LayoutParts {
-    plain: [Vec<u8>; 4],
+    plain: [Vec<u8>; 5],
     restart: RestartLayout,
     cred: CredLayout,
     robust_list_len: u64,
@@ -91,7 +102,8 @@ pub(super) struct RestartLayout {
 impl Layouts {
     /// For another process.
     pub(super) fn to_parts(&self) -> LayoutParts {
-        let bytes = [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes()];
+        let bytes =
+            [self.common.bytes(), self.files.bytes(), self.tasks.bytes(), self.vmas.bytes(), self.sockets.bytes()];
         LayoutParts {
             plain: bytes.map(<[u8]>::to_vec),
             restart: self.restart,
@@ -105,12 +117,13 @@ impl Layouts {
         fn exactly<T: Plain>(bytes: &[u8]) -> Option<T> {
             T::split(bytes).and_then(|(value, rest)| rest.is_empty().then_some(value))
         }
-        let [common, files, tasks, vmas] = &parts.plain;
+        let [common, files, tasks, vmas, sockets] = &parts.plain;
         Some(Self {
             common: exactly(common)?,
             files: exactly(files)?,
             tasks: exactly(tasks)?,
             vmas: exactly(vmas)?,
+            sockets: exactly(sockets)?,
             restart: parts.restart,
             cred: parts.cred,
             robust_list_len: parts.robust_list_len,
@@ -125,6 +138,7 @@ impl Layouts {
             files: files(&btf)?,
             tasks: tasks(&btf)?,
             vmas: vmas(&btf)?,
+            sockets: sockets(&btf)?,
             restart: restart(&btf)?,
             cred: cred(&btf)?,
             robust_list_len: btf.size_of("robust_list_head")?.into(),
@@ -331,6 +345,46 @@ fn vmas(btf: &Btf) -> Result<VmaLayout> {
         path_dentry: at("path", "dentry")?,
         dentry_users: at("dentry", "d_lockref.count")?,
         backing: fmode_backing(),
+    })
+}
+
+fn sockets(btf: &Btf) -> Result<SocketLayout> {
+    let at = |structure, field| btf.field(structure, field).map(|f| f.byte());
+    let common = |field| at("sock_common", field);
+    let sock = |field| at("sock", field);
+    let tcp = |field| at("tcp_sock", field);
+    // A module has BTF of its own.
+    let unix = |structure, field| at(structure, field).unwrap_or(ABSENT);
+    Ok(SocketLayout {
+        file_private: at("file", "private_data")?,
+        socket_sk: at("socket", "sk")?,
+        family: common("skc_family")?,
+        sort: sock("sk_type")?,
+        protocol: sock("sk_protocol")?,
+        state: common("skc_state")?,
+        local_port: common("skc_num")?,
+        peer_port: common("skc_dport")?,
+        local4: common("skc_rcv_saddr")?,
+        peer4: common("skc_daddr")?,
+        // CONFIG_IPV6.
+        local6: common("skc_v6_rcv_saddr").unwrap_or(ABSENT),
+        peer6: common("skc_v6_daddr").unwrap_or(ABSENT),
+        queue_len: sock("sk_receive_queue.qlen")?,
+        rmem_alloc: sock("sk_backlog.rmem_alloc")?,
+        wmem_alloc: sock("sk_wmem_alloc")?,
+        backlog: sock("sk_ack_backlog")?,
+        sk_socket: sock("sk_socket")?,
+        rcv_nxt: tcp("rcv_nxt")?,
+        copied_seq: tcp("copied_seq")?,
+        write_seq: tcp("write_seq")?,
+        snd_una: tcp("snd_una")?,
+        forward_deficit: at("udp_sock", "forward_deficit")?,
+        unix_addr: unix("unix_sock", "addr"),
+        unix_peer: unix("unix_sock", "peer"),
+        address_len: unix("unix_address", "len"),
+        address_name: unix("unix_address", "name"),
+        alloc_socket: at("socket_alloc", "socket")?,
+        alloc_inode: at("socket_alloc", "vfs_inode")?,
     })
 }
 

@@ -22,6 +22,7 @@ pub(super) struct Programs {
     pub task: OwnedFd,
     pub lineage: OwnedFd,
     pub task_vma: OwnedFd,
+    pub sockets: OwnedFd,
     /// Processes of interest.
     pub tree: HashMap<MapData, u32, u8>,
     /// Whether paths are written.
@@ -33,7 +34,7 @@ impl Programs {
     /// The programs of another process, by descriptors in the order of [`Self::fds`].
     pub(super) fn from_fds(mut fds: impl Iterator<Item = OwnedFd>, layouts: Layouts) -> Result<Self> {
         let mut next = || fds.next().ok_or(ObserveError::BadRecord("tracker"));
-        let (task_file, task, lineage, task_vma) = (next()?, next()?, next()?, next()?);
+        let (task_file, task, lineage, task_vma, sockets) = (next()?, next()?, next()?, next()?, next()?);
         let mut map = |name| {
             let map = next().map(|fd| MapData::from_fd(fd).and_then(Map::from_map_data))?;
             map.map_err(|e| failed(name, e))
@@ -43,6 +44,7 @@ impl Programs {
             task,
             lineage,
             task_vma,
+            sockets,
             tree: map("TREE")?.try_into().map_err(|e| failed("TREE", e))?,
             paths: map("PATHS")?.try_into().map_err(|e| failed("PATHS", e))?,
             layouts,
@@ -50,10 +52,10 @@ impl Programs {
     }
 
     /// Descriptors of programs and maps.
-    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 6] {
-        let programs = [&self.task_file, &self.task, &self.lineage, &self.task_vma].map(AsFd::as_fd);
-        let [task_file, task, lineage, task_vma] = programs;
-        [task_file, task, lineage, task_vma, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 7] {
+        let programs = [&self.task_file, &self.task, &self.lineage, &self.task_vma, &self.sockets].map(AsFd::as_fd);
+        let [task_file, task, lineage, task_vma, sockets] = programs;
+        [task_file, task, lineage, task_vma, sockets, self.tree.map().fd().as_fd(), self.paths.map().fd().as_fd()]
     }
 
     pub(super) fn load() -> Result<Self> {
@@ -72,6 +74,7 @@ impl Programs {
             .override_global("FILE", layouts.files.bytes(), true)
             .override_global("TASK", layouts.tasks.bytes(), true)
             .override_global("VMA", layouts.vmas.bytes(), true)
+            .override_global("SOCKET", layouts.sockets.bytes(), true)
             .load(OBJECT)
             .map_err(|e| failed("all", e))?;
         Ok(Self {
@@ -79,6 +82,7 @@ impl Programs {
             task: program(&mut ebpf, &btf, "task", "task")?,
             lineage: program(&mut ebpf, &btf, "lineage", "task")?,
             task_vma: program(&mut ebpf, &btf, "task_vma", "task_vma")?,
+            sockets: program(&mut ebpf, &btf, "sockets", "task_file")?,
             tree: map(&mut ebpf, "TREE", HashMap::try_from)?,
             paths: map(&mut ebpf, "PATHS", Array::try_from)?,
             layouts,

@@ -27,6 +27,7 @@ pub mod procfs;
 #[cfg(feature = "ebpf")]
 mod restart;
 pub(crate) mod run_dir;
+mod sockets;
 mod sys;
 #[cfg(all(test, feature = "ebpf"))]
 mod tests;
@@ -39,6 +40,7 @@ pub(crate) use aliases::Aliases;
 #[cfg(not(feature = "ebpf"))]
 pub(crate) use iter::Aliases;
 pub use iter::Iterators;
+pub use sockets::SocketEntry;
 #[cfg(feature = "ebpf")]
 pub use track::{Calls, Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
 

@@ -36,6 +36,8 @@ pub fn files(tgids: &[i32]) -> Result<Vec<FdEntry>> {
     Ok(all)
 }
 
+pub use super::sockets::from_procfs as sockets;
+
 /// All mappings of the processes, by process and address.
 ///
 /// # Errors

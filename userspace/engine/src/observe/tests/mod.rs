@@ -2,9 +2,9 @@
 
 mod aliases;
 mod attributes;
-mod figures;
 mod files;
 mod restless;
+mod sockets;
 mod threads;
 mod track;
 mod victim;

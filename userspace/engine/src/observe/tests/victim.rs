@@ -97,13 +97,13 @@ fn victim() {
     println!("\npid: {}", std::process::id());
     match script.split_once(' ') {
         Some(("fds", kinds)) => fds(kinds),
-        Some(("many", kinds)) => super::figures::many(kinds),
         Some(("sharing", _)) => super::restless::share(),
         Some(("renaming", _)) => super::restless::rename(),
         Some(("restless", script)) => super::restless::act(script),
         Some(("attributes", _)) => super::attributes::act(),
         Some(("threads", _)) => super::threads::act(),
         Some(("mappings", _)) => super::vmas::act(),
+        Some(("sockets", kinds)) => super::sockets::act(kinds),
         Some(("mounts", _)) => super::files::act_on_mounts(),
         _ => panic!("no such script: {script}"),
     }
@@ -119,7 +119,7 @@ pub(super) fn stand_still() -> ! {
 }
 
 /// A test that is killed drops nothing.
-fn end_with_parent() {
+pub(super) fn end_with_parent() {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
 }
 

@@ -20,7 +20,7 @@ use std::{
 };
 
 /// Descriptors that are passed.
-const FDS: usize = 8;
+const FDS: usize = 9;
 
 /// What goes with the descriptors.
 #[derive(Serialize, Deserialize)]

@@ -1,15 +1,18 @@
-//! Rows for descriptors: kinds from names, states of sockets from `/proc/pid/net`.
+//! Rows for descriptors and sockets.
 
-use super::sample::DescriptorRow;
+use super::sample::{DescriptorRow, SocketRow};
 use crate::{
     kernel::proc,
-    observe::{FdEntry, Iterators, Result},
+    observe::{self, FdEntry, Iterators, Result, SocketEntry},
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs, io,
     path::Path,
 };
+
+/// Rows for sockets at most.
+const SOCKETS: usize = 500;
 
 /// Descriptors by process.
 pub(super) type Names = BTreeMap<i32, Vec<Name>>;
@@ -59,17 +62,19 @@ fn links(pid: i32) -> io::Result<Vec<Name>> {
 }
 
 /// Counts them by kind and state, the most frequent first.
-pub(super) fn count(names: &Names) -> Vec<DescriptorRow> {
+pub(super) fn count(names: &Names, sockets: &[SocketEntry]) -> Vec<DescriptorRow> {
     let mut rows: HashMap<(String, Option<String>), u64> = HashMap::new();
-    let mut sockets = Sockets::default();
-    for (&pid, all) in names {
-        for name in all {
-            let key = match inode(&name.link, "socket:[") {
-                Some(inode) => sockets.kind(pid, inode),
-                None => (kind(name).to_owned(), None),
-            };
-            *rows.entry(key).or_default() += 1;
-        }
+    let known: HashMap<u64, &SocketEntry> = sockets.iter().map(|s| (s.ino, s)).collect();
+    for name in names.values().flatten() {
+        let key = match inode(&name.link, "socket:[") {
+            Some(inode) => known.get(&inode).map_or_else(
+                // Made since.
+                || ("socket".to_owned(), None),
+                |s| (s.kind().to_owned(), s.state_name().map(Into::into)),
+            ),
+            None => (kind(name).to_owned(), None),
+        };
+        *rows.entry(key).or_default() += 1;
     }
     let mut rows: Vec<_> =
         rows.into_iter().map(|((kind, state), count)| DescriptorRow { kind, state, count }).collect();
@@ -112,92 +117,38 @@ fn kind(name: &Name) -> &str {
     }
 }
 
-/// States of TCP: include/net/tcp_states.h.
-const TCP_STATES: [&str; 13] = [
-    "unknown",
-    "established",
-    "syn-sent",
-    "syn-recv",
-    "fin-wait-1",
-    "fin-wait-2",
-    "time-wait",
-    "closed",
-    "close-wait",
-    "last-ack",
-    "listen",
-    "closing",
-    "syn-recv",
-];
-
-/// What the network namespaces of the processes say about their sockets.
-#[derive(Default)]
-struct Sockets {
-    /// Those read so far, by their names.
-    read: HashSet<String>,
-    /// By inode, which is unique across namespaces.
-    known: HashMap<u64, (&'static str, Option<String>)>,
-    last: i32,
-}
-
-impl Sockets {
-    fn kind(&mut self, pid: i32, inode: u64) -> (String, Option<String>) {
-        if self.last != pid {
-            self.last = pid;
-            let namespace = fs::read_link(proc::path(pid, "ns/net")).unwrap_or_default();
-            if self.read.insert(namespace.to_string_lossy().into_owned()) {
-                self.read_namespace(pid);
-            }
-        }
-        match self.known.get(&inode) {
-            Some((family, state)) => ((*family).to_owned(), state.clone()),
-            // A TCP socket that is neither bound nor connected is in no list, as are those of rarer families.
-            None => ("socket".to_owned(), None),
-        }
-    }
-
-    fn read_namespace(&mut self, pid: i32) {
-        for (file, family, parse) in FILES {
-            let text = fs::read_to_string(proc::path(pid, &format!("net/{file}"))).unwrap_or_default();
-            let lines = text.lines().skip(1).filter_map(parse);
-            self.known.extend(lines.map(|(inode, state)| (inode, (family, state))));
-        }
+/// The sockets of the processes, as whoever reads for us tells.
+pub(super) fn sockets(pids: &[i32], iterators: &mut Option<Iterators>) -> Result<Vec<SocketEntry>> {
+    match iterators {
+        Some(iterators) => iterators.sockets(pids),
+        None => observe::procfs::sockets(pids),
     }
 }
 
-/// Parses a line: inode and state.
-type Line = fn(&str) -> Option<(u64, Option<String>)>;
-
-const FILES: [(&str, &str, Line); 8] = [
-    ("tcp", "tcp", inet),
-    ("tcp6", "tcp6", inet),
-    ("udp", "udp", |line| Some((inet(line)?.0, None))),
-    ("udp6", "udp6", |line| Some((inet(line)?.0, None))),
-    ("raw", "raw", |line| Some((inet(line)?.0, None))),
-    ("unix", "unix", unix),
-    ("netlink", "netlink", last),
-    ("packet", "packet", last),
-];
-
-fn inet(line: &str) -> Option<(u64, Option<String>)> {
-    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-    let state = usize::from_str_radix(fields.get(3)?, 16).ok()?;
-    Some((fields.get(9)?.parse().ok()?, Some((*TCP_STATES.get(state).unwrap_or(&"unknown")).to_owned())))
-}
-
-fn unix(line: &str) -> Option<(u64, Option<String>)> {
-    const SO_ACCEPTCON: u64 = 1 << 16; // include/linux/net.h
-    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-    let flags = u64::from_str_radix(fields.get(3)?, 16).ok()?;
-    let state = match *fields.get(5)? {
-        _ if flags & SO_ACCEPTCON != 0 => "listen",
-        "03" => "connected",
-        _ => "unconnected",
+/// Rows for those sockets in which most waits, or that are first by process and descriptor. One that several descriptors
+/// lead to is one row.
+pub(super) fn socket_rows(sockets: &[SocketEntry]) -> Vec<SocketRow> {
+    let mut seen = HashSet::new();
+    let mut once: Vec<&SocketEntry> = sockets.iter().filter(|s| seen.insert(s.ino)).collect();
+    let waiting = |s: &SocketEntry| s.receive.unwrap_or(0) + s.send.unwrap_or(0);
+    once.sort_by_key(|s| std::cmp::Reverse(waiting(s)));
+    once.truncate(SOCKETS);
+    let text = |address: Option<std::net::SocketAddr>| address.map(|a| a.to_string()).unwrap_or_default();
+    let row = |s: &SocketEntry| SocketRow {
+        pid: s.tgid,
+        fd: s.fd,
+        kind: s.kind().into(),
+        state: s.state_name().map(Into::into),
+        receive: s.receive,
+        send: s.send,
+        local: match s.name.0.first() {
+            None => text(s.local),
+            Some(0) => format!("@{}", String::from_utf8_lossy(&s.name.0[1..])),
+            Some(_) => String::from_utf8_lossy(&s.name.0).into_owned(),
+        },
+        peer: s.peer_ino.map_or_else(|| text(s.peer), |ino| format!("socket:[{ino}]")),
     };
-    Some((fields.get(6)?.parse().ok()?, Some(state.to_owned())))
-}
-
-fn last(line: &str) -> Option<(u64, Option<String>)> {
-    Some((line.split_ascii_whitespace().last()?.parse().ok()?, None))
+    once.into_iter().map(row).collect()
 }
 
 #[cfg(test)]
@@ -229,24 +180,20 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_sockets() {
-        let tcp =
-            "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1 0 100";
-        assert_eq!(inet(tcp), Some((4242, Some("listen".into()))));
-        let line = "0000000000000000: 00000002 00000000 00010000 0001 01 77 /run/x";
-        assert_eq!(unix(line), Some((77, Some("listen".into()))));
-        assert_eq!(inet("sl local_address"), None);
-    }
-
-    #[test]
     fn our_own_sockets() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let names = read(&[std::process::id() as i32], &mut None).unwrap();
-        let rows = count(&names);
+        let ours = [std::process::id() as i32];
+        let names = read(&ours, &mut None).unwrap();
+        let sockets = sockets(&ours, &mut None).unwrap();
+        let rows = count(&names, &sockets);
         let tcp = |state: &str| rows.iter().any(|r| r.kind == "tcp" && r.state.as_deref() == Some(state));
         assert!(tcp("listen") && tcp("established"), "{rows:?}");
         assert!(rows.is_sorted_by_key(|r| std::cmp::Reverse(r.count)));
-        drop(client);
+        let local = client.local_addr().unwrap().to_string();
+        let row = socket_rows(&sockets).into_iter().find(|r| r.local == local).unwrap();
+        assert_eq!((row.kind.as_str(), row.peer), ("tcp", listener.local_addr().unwrap().to_string()));
+        let again = sockets.iter().chain(&sockets).cloned().collect::<Vec<_>>();
+        assert_eq!(socket_rows(&again).len(), socket_rows(&sockets).len());
     }
 }

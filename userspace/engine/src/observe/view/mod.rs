@@ -18,28 +18,34 @@
 //! hundredths of one processor at most.
 
 mod descriptors;
+mod dirty;
 mod history;
 mod memory;
+mod pages;
 mod predict;
 mod processes;
 mod rates;
 mod rehearse;
 mod sample;
 mod specimen;
+mod writes;
 
-pub use sample::{DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, Totals};
+pub use sample::{
+    DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, SocketRow, Totals,
+};
 
 use super::{Iterators, Scope};
 use crate::{
-    dump::{Reader, check_target, no_reader},
+    dump::{Frozen, PrecopyOptions, Reader, check_target, is_kept, is_taken, no_reader, resident_bytes},
     error::{Context, Error, Result},
     kernel::sys,
     task,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pages::Pages;
 use predict::{Amounts, Costs};
 use rates::{Counter, Events};
-use rehearse::{Found, Member, Pages};
+use rehearse::{Found, Member};
 use standstill_images::types::DumpStats;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -108,11 +114,13 @@ pub struct Viewer {
     processes: BTreeMap<i32, processes::Seen>,
     memory: Paced<memory::Mapped>,
     descriptors: Paced<(descriptors::Names, Vec<DescriptorRow>)>,
+    sockets: Vec<SocketRow>,
     specimen: Paced<Option<Costs>>,
-    rehearsal: Paced<Option<Amounts>>,
+    rehearsal: Paced<Option<Found>>,
     /// As measured last: something else may run at any of these times.
     costs: VecDeque<Costs>,
     pages: Pages,
+    dirty: Option<dirty::Dirty>,
     /// Who would read for a dump, which takes a tracker if there is one.
     dump_reader: &'static str,
     prediction_note: Option<String>,
@@ -130,14 +138,15 @@ impl Viewer {
     /// # Errors
     /// When there is no such process, or it can never be dumped.
     pub fn new(root: i32) -> Result<Self> {
-        Self::with(root, Reader::Auto, Scope::Memory)
+        Self::with(root, Reader::Auto, Scope::Memory, false)
     }
 
-    /// The same, read by eBPF or procfs only, and with so much counted in the kernel.
+    /// The same, read by eBPF or procfs only, and with so much counted in the kernel. `dirty`: writes to memory are tracked
+    /// (Linux 6.7), for which each process is stopped for a moment, and which delays the first write to each page.
     ///
     /// # Errors
     /// As [`Self::new`], and when the iterators do not load although nothing else is wanted.
-    pub fn with(root: i32, reader: Reader, scope: Scope) -> Result<Self> {
+    pub fn with(root: i32, reader: Reader, scope: Scope, dirty: bool) -> Result<Self> {
         check_target(root)?;
         let end = sys::pidfd_open(root).context(|| format!("pidfd_open of {root}"))?;
         let (iterators, reader_note) = match (reader != Reader::Procfs).then(Iterators::load) {
@@ -156,10 +165,12 @@ impl Viewer {
             processes: BTreeMap::new(),
             memory: Paced::new(),
             descriptors: Paced::new(),
+            sockets: Vec::new(),
             specimen: Paced::new(),
             rehearsal: Paced::new(),
             costs: VecDeque::new(),
             pages: Pages::new(),
+            dirty: dirty.then(|| dirty::Dirty::new(root)),
             dump_reader: "",
             prediction_note: None,
         })
@@ -218,7 +229,8 @@ impl Viewer {
             return;
         }
         let begin = Instant::now();
-        let mapped = memory::read(pids);
+        let written = self.dirty.as_mut().map(|dirty| dirty.look(&self.processes)).unwrap_or_default();
+        let mapped = memory::read(pids, &written);
         if !self.memory.value.counts.is_empty() {
             events.mappings = Some(rates::mappings(&self.memory.value.counts, &mapped.counts));
         }
@@ -241,7 +253,13 @@ impl Viewer {
         if !self.descriptors.value.0.is_empty() {
             events.descriptors += rates::descriptors(&self.descriptors.value.0, &names);
         }
-        let rows = descriptors::count(&names);
+        let pids: Vec<i32> = names.keys().copied().collect();
+        let sockets = descriptors::sockets(&pids, &mut self.iterators).unwrap_or_else(|e| {
+            debug!("sockets: {e}");
+            Vec::new()
+        });
+        self.sockets = descriptors::socket_rows(&sockets);
+        let rows = descriptors::count(&names, &sockets);
         self.descriptors.set((names, rows), begin, Duration::from_millis(900));
     }
 
@@ -249,7 +267,12 @@ impl Viewer {
     fn rehearse(&mut self, order: &[i32], events: &mut Events) {
         if self.specimen.is_due() {
             let begin = Instant::now();
-            match specimen::costs(&mut self.iterators) {
+            let iterators = &mut self.iterators;
+            let costs = match &self.dirty {
+                Some(dirty) => dirty.hold(|| specimen::costs(iterators)),
+                None => specimen::costs(iterators),
+            };
+            match costs {
                 Ok(costs) => self.specimen.set(Some(costs), begin, SPECIMEN_PAUSE),
                 Err(e) => {
                     self.specimen.set(None, begin, SPECIMEN_PAUSE);
@@ -260,20 +283,22 @@ impl Viewer {
         let Some(own) = self.specimen.value else { return };
         let members = self.members(order);
         let begin = Instant::now();
-        match rehearse::rehearse(self.root, &members, &mut self.iterators, &mut self.pages) {
-            Ok(Found { amounts, costs, descriptors, reader }) => {
-                if self.dump_reader != reader {
+        let tracked = self.dirty.as_ref().is_some_and(dirty::Dirty::is_tracking) || is_taken(self.root);
+        match rehearse::rehearse(self.root, &members, tracked, &mut self.iterators, &mut self.pages) {
+            Ok(found) => {
+                if self.dump_reader != found.reader {
                     // What one reader costs says nothing of another.
                     self.costs.clear();
-                    self.dump_reader = reader;
+                    self.dump_reader = found.reader;
                 }
-                self.costs.push_back(merge(own, costs));
+                self.costs.push_back(merge(own, found.costs));
                 if self.costs.len() > MEASURED {
                     self.costs.pop_front();
                 }
-                self.rehearsal.set(Some(amounts), begin, PREDICTION_PAUSE);
+                let names = descriptors::names(&found.descriptors);
+                self.rehearsal.set(Some(found), begin, PREDICTION_PAUSE);
                 self.prediction_note = None;
-                self.take_descriptors(descriptors::names(&descriptors), begin, events);
+                self.take_descriptors(names, begin, events);
             }
             // Of a busy tree, the last figures are better than none.
             Err(e @ Error::System { .. }) => {
@@ -287,6 +312,32 @@ impl Viewer {
                 self.prediction_note = Some(e.to_string());
             }
         }
+    }
+
+    /// What a dump would cost now, and what one that copies nothing before the freeze.
+    fn predict(&self, found: &Found) -> (Prediction, Prediction) {
+        let costs = Costs::median(self.costs.iter());
+        let history = history::load();
+        let predict = |amounts: &Amounts, pages: u64| {
+            let stored = (pages as f64 * (1.0 - found.zeros)) as u64;
+            let prediction = predict::predict(self.root, self.dump_reader, amounts, stored, &costs, &history);
+            Prediction { age: self.rehearsal.age(), ..prediction }
+        };
+        let plain = predict(&found.amounts, found.amounts.copied);
+        let pids: Vec<i32> = self.processes.keys().copied().collect();
+        let rounds = PrecopyOptions::default().rounds(resident_bytes(&pids));
+        if is_kept(self.root) {
+            // It looks at the marks of somebody else, all the same.
+            let plain = predict(&Amounts { tracked: true, ..found.amounts }, found.amounts.copied);
+            let plain = Prediction { precopied: false, ..plain };
+            return (plain.clone(), plain);
+        }
+        if rounds == 0 {
+            return (plain.clone(), plain);
+        }
+        let (amounts, early) =
+            found.writes.after_precopy(&found.amounts, &costs, rounds, predict::left_before(self.root, &history));
+        (predict(&amounts, early + amounts.copied), plain)
     }
 
     fn members(&self, order: &[i32]) -> Vec<Member> {
@@ -312,16 +363,8 @@ impl Viewer {
             resident: sum(|r| r.resident),
             anonymous: sum(|r| r.anonymous),
         };
-        let prediction = self.rehearsal.value.as_ref().map(|amounts| Prediction {
-            age: self.rehearsal.age(),
-            ..predict::predict(
-                self.root,
-                self.dump_reader,
-                amounts,
-                &Costs::median(self.costs.iter()),
-                &history::load(),
-            )
-        });
+        let predictions = self.rehearsal.value.as_ref().map(|found| self.predict(found));
+        let (prediction, prediction_without_precopy) = predictions.unzip();
         Sample {
             root: self.root,
             time: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
@@ -331,10 +374,13 @@ impl Viewer {
             totals,
             memory: self.memory.value.rows.clone(),
             memory_age: self.memory.age(),
+            dirty_note: self.dirty.as_ref().and_then(|dirty| dirty.note.clone()),
             descriptors: self.descriptors.value.1.clone(),
+            sockets: self.sockets.clone(),
             descriptors_age: self.descriptors.age(),
             rates,
             prediction,
+            prediction_without_precopy,
             prediction_note: self.prediction_note.clone(),
             processes: rows,
         }
@@ -348,9 +394,11 @@ fn merge(own: Costs, tree: Costs) -> Costs {
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
+        reread_mapping: tree.reread_mapping,
         mapping: tree.mapping,
         scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,
+        copy_process: tree.copy_process,
         copy_range: tree.copy_range,
         copy_page: tree.copy_page,
         compare_page: tree.compare_page,
@@ -359,8 +407,8 @@ fn merge(own: Costs, tree: Costs) -> Costs {
 }
 
 /// Notes what a dump took, for the predictions to come. That it cannot be noted is no reason to complain.
-pub(crate) fn remember(root: i32, stats: &DumpStats) {
-    if let Err(e) = history::append(predict::Observed::new(root, stats)) {
+pub(crate) fn remember(root: i32, stats: &DumpStats, done: &Frozen) {
+    if let Err(e) = history::append(predict::Observed::new(root, stats, done)) {
         debug!("the dump's times are not kept: {e}");
     }
 }
@@ -381,7 +429,7 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id() as i32;
         for reader in [Reader::Procfs, Reader::Auto] {
-            let mut viewer = Viewer::with(pid, reader, Scope::Memory).unwrap();
+            let mut viewer = Viewer::with(pid, reader, Scope::Memory, false).unwrap();
             let sample = first(&mut viewer);
             assert_eq!((sample.totals.processes, sample.totals.threads), (1, 1));
             assert!(sample.processes[0].comm == "sleep" && sample.totals.descriptors >= 3, "{sample:?}");
@@ -393,7 +441,7 @@ mod tests {
             let sample = first(&mut viewer);
             assert_eq!((sample.rates.forks, sample.rates.exits), (0.0, 0.0));
         }
-        let mut viewer = Viewer::with(pid, Reader::Procfs, Scope::Memory).unwrap();
+        let mut viewer = Viewer::with(pid, Reader::Procfs, Scope::Memory, false).unwrap();
         child.kill().unwrap();
         // Dead, and its parent has not noticed yet.
         std::thread::sleep(Duration::from_millis(200));

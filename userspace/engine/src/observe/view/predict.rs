@@ -1,6 +1,7 @@
 //! How long a dump would take: amounts times measured costs, corrected by what earlier dumps took. Pure.
 
 use super::sample::{Part, Prediction};
+use crate::dump::Frozen;
 use serde::{Deserialize, Serialize};
 use standstill_images::types::{DumpCounts, DumpStats};
 
@@ -32,6 +33,8 @@ costs! {
     read_process,
     read_descriptor,
     read_mapping,
+    /// Reading a mapping that a tracker has no true copy of, as after it was registered for the pre-copy.
+    reread_mapping,
     /// Records of open files: those that the reader knows all of, and those that are asked one by one.
     plain_file,
     asked_file,
@@ -42,7 +45,11 @@ costs! {
     /// Looking which pages hold something: for a mapping, and for a page.
     scan_mapping,
     scan_page,
-    /// Copying: a range of pages, a page of it, and comparing a page with the parent's.
+    /// Looking which pages have changed since they were copied, instead.
+    track_mapping,
+    track_page,
+    /// Copying: opening a process's memory, a range of pages, a page of it, and comparing a page with the parent's.
+    copy_process,
     copy_range,
     copy_page,
     compare_page,
@@ -62,15 +69,20 @@ pub(super) fn middle(mut values: Vec<f64>) -> f64 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Amounts {
     pub counts: DumpCounts,
-    /// Private pages that are read.
+    /// Private pages that are looked for.
+    pub scanned: u64,
+    /// It is looked which of them have changed since they were copied.
+    pub tracked: bool,
+    /// Pages that are read.
     pub copied: u64,
-    /// Those of them that end in the image.
-    pub stored: u64,
+    /// Those of them that belong to shared memory.
+    pub shared: u64,
 }
 
-impl From<&DumpStats> for Amounts {
-    fn from(stats: &DumpStats) -> Self {
-        Self { counts: stats.counts, copied: stats.pages_stored + stats.pages_zero, stored: stats.pages_stored }
+impl Amounts {
+    /// How much of each there is, for what is tracked and for what is not.
+    fn apart(&self, n: u64) -> (f64, f64) {
+        if self.tracked { (count(n), 0.0) } else { (0.0, count(n)) }
     }
 }
 
@@ -88,7 +100,7 @@ pub(super) const PHASES: [(&str, Terms); 7] = [
         [
             count(n.counts.processes) * c.read_process,
             count(n.counts.descriptors) * c.read_descriptor,
-            count(n.counts.mappings) * c.read_mapping,
+            count(n.counts.mappings) * if n.tracked { c.reread_mapping } else { c.read_mapping },
             0.0,
         ]
     }),
@@ -108,13 +120,16 @@ pub(super) const PHASES: [(&str, Terms); 7] = [
             0.0,
         ]
     }),
-    ("scan", |n, c| [count(n.counts.mappings) * c.scan_mapping, count(n.counts.pages) * c.scan_page, 0.0, 0.0]),
+    ("scan", |n, c| {
+        let (mappings, pages) = (n.apart(n.counts.mappings), n.apart(n.scanned));
+        [mappings.1 * c.scan_mapping, pages.1 * c.scan_page, mappings.0 * c.track_mapping, pages.0 * c.track_page]
+    }),
     ("pages", |n, c| {
         [
             count(n.counts.ranges) * c.copy_range,
             count(n.copied) * c.copy_page,
             count(n.counts.compared) * c.compare_page,
-            0.0,
+            count(n.counts.processes) * c.copy_process,
         ]
     }),
     ("thaw", |n, c| [count(n.counts.threads) * c.thaw_thread, 0.0, 0.0, 0.0]),
@@ -140,10 +155,17 @@ pub(super) struct Observed {
 }
 
 impl Observed {
-    pub(super) fn new(root: i32, stats: &DumpStats) -> Self {
+    pub(super) fn new(root: i32, stats: &DumpStats, done: &Frozen) -> Self {
+        let amounts = Amounts {
+            counts: stats.counts,
+            scanned: done.scanned,
+            tracked: done.tracked,
+            copied: done.stored + done.zero,
+            shared: 0,
+        };
         let mut phases = vec![("freezing".to_owned(), stats.freezing_us)];
         phases.extend(stats.phases.iter().filter(|(name, _)| PHASES.iter().any(|(known, _)| known == name)).cloned());
-        Self { root, reader: stats.reader.clone(), amounts: stats.into(), phases }
+        Self { root, reader: stats.reader.clone(), amounts, phases }
     }
 }
 
@@ -160,8 +182,15 @@ const LARGEST: f64 = 5.0;
 /// A phase shorter than this varies too much to be compared.
 const NOISE_NS: f64 = 20_000.0;
 
-/// Predicts a dump by `reader`.
-pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs, history: &[Observed]) -> Prediction {
+/// Predicts a dump by `reader` that stores so many pages.
+pub(super) fn predict(
+    root: i32,
+    reader: &str,
+    amounts: &Amounts,
+    stored: u64,
+    costs: &Costs,
+    history: &[Observed],
+) -> Prediction {
     let likes: Vec<&Observed> = history.iter().filter(|o| o.reader == reader).collect();
     let part = |(phase, terms): (&str, Terms)| {
         let ns = terms(amounts, costs);
@@ -171,11 +200,18 @@ pub(super) fn predict(root: i32, reader: &str, amounts: &Amounts, costs: &Costs,
     let parts: Vec<Part> = PHASES.into_iter().map(part).collect();
     Prediction {
         freeze_us: parts.iter().map(|p| p.us).sum(),
-        image_bytes: image_bytes(amounts, costs),
+        image_bytes: image_bytes(amounts, stored, costs),
+        precopied: amounts.tracked,
         parts,
         dumps: likes.len(),
         age: 0.0,
     }
+}
+
+/// Pages that earlier dumps of the same tree had left for the freeze after a pre-copy: the middle one of the last three.
+pub(super) fn left_before(root: i32, history: &[Observed]) -> u64 {
+    let same = history.iter().rev().filter(|o| o.root == root && o.amounts.tracked);
+    middle(same.take(3).map(|o| count(o.amounts.counts.pages)).collect()) as u64
 }
 
 /// By how much dumps of similar trees took longer than the costs said: a mean of the ratios, weighted by likeness and
@@ -217,10 +253,10 @@ fn likeness(a: &[f64; 4], b: &[f64; 4]) -> f64 {
 }
 
 /// Bytes of records, roughly: postcard's numbers are as long as they must be.
-fn image_bytes(amounts: &Amounts, costs: &Costs) -> u64 {
+fn image_bytes(amounts: &Amounts, stored: u64, costs: &Costs) -> u64 {
     let n = &amounts.counts;
     let records = 10_000 + n.processes * 1500 + n.descriptors * 6 + n.files * 90 + n.mappings * 36 + n.ranges * 12;
-    amounts.stored * 4096 + records + (count(n.threads) * costs.thread_bytes) as u64
+    stored * 4096 + records + (count(n.threads) * costs.thread_bytes) as u64
 }
 
 /// Splits measured times into what each range and each page costs. Samples are (ranges, pages, nanoseconds). The quarter
@@ -266,6 +302,7 @@ mod tests {
             read_process: 2e4,
             read_descriptor: 300.0,
             read_mapping: 250.0,
+            reread_mapping: 250.0,
             plain_file: 200.0,
             asked_file: 5000.0,
             process: 1e5,
@@ -273,6 +310,9 @@ mod tests {
             mapping: 1000.0,
             scan_mapping: 200.0,
             scan_page: 5.0,
+            track_mapping: 300.0,
+            track_page: 1.0,
+            copy_process: 2e4,
             copy_range: 1000.0,
             copy_page: 500.0,
             compare_page: 100.0,
@@ -295,8 +335,10 @@ mod tests {
                     pages,
                     compared: pages / 3,
                 },
+                scanned: pages,
+                tracked: pages % 2 == 0,
                 copied: pages,
-                stored: pages / 2,
+                shared: 0,
             },
         )
     }
@@ -311,11 +353,11 @@ mod tests {
     #[test]
     fn the_phases_add_up() {
         let counts = DumpCounts { processes: 2, threads: 3, ..Default::default() };
-        let amounts = Amounts { counts, copied: 1000, stored: 900 };
-        let p = predict(1, "ebpf", &amounts, &costs(), &[]);
+        let amounts = Amounts { counts, scanned: 1000, copied: 1000, ..Default::default() };
+        let p = predict(1, "ebpf", &amounts, 900, &costs(), &[]);
         let us = |phase: &str| p.parts.iter().find(|part| part.phase == phase).unwrap().us;
         assert_eq!(us("freezing"), 232);
-        assert_eq!(us("pages"), 500);
+        assert_eq!(us("pages"), 540);
         assert_eq!(us("thaw"), 9);
         assert_eq!(p.freeze_us, p.parts.iter().map(|part| part.us).sum::<u64>());
         assert!(p.image_bytes > 900 * 4096 && p.image_bytes < 950 * 4096, "{}", p.image_bytes);
@@ -330,23 +372,35 @@ mod tests {
 
     #[test]
     fn a_dump_of_another_size_or_reader_changes_little() {
-        let small = Amounts { copied: 100, stored: 100, ..Default::default() };
-        let large = Amounts { copied: 300_000, stored: 300_000, ..Default::default() };
-        let plain = predict(1, "ebpf", &large, &costs(), &[]).freeze_us as f64;
-        let other_size = predict(1, "ebpf", &large, &costs(), &[dump(1, &small, 4.0)]).freeze_us as f64;
+        let small = Amounts { copied: 100, ..Default::default() };
+        let large = Amounts { copied: 300_000, ..Default::default() };
+        let plain = predict(1, "ebpf", &large, 7, &costs(), &[]).freeze_us as f64;
+        let other_size = predict(1, "ebpf", &large, 7, &costs(), &[dump(1, &small, 4.0)]).freeze_us as f64;
         assert!((other_size / plain - 1.0).abs() < 0.05, "{plain} {other_size}");
         let mut procfs = dump(1, &large, 4.0);
         procfs.reader = "procfs".into();
-        let other_reader = predict(1, "ebpf", &large, &costs(), &[procfs]).freeze_us as f64;
+        let other_reader = predict(1, "ebpf", &large, 7, &costs(), &[procfs]).freeze_us as f64;
         assert_eq!(other_reader, plain);
     }
 
     #[test]
+    fn what_was_left_the_last_times() {
+        let dump = |root, tracked, pages| Observed {
+            root,
+            amounts: Amounts { tracked, counts: DumpCounts { pages, ..Default::default() }, ..Default::default() },
+            ..Default::default()
+        };
+        assert_eq!(left_before(7, &[dump(7, false, 9), dump(8, true, 9)]), 0);
+        let history = [dump(7, true, 900), dump(7, true, 30), dump(7, true, 10), dump(8, true, 1), dump(7, true, 20)];
+        assert_eq!(left_before(7, &history), 20);
+    }
+
+    #[test]
     fn one_dump_that_was_disturbed_counts_little() {
-        let n = Amounts { copied: 100_000, stored: 100_000, ..Default::default() };
-        let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us as f64;
+        let n = Amounts { copied: 100_000, ..Default::default() };
+        let plain = predict(7, "ebpf", &n, 7, &costs(), &[]).freeze_us as f64;
         let history = [dump(7, &n, 1.0), dump(7, &n, 1.1), dump(7, &n, 4.0)];
-        let corrected = predict(7, "ebpf", &n, &costs(), &history).freeze_us as f64;
+        let corrected = predict(7, "ebpf", &n, 7, &costs(), &history).freeze_us as f64;
         assert!((1.0..1.25).contains(&(corrected / plain)), "{plain} {corrected}");
         assert_eq!(weighted_middle(&mut []), 0.0);
     }
@@ -374,6 +428,7 @@ mod tests {
     proptest! {
         #[test]
         fn more_of_anything_never_takes_less(a in amounts(), b in amounts()) {
+            let b = Amounts { tracked: a.tracked, ..b };
             let sum = Amounts {
                 counts: DumpCounts {
                     processes: a.counts.processes + b.counts.processes,
@@ -386,10 +441,12 @@ mod tests {
                     pages: a.counts.pages + b.counts.pages,
                     compared: a.counts.compared + b.counts.compared,
                 },
+                scanned: a.scanned + b.scanned,
+                tracked: a.tracked,
                 copied: a.copied + b.copied,
-                stored: a.stored + b.stored,
+                shared: 0,
             };
-            let of = |n: &Amounts| predict(1, "ebpf", n, &costs(), &[]);
+            let of = |n: &Amounts| predict(1, "ebpf", n, n.copied / 2, &costs(), &[]);
             prop_assert!(of(&sum).freeze_us >= of(&a).freeze_us);
             prop_assert!(of(&sum).image_bytes >= of(&a).image_bytes);
         }
@@ -397,8 +454,8 @@ mod tests {
         #[test]
         fn dumps_of_the_same_tree_correct_within_a_tenth(n in amounts(), factor in 0.3f64..3.5) {
             let history: Vec<_> = (0..4).map(|_| dump(7, &n, factor)).collect();
-            let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us as f64;
-            let corrected = predict(7, "ebpf", &n, &costs(), &history).freeze_us as f64;
+            let plain = predict(7, "ebpf", &n, 7, &costs(), &[]).freeze_us as f64;
+            let corrected = predict(7, "ebpf", &n, 7, &costs(), &history).freeze_us as f64;
             prop_assert!((corrected / (plain * factor) - 1.0).abs() < 0.1, "{plain} {corrected} {factor}");
         }
 
@@ -406,8 +463,8 @@ mod tests {
         fn nothing_makes_it_absurd(n in amounts(), us in any::<u32>(), zero in any::<bool>()) {
             let mut odd = dump(7, &n, 1.0);
             odd.phases.iter_mut().for_each(|(_, took)| *took = if zero { 0 } else { us.into() });
-            let plain = predict(7, "ebpf", &n, &costs(), &[]).freeze_us;
-            let corrected = predict(7, "ebpf", &n, &costs(), &[odd]).freeze_us;
+            let plain = predict(7, "ebpf", &n, 7, &costs(), &[]).freeze_us;
+            let corrected = predict(7, "ebpf", &n, 7, &costs(), &[odd]).freeze_us;
             prop_assert!(corrected <= plain * 5 + 10 && corrected * 6 + 10 >= plain, "{plain} {corrected}");
         }
     }

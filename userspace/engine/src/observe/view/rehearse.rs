@@ -1,7 +1,11 @@
 //! What a dump would find in the running tree, and what finding it costs: the steps that harm nobody are made, each for
 //! itself, with a watch in hand.
 
-use super::predict::{Amounts, Costs, fit};
+use super::{
+    pages::Pages,
+    predict::{Amounts, Costs},
+    writes::Writes,
+};
 use crate::{
     error::{Context, Error, Result},
     kernel::{
@@ -11,7 +15,6 @@ use crate::{
     },
     memory::{
         collect,
-        copy::is_zero,
         private::{self, PrivatePages},
         ranges,
     },
@@ -24,20 +27,21 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
-    os::unix::fs::FileExt,
     time::Instant,
 };
 
-/// So many pages are read to find out what reading costs: more than a processor's caches hold of them.
-const READ: usize = 4096;
-/// At most so many in one go.
-const SLICE: u64 = 64;
 /// So many page frames of a process are compared.
 const COMPARED: u64 = 1024;
+/// The memory of so many processes is opened.
+const OPENED: usize = 64;
 
 /// What a rehearsal found.
 pub(super) struct Found {
     pub amounts: Amounts,
+    /// Which part of the pages that are read holds only zeros.
+    pub zeros: f64,
+    /// How many pages are written to within a time.
+    pub writes: Writes,
     /// Those costs that depend on the tree; the others are zero.
     pub costs: Costs,
     /// The descriptors, by the way.
@@ -54,28 +58,39 @@ pub(super) struct Member {
     pub threads: u64,
 }
 
-/// The steps of a dump on a running tree.
+/// The steps of a dump on a running tree. `tracked`: its memory is protected by one of us.
 ///
 /// # Errors
 /// When the tree has memory that cannot be dumped, or changes too quickly to be read.
 pub(super) fn rehearse(
     root: i32,
     members: &[Member],
+    tracked: bool,
     iterators: &mut Option<Iterators>,
     pages: &mut Pages,
 ) -> Result<Found> {
     let pids: Vec<i32> = members.iter().map(|m| m.pid).collect();
-    let mut found =
-        Found { amounts: Amounts::default(), costs: Costs::default(), descriptors: Vec::new(), reader: "procfs" };
+    let mut found = Found {
+        amounts: Amounts::default(),
+        zeros: 0.0,
+        writes: Writes::default(),
+        costs: Costs::default(),
+        descriptors: Vec::new(),
+        reader: "procfs",
+    };
     found.costs.list_process = each(list(root, &pids, iterators.as_mut()), pids.len() as u64);
     let seen = read(root, &pids, iterators, &mut found)?;
-    let (spaces, shared) = spaces(members, &seen, &mut found)?;
+    let (spaces, shared) = spaces(members, tracked, &seen, &mut found)?;
     count(members, &spaces, &mut found);
-    let zeros = pages.copy(&spaces, &mut found.costs);
+    found.zeros = pages.copy(&spaces, &mut found.costs);
+    let soon = pages.changed();
     let same = compare(members, &spaces, &mut found.costs)?;
+    found.costs.copy_process = open(members)?;
+    found.writes = Writes::new(soon, pages.changed());
     let amounts = &mut found.amounts;
+    amounts.scanned = amounts.counts.pages;
+    amounts.shared = shared;
     amounts.copied = (amounts.counts.pages as f64 * (1.0 - same)) as u64 + shared;
-    amounts.stored = (amounts.copied as f64 * (1.0 - zeros)) as u64;
     Ok(found)
 }
 
@@ -131,6 +146,9 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
         let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
         found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
         let begin = Instant::now();
+        let again = lease.iterators().vmas(pids).map_err(failed)?;
+        found.costs.reread_mapping = each(nanoseconds(begin), again.len() as u64);
+        let begin = Instant::now();
         found.descriptors = lease.iterators().files(pids).map_err(failed)?;
         found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
         return Ok(join(processes, mapped));
@@ -143,6 +161,7 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
     let begin = Instant::now();
     let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
     found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
+    found.costs.reread_mapping = found.costs.read_mapping;
     let begin = Instant::now();
     let processes = iterators.processes(pids).map_err(failed)?;
     found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
@@ -165,7 +184,7 @@ fn changed(pid: i32) -> Error {
 }
 
 /// Address spaces as the dump would record them; also the pages of shared memory objects.
-fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
+fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
     let mut all = Collected::new(0);
     let mut spaces = Vec::with_capacity(members.len());
     let (mut collecting, mut looking, mut mappings) = (0.0, 0.0, 0);
@@ -178,7 +197,7 @@ fn spaces(members: &[Member], seen: &Seen, found: &mut Found) -> Result<(Vec<Pri
             other => other,
         };
         let begin = Instant::now();
-        let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, false).map_err(gone)?;
+        let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, tracked).map_err(gone)?;
         collecting += nanoseconds(begin);
         let begin = Instant::now();
         let (pages, _) = private::look(member.pid, &areas, None, false, 1).map_err(gone)?;
@@ -242,65 +261,15 @@ fn related(members: &[Member]) -> HashSet<i32> {
     children.flat_map(|m| [m.pid, m.ppid]).collect()
 }
 
-/// Reads some of the pages of a tree, others each time.
-pub(super) struct Pages {
-    /// In use already: a dump does not wait for page faults either.
-    buffer: Vec<u8>,
-    round: usize,
-}
-
-impl Pages {
-    pub(super) fn new() -> Self {
-        // Not zeros, which would be memory that the kernel has yet to find.
-        Self { buffer: vec![0xff; READ * PAGE as usize], round: 0 }
+/// What it takes to open the memory of a process.
+fn open(members: &[Member]) -> Result<f64> {
+    let begin = Instant::now();
+    let some = &members[..members.len().min(OPENED)];
+    for member in some {
+        let opened = File::open(proc::path(member.pid, "mem")).and(Pagemap::open(member.pid));
+        opened.context(|| format!("open the memory of {}", member.pid))?;
     }
-
-    /// Reads pages as the dump does. Which share holds only zeros.
-    fn copy(&mut self, spaces: &[PrivatePages], costs: &mut Costs) -> f64 {
-        let slices = choose(spaces, self.round);
-        self.round += 1;
-        let (mut samples, mut zeros, mut read) = (Vec::new(), 0, 0);
-        let mut memory: Option<(i32, File)> = None;
-        let mut rest = self.buffer.as_mut_slice();
-        for (pid, range) in slices {
-            if memory.as_ref().is_none_or(|(open, _)| *open != pid) {
-                let Ok(file) = File::open(proc::path(pid, "mem")) else { continue };
-                memory = Some((pid, file));
-            }
-            let Some((_, file)) = &memory else { continue };
-            let length = (range.end - range.start) as usize;
-            if length > rest.len() {
-                break;
-            }
-            let (slice, later) = rest.split_at_mut(length);
-            rest = later;
-            let begin = Instant::now();
-            // The page can be gone by now; what is read of the others counts.
-            let Ok(n) = file.read_at(slice, range.start) else { continue };
-            let pages = slice[..n].chunks_exact(PAGE as usize);
-            zeros += pages.clone().filter(|page| is_zero(page)).count();
-            samples.push((1.0, pages.len() as f64, nanoseconds(begin)));
-            read += pages.len();
-        }
-        (costs.copy_range, costs.copy_page) = fit(&samples);
-        each(zeros as f64, read as u64)
-    }
-}
-
-/// Slices of ranges all over the tree, as many as there is room for.
-fn choose(spaces: &[PrivatePages], round: usize) -> Vec<(i32, Range)> {
-    let all: Vec<(i32, Range)> = spaces
-        .iter()
-        .flat_map(|s| s.ranges.iter().map(|r| (s.pid, *r)))
-        .flat_map(|(pid, r)| {
-            let starts = (r.start..r.end).step_by((SLICE * PAGE) as usize);
-            starts.map(move |start| (pid, Range { start, end: r.end.min(start + SLICE * PAGE) }))
-        })
-        .collect();
-    let pages: u64 = all.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
-    let step = (pages as usize).div_ceil(READ).max(1);
-    // What was read the last time is in the processor's caches now.
-    all.into_iter().skip(round % step).step_by(step).collect()
+    Ok(each(nanoseconds(begin), some.len() as u64))
 }
 
 /// Which share of the private pages is the parent's too; what comparing one costs.
@@ -360,21 +329,6 @@ mod tests {
     }
 
     #[test]
-    fn slices_are_from_all_over() {
-        let range = |start: u64, pages: u64| Range { start, end: start + pages * PAGE };
-        let space = |ranges| PrivatePages { pid: 7, ranges, ..Default::default() };
-        let few = choose(&[space(vec![range(0, 3), range(1 << 20, 300)])], 5);
-        assert_eq!(few.iter().map(|(_, r)| (r.end - r.start) / PAGE).collect::<Vec<_>>(), [3, 64, 64, 64, 64, 44]);
-        let many = choose(&[space(vec![range(0, 1 << 20)])], 0);
-        let pages: u64 = many.iter().map(|(_, r)| (r.end - r.start) / PAGE).sum();
-        assert!(pages as usize <= READ && pages as usize > READ / 2, "{pages}");
-        assert!(many.last().unwrap().1.start > (1 << 31), "{many:?}");
-        let others = choose(&[space(vec![range(0, 1 << 20)])], 1);
-        assert!(others.iter().all(|slice| !many.contains(slice)));
-        assert_eq!(choose(&[], 3), []);
-    }
-
-    #[test]
     fn a_small_tree() {
         // Another program: a copy of this one has the mapped rings of whatever other tests track.
         let mut sleep = std::process::Command::new("sleep").arg("100").spawn().unwrap();
@@ -383,14 +337,15 @@ mod tests {
         let ours = member(pid, 0);
         // It has to be executed, and to have set itself up.
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let found = rehearse(pid, &[ours], &mut None, &mut pages).unwrap();
+        let found = rehearse(pid, &[ours], false, &mut None, &mut pages).unwrap();
         let counts = found.amounts.counts;
         assert_eq!((counts.processes, counts.threads, counts.compared), (1, 1, 0));
         assert!(counts.mappings > 10 && counts.pages > 20 && counts.descriptors > 2, "{counts:?}");
         assert!(found.costs.copy_page > 10.0 && found.costs.read_descriptor > 100.0, "{:?}", found.costs);
-        assert!(found.amounts.stored <= found.amounts.copied && found.amounts.copied >= counts.pages / 2);
+        assert!(found.amounts.copied >= counts.pages / 2 && (0.0..=1.0).contains(&found.zeros));
+        assert_eq!(found.writes.within(1.0), 0.0, "it sleeps");
         sleep.kill().unwrap();
         sleep.wait().unwrap();
-        assert!(matches!(rehearse(pid, &[ours], &mut None, &mut pages), Err(Error::System { .. })));
+        assert!(matches!(rehearse(pid, &[ours], false, &mut None, &mut pages), Err(Error::System { .. })));
     }
 }

@@ -24,14 +24,20 @@ pub struct Sample {
     pub memory: Vec<MappingRow>,
     /// Seconds since `memory` was read: it is expensive.
     pub memory_age: f64,
+    /// Why it is not known how quickly memory is written to, if that was asked for.
+    pub dirty_note: Option<String>,
     /// Open descriptors by kind, the most frequent first.
     pub descriptors: Vec<DescriptorRow>,
-    /// Seconds since `descriptors` was read.
+    /// Sockets, those in which most waits first; 500 at most.
+    pub sockets: Vec<SocketRow>,
+    /// Seconds since `descriptors` and `sockets` were read.
     pub descriptors_age: f64,
     /// What changed since the sample before.
     pub rates: Rates,
     /// What a dump would cost now.
     pub prediction: Option<Prediction>,
+    /// The same for one that copies nothing before the freeze (`--precopy=0`).
+    pub prediction_without_precopy: Option<Prediction>,
     /// Why there is no prediction.
     pub prediction_note: Option<String>,
 }
@@ -93,7 +99,7 @@ pub enum MappingKind {
 }
 
 /// Memory of one kind or of one file, summed over the tree.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MappingRow {
     /// Kind.
     pub kind: MappingKind,
@@ -107,6 +113,9 @@ pub struct MappingRow {
     pub resident: u64,
     /// Bytes that the processes have changed and share with nobody.
     pub private_dirty: u64,
+    /// Bytes of pages that were written to in a second, each page once between two readings; `None` where writes are not
+    /// tracked.
+    pub written_per_second: Option<f64>,
 }
 
 /// Descriptors of one kind.
@@ -118,6 +127,27 @@ pub struct DescriptorRow {
     pub state: Option<String>,
     /// How many.
     pub count: u64,
+}
+
+/// A socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketRow {
+    /// A process that has it.
+    pub pid: i32,
+    /// Its descriptor there.
+    pub fd: i32,
+    /// `tcp`, `udp6`, `unix`, …
+    pub kind: String,
+    /// State of the connection, for TCP and unix sockets.
+    pub state: Option<String>,
+    /// Bytes received and not read yet; of a listening socket connections, of a unix socket packets.
+    pub receive: Option<u64>,
+    /// Bytes sent and not acknowledged yet.
+    pub send: Option<u64>,
+    /// Address and port, or the name of a unix socket; empty: none.
+    pub local: String,
+    /// The same of the other side, if it is connected.
+    pub peer: String,
 }
 
 /// Changes per second; `None`: cannot be told without the tracker.
@@ -153,6 +183,8 @@ pub struct Prediction {
     pub freeze_us: u64,
     /// How large the image would be, not compressed.
     pub image_bytes: u64,
+    /// Whether memory would be copied before the freeze, as it is for large trees.
+    pub precopied: bool,
     /// The phases of the dump, with the names that it gives them.
     pub parts: Vec<Part>,
     /// Earlier dumps on this machine that the prediction was corrected by.
