@@ -1,4 +1,6 @@
-//! Three processes that talk to each other through shared memory: anonymous, of a file, and (`--memfd`) of a memfd.
+//! Three processes that talk to each other through shared memory: anonymous, of a file, (`--memfd`) of a memfd, and
+//! (`--system-v`) of System V segments. The ids of those that stay are in the file `segments`; `--in-part` unmaps a part of
+//! one.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -8,7 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, fork_child, now_us};
+use standstill_tests::workload::{
+    Args, Checker, Control, Mapping, Meter, Pattern, Segment, SelfState, fork_child, now_us,
+};
 
 const LENGTH: usize = 1 << 20;
 /// Where the mapping of the file starts, so that the offset matters.
@@ -35,6 +39,17 @@ impl Shared {
         let shared = Self { name, memory, file: file.map(|(file, offset)| (Arc::new(file), offset)) };
         shared.pattern().fill(shared.fixed().words_mut(), 0);
         shared
+    }
+
+    /// A System V segment, which is removed at once or stays.
+    fn segment(name: &'static str, key: i32, stays: bool) -> (Self, Segment) {
+        let segment = Segment::new(key, LENGTH);
+        let shared = Self { name, memory: Mapping::adopt(segment.attach(0), LENGTH), file: None };
+        if !stays {
+            segment.remove();
+        }
+        shared.pattern().fill(shared.fixed().words_mut(), 0);
+        (shared, segment)
     }
 
     fn pattern(&self) -> Pattern {
@@ -88,6 +103,26 @@ fn main() {
         file.set_len(LENGTH as u64).expect("size of the memfd");
         shared.push(Shared::new("memfd", Some((file, 0))));
     }
+    let mut segments = Vec::new();
+    if args.flag("system-v") {
+        let key = std::process::id().cast_signed() | 0x5353_0000;
+        for (name, key, stays) in
+            [("segment with a key", key, true), ("private segment", 0, true), ("removed segment", 0, false)]
+        {
+            let (memory, segment) = Shared::segment(name, key, stays);
+            shared.push(memory);
+            segments.push(segment);
+        }
+        // Once more, read-only and with other protections in the middle.
+        let again = Mapping::adopt(segments[0].attach(libc::SHM_RDONLY), LENGTH);
+        again.part(8192, 8192).protect(libc::PROT_NONE).expect("protect");
+        let ids: String = segments[..2].iter().map(|segment| format!("{}\n", segment.id)).collect();
+        std::fs::write(args.dir().join("segments"), ids).expect("write the ids");
+        if args.flag("in-part") {
+            // SAFETY: nobody has a reference to the page.
+            unsafe { libc::munmap((again.start() + 65536) as *mut _, 4096) };
+        }
+    }
     let private = private_copy(&args.dir());
     for number in 1..=CHILDREN {
         let member = format!("child{number}");
@@ -98,6 +133,7 @@ fn main() {
     }
     let meter = Meter::start(Duration::from_millis(1));
     let before = SelfState::of_process().without(&["parent"]);
+    let told: Vec<_> = segments.iter().map(Segment::told).collect();
     control.ready();
     control.serve(Some(&meter), Duration::from_millis(100), |request| {
         SelfState::of_process().check(&checker, "parent", &before);
@@ -106,6 +142,8 @@ fn main() {
                 shared.check(&checker);
                 shared.ask(&checker);
             }
+            let now: Vec<_> = segments.iter().map(Segment::told).collect();
+            checker.equal("what the kernel tells of the segments", &now, &told);
             let wrong = Pattern::new(77).first_wrong(private.part(0, 8192).words(), 0);
             checker.equal("first wrong word of the private copy", &wrong, &None);
         }

@@ -93,6 +93,15 @@ pub enum Backing {
         /// Its name in `/proc/pid/maps`.
         name: Bytes,
     },
+    /// An attached System V shared memory segment, or a part of it.
+    SystemV {
+        /// The object.
+        object: SharedMemoryId,
+        /// Offset in bytes.
+        offset: u64,
+        /// It was not attached with SHM_RDONLY.
+        writable: bool,
+    },
 }
 
 /// Attributes of a mapping that mmap(2), mlock(2) and madvise(2) give it.
@@ -137,7 +146,7 @@ pub struct PageRun {
     pub store: u64,
 }
 
-/// Memory that several processes or descriptors can share: MAP_SHARED|MAP_ANONYMOUS, a memfd, a deleted file.
+/// Memory that several processes or descriptors can share: MAP_SHARED|MAP_ANONYMOUS, a memfd, a deleted file, a System V segment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedMemory {
     /// Its number.
@@ -175,4 +184,21 @@ pub enum SharedMemoryKind {
         /// Owner and group.
         owner: (u32, u32),
     },
+    /// shmget(2).
+    SystemV(SystemV),
+}
+
+/// A System V shared memory segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemV {
+    /// Its id.
+    pub id: i32,
+    /// Its key; 0: IPC_PRIVATE, or removed.
+    pub key: i32,
+    /// Permission bits, SHM_DEST and SHM_LOCKED.
+    pub mode: u32,
+    /// Owner and group.
+    pub owner: (u32, u32),
+    /// Process that made it.
+    pub creator: i32,
 }

@@ -76,6 +76,7 @@ impl SharedObject {
             SharedMemoryKind::DeletedFile { path, mode, owner, .. } => {
                 (Some(path), json!({ "mode": mode, "owner": owner }))
             }
+            SharedMemoryKind::SystemV(segment) => (None, json!({ "segment": segment })),
         };
         Self {
             id: object.id,
@@ -94,6 +95,7 @@ pub(super) fn object_kind(object: &SharedMemory) -> &'static str {
         SharedMemoryKind::Anonymous => "shared anonymous",
         SharedMemoryKind::Memfd { .. } => "memfd",
         SharedMemoryKind::DeletedFile { .. } => "deleted file",
+        SharedMemoryKind::SystemV(_) => "System V shared memory",
     }
 }
 
@@ -118,7 +120,9 @@ impl Mapping {
             Backing::Anonymous { name, .. } => (name.as_ref().map(|n| text(&n.0)), None, None, 0, false),
             Backing::PrivateFile { file, offset, .. } => (path(*file, image), Some(*file), None, *offset, false),
             Backing::SharedFile { file, offset, .. } => (path(*file, image), Some(*file), None, *offset, true),
-            Backing::SharedAnonymous { object, offset, .. } => (None, None, Some(*object), *offset, true),
+            Backing::SharedAnonymous { object, offset, .. } | Backing::SystemV { object, offset, .. } => {
+                (None, None, Some(*object), *offset, true)
+            }
             Backing::Kernel { name, .. } => (Some(text(&name.0)), None, None, 0, false),
         };
         let bit = |bit: i32, letter| if i32::from(vma.prot) & bit != 0 { letter } else { '-' };
@@ -160,7 +164,7 @@ fn path(file: OpenFileId, image: &Image) -> Option<String> {
 }
 
 /// All kinds of mappings, in the order of the report.
-const KINDS: [&str; 9] = [
+const KINDS: [&str; 10] = [
     "anonymous",
     "[stack]",
     "[heap]",
@@ -169,6 +173,7 @@ const KINDS: [&str; 9] = [
     "shared anonymous",
     "memfd",
     "deleted file",
+    "System V shared memory",
     "kernel",
 ];
 
@@ -182,6 +187,7 @@ fn kind(vma: &Vma, space: &AddressSpace, image: &Image) -> &'static str {
         Backing::PrivateFile { file, .. } => of_file(*file, "private file"),
         Backing::SharedFile { file, .. } => of_file(*file, "shared file"),
         Backing::SharedAnonymous { .. } => "shared anonymous",
+        Backing::SystemV { .. } => "System V shared memory",
         Backing::Kernel { .. } => "kernel",
     }
 }

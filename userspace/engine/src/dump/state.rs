@@ -9,7 +9,7 @@ use crate::{
         self,
         private::{self, PrivatePages},
     },
-    objects::{self, Collected},
+    objects::{self, Collected, system_v},
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
@@ -140,6 +140,7 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
             "start the program with setsid, or dump and restore it as a --shell-job",
         ));
     }
+    system_v::check(&state.tasks, &state.spaces, &state.objects.shared)?;
     for file in &state.objects.files {
         if let FileKind::PidFd { pid } = file.kind
             && !by_pid.contains_key(&pid)

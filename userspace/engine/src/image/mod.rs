@@ -15,7 +15,7 @@ use standstill_images::{
     types::{
         AddressSpace, AddressSpaceId, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind,
         Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1, Seccomp, SeccompMode,
-        SharedFs, SharedMemory, SharedMemoryId, Task,
+        SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, Task,
     },
 };
 use std::{
@@ -302,11 +302,17 @@ impl Image {
             let whole = match &vma.backing {
                 Backing::PrivateFile { file: id, .. } | Backing::SharedFile { file: id, .. } => file(id),
                 Backing::SharedAnonymous { object, .. } => self.shared.contains_key(object),
+                Backing::SystemV { object, .. } => {
+                    self.shared.get(object).is_some_and(|o| matches!(o.kind, SharedMemoryKind::SystemV(_)))
+                }
                 Backing::Anonymous { .. } | Backing::Kernel { .. } => true,
             };
             if !whole {
                 return Err(in_space(format!("what mapping {:x}-{:x} maps is missing", vma.start, vma.end)));
             }
+        }
+        if let Some(object) = crate::objects::system_v::attached_in_part(&space.vmas, &self.shared) {
+            return Err(in_space(format!("shared memory object {object} is attached in part")));
         }
         self.check_runs(&space.pages, 0, crate::kernel::arch::TASK_SIZE).map_err(in_space)?;
         // Every page must lie in a private mapping, or it would be written over something else.

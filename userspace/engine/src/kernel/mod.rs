@@ -5,6 +5,7 @@ pub(crate) mod letter;
 pub(crate) mod pagemap;
 pub(crate) mod proc;
 pub(crate) mod ptrace;
+pub(crate) mod shm;
 pub(crate) mod sys;
 pub(crate) mod userfaultfd;
 

@@ -124,8 +124,6 @@ fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
         "it is a shadow stack: run the program without one (glibc.cpu.x86_shstk=off)"
     } else if map.name.starts_with(b"/secretmem") {
         "memfd_secret memory cannot be read by anybody else: end its use before the dump"
-    } else if map.name.starts_with(b"/SYSV") {
-        "System V shared memory is not supported: use mmap or memfd_create"
     } else if map.name.starts_with(b"/[aio]") {
         "it is an AIO ring: end the use of io_setup before the dump"
     } else if map.name.starts_with(b"anon_inode:") {
@@ -174,6 +172,12 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
     if map.shared && map.name.starts_with(b"/dev/zero (deleted)") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
         return Ok(Backing::SharedAnonymous { object, offset });
+    }
+    if map.shared && map.name.starts_with(b"/SYSV") {
+        let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
+        if all.is_segment(object) {
+            return Ok(Backing::SystemV { object, offset, writable: map.has(b"mw") });
+        }
     }
     // A shared mapping that may be written (now or after mprotect) came from a descriptor open for writing.
     let writable = map.shared && map.has(b"mw");

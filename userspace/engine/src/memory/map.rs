@@ -4,15 +4,19 @@ use crate::{
     image::push_run,
     kernel::PAGE,
     memory::pages::PageFiles,
+    objects::system_v,
     restore::program::{Arg, Program},
 };
-use standstill_images::types::{AddressSpace, Backing, OpenFileId, PageRun, SharedMemoryId, Vma};
-use std::collections::{BTreeSet, HashMap};
+use standstill_images::types::{
+    AddressSpace, Backing, OpenFileId, PageRun, SharedMemory, SharedMemoryId, SharedMemoryKind, Vma,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Descriptors that a task holds while it maps its memory.
 pub(crate) struct MapFds<'a> {
     pub files: &'a HashMap<OpenFileId, i32>,
     pub shared: &'a HashMap<SharedMemoryId, i32>,
+    pub objects: &'a BTreeMap<SharedMemoryId, SharedMemory>,
     pub pages: &'a PageFiles,
 }
 
@@ -75,7 +79,7 @@ pub(crate) fn restore(
         let (runs, gone, prot) = match kept {
             None => {
                 let prot = if own.is_empty() { vma.prot } else { vma.prot | WRITE };
-                map(vma, prot, fds, program);
+                let prot = map(vma, prot, fds, program);
                 (own, Vec::new(), prot)
             }
             Some(parent) => {
@@ -126,13 +130,20 @@ pub(crate) fn finish(space: &AddressSpace, prots: &Prots, program: &mut Program)
     }
 }
 
-fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) {
+/// Makes a mapping. Returns the protection that it has then: `prot` where that can be chosen.
+fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) -> u8 {
     let (kind, fd, offset) = match &vma.backing {
         Backing::Anonymous { .. } => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
         Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, fds.files[file], *offset),
         Backing::SharedFile { file, offset } => (libc::MAP_SHARED, fds.files[file], *offset),
         Backing::SharedAnonymous { object, offset } => (libc::MAP_SHARED, fds.shared[object], *offset),
-        Backing::Kernel { .. } => return,
+        Backing::SystemV { object, offset, writable } => {
+            return match fds.objects.get(object).map(|o| &o.kind) {
+                Some(SharedMemoryKind::SystemV(segment)) => system_v::attach(vma, segment, *offset, *writable, program),
+                _ => prot,
+            };
+        }
+        Backing::Kernel { .. } => return prot,
     };
     let mut flags = kind | libc::MAP_FIXED_NOREPLACE;
     if vma.flags.droppable {
@@ -160,6 +171,7 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) {
             madvise(vma, advice, program);
         }
     }
+    prot
 }
 
 fn protect(vma: &Vma, prot: u8, program: &mut Program) {

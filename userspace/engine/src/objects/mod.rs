@@ -14,6 +14,7 @@ pub(crate) mod regular;
 pub(crate) mod shared_memory;
 pub(crate) mod signalfd;
 pub(crate) mod socket;
+pub(crate) mod system_v;
 pub(crate) mod timerfd;
 
 use crate::{
@@ -22,7 +23,9 @@ use crate::{
     observe::{FdEntry, SharedId},
     restore::{files::Numbers, program::Program},
 };
-use standstill_images::types::{FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId};
+use standstill_images::types::{
+    FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
+};
 use std::{
     collections::{BTreeMap, HashMap},
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -73,6 +76,11 @@ impl Collected {
             e.insert(sys::pidfd_open(entry.tgid).map_err(failed)?);
         }
         sys::pidfd_getfd(self.pidfds[&entry.tgid].as_fd(), entry.fd).map_err(failed)
+    }
+
+    /// Whether a shared object is System V shared memory.
+    pub(crate) fn is_segment(&self, id: SharedMemoryId) -> bool {
+        self.shared.iter().any(|o| o.id == id && matches!(o.kind, SharedMemoryKind::SystemV(_)))
     }
 
     /// Device and inode of each shared object, with its number.

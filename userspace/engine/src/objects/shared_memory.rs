@@ -3,7 +3,7 @@
 //! Their contents are part of the image. The restoring process makes each object once, fills it, and every task
 //! inherits a descriptor of it, from which further ones are opened through procfs.
 
-use super::{Collected, regular};
+use super::{Collected, regular, system_v};
 use crate::{
     error::{Context, Result},
     kernel::{PAGE, pagemap::Range, sys::Mapping},
@@ -52,6 +52,8 @@ pub(crate) fn collect(name: &Path, link: &Path, dev: u64, ino: u64, all: &mut Co
         } else if let Some(name) = name.strip_prefix(MEMFD_PREFIX) {
             let seals = fcntl(&file, FcntlArg::F_GET_SEALS).context(context)? as u32;
             SharedMemoryKind::Memfd { name: name.into(), seals, mode, owner }
+        } else if let Some(segment) = system_v::segment(name, ino, meta.len()) {
+            SharedMemoryKind::SystemV(segment)
         } else {
             SharedMemoryKind::DeletedFile { path: name.into(), mode, owner }
         };
@@ -91,8 +93,14 @@ pub(crate) fn data_within(file: &OwnedFd, part: Range) -> io::Result<Vec<Range>>
 }
 
 /// Makes the object, empty and of its size, in the restoring process. Returns a descriptor that reads and writes it.
-pub(crate) fn make(object: &SharedMemory) -> Result<OwnedFd> {
+pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>) -> Result<OwnedFd> {
     match &object.kind {
+        SharedMemoryKind::SystemV(segment) => {
+            let made = system_v::make(segment, object)?;
+            let fd = made.open(object)?;
+            segments.push(made);
+            Ok(fd)
+        }
         SharedMemoryKind::Anonymous => {
             let context = || "make shared anonymous memory".to_string();
             let mapping = Mapping::shared(object.size.max(1).next_multiple_of(PAGE)).context(context)?;

@@ -15,7 +15,7 @@ use crate::{
         sys::{self, CloneArgs, Mapping},
     },
     memory::{pages::OpenPages, verify::verify},
-    objects::shared_memory,
+    objects::{shared_memory, system_v::Segment},
     tree::cgroups::{CgroupMode, Placement},
 };
 use standstill_images::types::SharedMemoryId;
@@ -69,7 +69,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     let memory = Mapping::shared_executable_at(plan.base, layout.size()).context(|| "map the restorer".into())?;
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = OpenPages::open(image, &plan.pages)?;
-    let shared = make_shared(image, &pages)?;
+    let (shared, segments) = make_shared(image, &pages)?;
     let mut placement = Placement::new(&image.cgroups, cgroups);
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
     let root = run.create_root(pages.descriptors(), &shared, &mut placement)?;
@@ -89,6 +89,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     handover::hand_over(&mut run)?;
     run.created.clear();
     placement.keep();
+    segments.into_iter().for_each(Segment::keep);
     Ok(())
 }
 
@@ -110,11 +111,11 @@ fn check_ids_are_free(plan: &Plan) -> Result<()> {
 }
 
 /// Shared memory objects, filled.
-fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<HashMap<SharedMemoryId, OwnedFd>> {
-    let mut made = HashMap::new();
+fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<(HashMap<SharedMemoryId, OwnedFd>, Vec<Segment>)> {
+    let (mut made, mut segments) = (HashMap::new(), Vec::new());
     let mut buffer = vec![0u8; 1 << 20];
     for object in image.shared.values() {
-        let fd = shared_memory::make(object)?;
+        let fd = shared_memory::make(object, &mut segments)?;
         for run in &object.pages {
             let total = run.pages * crate::kernel::PAGE;
             let mut done = 0;
@@ -129,7 +130,7 @@ fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<HashMap<SharedMem
         shared_memory::seal(&fd, object)?;
         made.insert(object.id, fd);
     }
-    Ok(made)
+    Ok((made, segments))
 }
 
 impl Execution<'_> {

@@ -333,7 +333,7 @@ impl<'a> Planner<'a> {
         for id in map::files_needed(space, inherited) {
             fds.insert(id, self.open(id, numbers, program)?);
         }
-        let map_fds = MapFds { files: &fds, shared: &self.shared_fds, pages: &self.pages };
+        let map_fds = MapFds { files: &fds, shared: &self.shared_fds, objects: &self.image.shared, pages: &self.pages };
         let prots = map::restore(space, inherited, &map_fds, program);
         for fd in fds.into_values().collect::<BTreeSet<_>>() {
             program.call("close a mapped file", libc::SYS_close, &[fd.into()]);
