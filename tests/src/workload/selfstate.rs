@@ -132,7 +132,16 @@ fn read_at_once(path: &str) -> io::Result<String> {
 }
 
 fn status_facts(facts: &mut BTreeMap<String, String>) {
-    let status = read_at_once("/proc/thread-self/status").expect("read status");
+    let read = || read_at_once("/proc/thread-self/status").expect("read status");
+    let mut status = read();
+    // A thread is traced an instant before it is stopped, and may see it.
+    for _ in 0..20 {
+        if status.contains("TracerPid:\t0\n") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        status = read();
+    }
     for (name, value) in status.lines().filter_map(|line| line.split_once(':')) {
         if STATUS_LINES.contains(&name) {
             fact(facts, name, value.trim());
