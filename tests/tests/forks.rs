@@ -248,7 +248,8 @@ fn a_stopped_tree() {
 fn a_tree_that_cannot_be_forked_is_copied() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };
-    for (option, reason) in [("--orphans", "orphans"), ("--limit", "temporarily unavailable")] {
+    for (option, reason) in [("--orphans", "orphans"), ("--limit", "temporarily unavailable"), ("--filter", "seccomp")]
+    {
         let mut target = Target::workload("waiter", &[option]);
         let images = target.images("copied");
         let outcome = dump(&tool, &target, &images).arg("--precopy=0").run().expect_success();

@@ -3,7 +3,7 @@
 //!
 //! Options: `--memory MiB` (default 64), `--orphans` (orphans become its children), `--limit` (as a user who may have no
 //! further process),
-//! `--no-clones` (it waits for ordinary children only).
+//! `--no-clones` (it waits for ordinary children only), `--filter` (under a filter that allows everything).
 
 use std::fs;
 use std::io::Read;
@@ -56,6 +56,9 @@ fn main() {
     let set = unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const timer, 0) };
     assert_eq!(set, 0, "set a timer");
     let checker = Arc::clone(&control.checker);
+    if args.flag("filter") {
+        filter();
+    }
     let flags = if args.flag("no-clones") { WaitPidFlag::empty() } else { WaitPidFlag::__WALL };
     std::thread::spawn(move || {
         let ended = waitpid(None, Some(flags));
@@ -79,6 +82,17 @@ fn main() {
             checker.equal("first wrong word", &wrong, &None);
         }
     });
+}
+
+/// Puts this process under a seccomp filter.
+fn filter() {
+    let mut allow =
+        libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut allow };
+    nix::sys::prctl::set_no_new_privs().expect("set no_new_privs");
+    // SAFETY: `program` is a filter of one instruction, which the kernel copies.
+    let set = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    assert_eq!(set, 0, "set a filter");
 }
 
 fn open() -> (OwnedFd, OwnedFd) {

@@ -68,6 +68,10 @@ fn times(private: &[PrivatePages]) -> (Duration, Duration) {
 
 /// Refuses what a fork would harm.
 fn refuse(state: &State) -> Result<()> {
+    if let Some(thread) = state.seccomp.as_ref().and_then(|seccomp| seccomp.threads.first()) {
+        // A filter could keep a fork from ending.
+        return Err(Error::unsupported(thread.tid, "the fork of a process under seccomp", "leave out --snapshot fork"));
+    }
     for (pid, live) in state.tasks.iter().filter_map(|task| Some((task.pid, task.live.as_ref()?))) {
         if live.child_subreaper || pid == 1 {
             let object = "a process that gets the orphans of others, and would get the fork of its memory,";

@@ -39,7 +39,7 @@ pub(super) struct State {
     pub shared: Unchanged,
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
-    seccomp: Option<Seccomp>,
+    pub seccomp: Option<Seccomp>,
     cgroups: Option<Cgroups>,
     pub objects: Collected,
     vdso: Vec<u8>,

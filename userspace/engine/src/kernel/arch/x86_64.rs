@@ -176,9 +176,9 @@ pub(crate) const TRAMPOLINE_FORK: u64 = 0;
 /// Where it begins for a system call after which the process exits.
 pub(crate) const TRAMPOLINE_LAST: u64 = 45;
 /// Where it begins for a system call whose result is a descriptor that it closes again.
-pub(crate) const TRAMPOLINE_OPEN: u64 = 59;
+pub(crate) const TRAMPOLINE_OPEN: u64 = 61;
 /// Where it begins for any other system call.
-pub(crate) const TRAMPOLINE_CALL: u64 = 68;
+pub(crate) const TRAMPOLINE_CALL: u64 = 70;
 
 /// Code that makes one system call and then, if nobody took the registers back, restores all registers that a system
 /// call needs from constants beside it and jumps back to where the task was. Runs at any address.
@@ -215,11 +215,12 @@ pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
         &SYSCALL_INSTRUCTION,                                          // fails if there is no child
         &[0x48, 0x8d, 0x48, libc::EINTR as u8],                        // lea rcx, [rax + EINTR]
         &[0xe3, 0xf3],                                                 // jrcxz wait
-        &[0xeb, 25],                                                   // jmp restore
+        &[0xeb, 27],                                                   // jmp restore
         &SYSCALL_INSTRUCTION,                                          // TRAMPOLINE_LAST
         &[0xbf, 0, 0, 0, 0],                                           // exit: mov edi, 0
         &[0xb8, libc::SYS_exit_group as u8, 0, 0, 0],                  // mov eax, SYS_exit_group
         &SYSCALL_INSTRUCTION,
+        &[0xeb, 0xf2],                           // jmp exit: nothing behind is for it
         &SYSCALL_INSTRUCTION,                    // TRAMPOLINE_OPEN
         &[0x89, 0xc7],                           // mov edi, eax
         &[0xb8, libc::SYS_close as u8, 0, 0, 0], // mov eax, SYS_close
