@@ -58,14 +58,7 @@ impl Fork {
         }
         // It would end by itself when we do; this also ends it within a system call that takes long.
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
-        // The process may have filters, which must not see these system calls either.
-        match ptrace::set_options(self.pid, options | libc::PTRACE_O_SUSPEND_SECCOMP) {
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EINVAL)) => {
-                ptrace::set_options(self.pid, options)
-            }
-            other => other,
-        }
-        .context(|| self.doing("trace"))
+        ptrace::set_options(self.pid, options).context(|| self.doing("trace"))
     }
 
     /// A second process with the same memory and descriptors.
