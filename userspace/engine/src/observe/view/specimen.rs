@@ -367,12 +367,18 @@ mod tests {
 
     #[test]
     fn every_step_costs_something() {
-        let costs = costs(&mut None).unwrap();
-        assert!(costs.track_mapping > 1.0 && costs.track_mapping < 1e8, "{costs:?}");
-        // On a busy machine what a thread costs can hide what a process does.
-        let process = costs.process + costs.thread;
-        for cost in [costs.seize_thread, costs.thread, process, costs.thaw_thread, costs.asked_file] {
-            assert!(cost > 100.0 && cost < 1e8, "{costs:?}");
-        }
+        let mut seen = Vec::new();
+        let plausible = (0..5).any(|_| {
+            let costs = costs(&mut None).unwrap();
+            // What a thread costs can hide what a process does.
+            let process = costs.process + costs.thread;
+            let steps = [costs.seize_thread, costs.thread, process, costs.thaw_thread, costs.asked_file];
+            let all = costs.track_mapping > 1.0 && steps.iter().all(|&cost| cost > 100.0);
+            let all = all && steps.iter().chain([&costs.track_mapping]).all(|&cost| cost < 1e8);
+            seen.push(costs);
+            all
+        });
+        // One measurement is a difference of two, and on a busy machine may say anything.
+        assert!(plausible, "{seen:?}");
     }
 }
