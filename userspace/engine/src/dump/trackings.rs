@@ -3,7 +3,8 @@
 use super::sharing::{Sharing, Unchanged};
 use crate::{
     error::Result,
-    memory::{copy::Parent, known::Known, tracking::Tracking},
+    kernel::pagemap::Range,
+    memory::{copy::Parent, known::Known, ranges, tracking::Tracking},
     observe::{FdEntry, Iterators},
 };
 use std::{collections::HashMap, time::Duration};
@@ -75,7 +76,26 @@ impl Trackings {
     ) -> Unchanged {
         let Some(iterators) = iterators else { return Unchanged::new() };
         let tracking = |pid| self.by_pid.get(&pid).filter(|_| !self.unable.contains(&pid));
-        self.sharing.look(pids, iterators, &tracking, protect, threads)
+        let unchanged = self.sharing.look(pids, iterators, &tracking, protect, threads);
+        if protect {
+            self.forget_what_was_shared();
+        }
+        unchanged
+    }
+
+    /// Forgets private pages at addresses where shared memory was just protected. A running process may have put private
+    /// memory there meanwhile: that it was written to is known to nobody then.
+    fn forget_what_was_shared(&mut self) {
+        let mut protected: HashMap<i32, Vec<Range>> = HashMap::new();
+        for place in self.sharing.objects().flat_map(|(_, object)| &object.places) {
+            protected.entry(place.pid).or_default().push(place.range);
+        }
+        for (pid, ranges) in protected {
+            if let Some(tracking) = self.by_pid.get_mut(&pid) {
+                let kept = ranges::subtract(tracking.known.covered(), &ranges::set(ranges));
+                tracking.known.keep(kept);
+            }
+        }
     }
 
     /// Begins to track a running process, unless it is tracked or cannot be. An error: the process has ended.

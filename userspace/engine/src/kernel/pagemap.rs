@@ -80,6 +80,27 @@ struct Wanted {
     told: u64,
 }
 
+/// What a scan for written pages does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// Looks.
+    Seen,
+    /// Looks, and fails with EPERM where a mapping is not registered with a userfaultfd.
+    Tracked,
+    /// The same, and protects all pages from now on.
+    Reset,
+}
+
+impl Writes {
+    fn flags(self) -> u64 {
+        match self {
+            Self::Seen => 0,
+            Self::Tracked => PM_SCAN_CHECK_WPASYNC,
+            Self::Reset => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+        }
+    }
+}
+
 /// Regions asked for at once. The kernel gathers as many before it gives them; asked for more, it gathers again, and
 /// when it reaches the end then it still says that it came as far as the first time (`walk_end`).
 const REGIONS: usize = 512;
@@ -175,28 +196,26 @@ impl Pagemap {
     }
 
     /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
-    /// nothing. `protect`: they are protected from now on, which fails with EPERM where a mapping cannot be. `mappings`:
-    /// how many there are in the range.
+    /// nothing but a page table. `mappings`: how many there are in the range.
     pub(crate) fn written(
         &self,
         range: Range,
         mappings: usize,
-        protect: bool,
+        writes: Writes,
         found: &mut Vec<Range>,
     ) -> io::Result<()> {
-        let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
         // The kernel has a shorter way for exactly this question.
-        let wanted = Wanted { flags, all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
+        let wanted =
+            Wanted { flags: writes.flags(), all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
         self.in_parts(range, mappings, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }
 
     /// The same for private mappings of files: without pages that are the file's.
-    pub(crate) fn written_over_files(&self, range: Range, protect: bool, found: &mut Vec<Range>) -> io::Result<()> {
-        let flags = if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 };
+    pub(crate) fn written_over_files(&self, range: Range, writes: Writes, found: &mut Vec<Range>) -> io::Result<()> {
         let wanted = Wanted {
-            flags,
+            flags: writes.flags(),
             inverted: PAGE_IS_FILE,
             all_of: PAGE_IS_FILE | PAGE_IS_WRITTEN,
             any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,

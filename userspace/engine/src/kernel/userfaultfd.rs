@@ -34,8 +34,16 @@ struct Register {
     ioctls: u64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
 nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, Api);
 nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, Register);
+nix::ioctl_readwrite!(uffdio_writeprotect, 0xaa, 0x06, WriteProtect);
 
 /// A userfaultfd of the address space that it was made in.
 #[derive(Debug)]
@@ -58,15 +66,21 @@ impl Userfault {
         Self(fd)
     }
 
-    /// Lets pages of all mappings in a range be protected; again, where they can be already.
+    /// Lets pages of all mappings in a range be protected. None of them is.
+    ///
+    /// A mapping that mremap(2) has moved, or joined with one that was moved, is registered no more, but the marks of its
+    /// pages may still be there. They no longer mean anything: such pages can be written to unnoticed.
     ///
     /// # Errors
     /// ESRCH: the address space is no more. EBUSY: the range belongs to a userfaultfd of somebody else. Others: a mapping
-    /// that cannot be tracked. None of the mappings is registered anew then.
+    /// that cannot be tracked, or is gone.
     pub(crate) fn register(&self, range: Range) -> io::Result<()> {
         let mut arg = Register { start: range.start, len: range.end - range.start, mode: REGISTER_MODE_WP, ioctls: 0 };
         // SAFETY: `arg` is a struct uffdio_register.
         unsafe { uffdio_register(self.0.as_raw_fd(), &raw mut arg) }?;
+        let mut arg = WriteProtect { start: range.start, len: range.end - range.start, mode: 0 };
+        // SAFETY: `arg` is a struct uffdio_writeprotect.
+        unsafe { uffdio_writeprotect(self.0.as_raw_fd(), &raw mut arg) }?;
         Ok(())
     }
 }

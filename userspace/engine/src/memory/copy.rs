@@ -4,7 +4,7 @@ use super::{known, private::PrivatePages, ranges};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
-    kernel::{PAGE, pagemap::Pagemap, pagemap::Range, proc},
+    kernel::{PAGE, pagemap::Pagemap, pagemap::Range, pagemap::Writes, proc},
 };
 use standstill_images::{
     store::{Buffer, PageIndex, PageWriter},
@@ -140,7 +140,7 @@ impl<'a> Copier<'a> {
         if self.running {
             // What the parent has written to since it was copied is not what the store has. Asked after the frames, so
             // that all others are known to have been what they are when the frames were read.
-            theirs.written(range, 1, false, &mut changed).context(context)?;
+            theirs.written(range, 1, Writes::Seen, &mut changed).context(context)?;
         }
         let mut changed = changed.into_iter().peekable();
         let shared = frames.iter().zip(&parents).zip((range.start..).step_by(PAGE as usize));

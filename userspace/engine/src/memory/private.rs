@@ -76,41 +76,12 @@ pub(crate) fn look(
         },
         None => Vec::new(),
     };
-    // A page of anonymous memory that has kept its protection has kept its content. In mappings of files it may have
-    // been dropped, and then the file's is seen.
-    let settled = ranges::intersect(&unwritten, &area_set(areas, |a| a.kind == Kind::Anonymous));
-    let (present, guards) = present(&pagemap, &unsettled(areas, &settled)).context(failed)?;
-    let unchanged = ranges::union(&ranges::intersect(&unwritten, &present), &settled);
+    let (present, guards) = present(&pagemap, areas).context(failed)?;
+    let unchanged = ranges::intersect(&unwritten, &present);
     let over_files = area_set(areas, |a| a.kind == Kind::File);
     let unforked = area_set(areas, |a| a.unforked);
     let ranges = ranges::subtract(&present, &unchanged);
     Ok((PrivatePages { pid, ranges, over_files, unchanged, unforked }, guards))
-}
-
-/// Mappings cut into parts of which nothing needs to be found, as if untouched, and others.
-fn unsettled(areas: &[Area], settled: &[Range]) -> Vec<Area> {
-    let mut parts = Vec::with_capacity(areas.len());
-    let mut next = 0;
-    for area in areas {
-        let mut part = |start, end, settled| {
-            if start < end {
-                parts.push(Area { range: Range { start, end }, untouched: area.untouched || settled, ..*area });
-            }
-        };
-        let mut at = area.range.start;
-        while let Some(known) = settled.get(next).filter(|known| known.start < area.range.end) {
-            let end = known.end.min(area.range.end);
-            part(at, known.start, false);
-            part(at.max(known.start), end, true);
-            at = end.max(at);
-            if known.end > area.range.end {
-                break;
-            }
-            next += 1;
-        }
-        part(at, area.range.end, false);
-    }
-    parts
 }
 
 /// Pages that hold something, and guards.
@@ -193,46 +164,6 @@ mod tests {
         assert!(spans(&areas[3..5]).is_empty());
         areas[2].untouched = true;
         assert_eq!(spans(&areas), [&[(range(0, 1), false)], &last[..]].concat());
-    }
-
-    #[test]
-    fn settled_parts_are_passed_over() {
-        let areas =
-            [area(0, 10, ANONYMOUS), area(10, 4, ANONYMOUS), area(20, 1000, ANONYMOUS), area(1020, 5, Kind::File)];
-        let settled = [range(0, 3), range(5, 30), range(500, 1020)];
-        let parts: Vec<_> = unsettled(&areas, &settled).iter().map(|a| (a.range, a.untouched, a.bulk)).collect();
-        let expected = [
-            (range(0, 3), true, false),
-            (range(3, 5), false, false),
-            (range(5, 10), true, false),
-            (range(10, 14), true, false),
-            (range(20, 30), true, true),
-            (range(30, 500), false, true),
-            (range(500, 1020), true, true),
-            (range(1020, 1025), false, false),
-        ];
-        assert_eq!(parts, expected);
-        assert_eq!(
-            spans(&unsettled(&areas, &[])),
-            [(range(0, 14), false), (range(20, 1020), true), (range(1020, 1025), false)]
-        );
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn parts_are_the_mappings_again(settled in ranges::tests::sets(), lengths in proptest::collection::vec((1..9u64, 0..4u64), 1..20)) {
-            let mut at = 0;
-            let areas: Vec<Area> = lengths.iter().map(|(pages, gap)| {
-                at += gap + pages;
-                area(at - pages, *pages, ANONYMOUS)
-            }).collect();
-            let settled: Vec<Range> = settled.iter().map(|r| range(r.start, r.end)).collect();
-            let parts = unsettled(&areas, &settled);
-            let all = area_set(&areas, |_| true);
-            proptest::prop_assert_eq!(area_set(&parts, |_| true), all.clone());
-            proptest::prop_assert_eq!(area_set(&parts, |a| a.untouched), ranges::intersect(&all, &settled));
-            proptest::prop_assert_eq!(area_set(&parts, |a| !a.untouched), ranges::subtract(&all, &settled));
-        }
     }
 
     /// A mapping of `pages` pages in which some are written to, some only read, and some guards.

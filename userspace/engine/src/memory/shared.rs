@@ -52,7 +52,7 @@ impl Place {
 pub(crate) struct Object {
     /// What is in the store, by offset in the object.
     pub known: Known,
-    /// Where it was mapped when it was last looked.
+    /// Where it was mapped when it was last looked, successfully or not.
     pub places: Vec<Place>,
     /// When that look began.
     pub looked: Duration,
@@ -90,15 +90,15 @@ impl Object {
         threads: usize,
     ) -> io::Result<Vec<Range>> {
         let mut changed = Vec::new();
-        for place in &places {
+        changed.extend(lost(&self.places, &places));
+        self.places = places;
+        for place in &self.places {
             let tracking = tracking(place.pid).ok_or(io::ErrorKind::NotFound)?;
             let pagemap = Pagemap::open(place.pid)?.with_threads(threads);
             changed.extend(place.offsets(&tracking.unprotected(&pagemap, place.range, protect)?));
         }
-        changed.extend(lost(&self.places, &places));
         self.absent = self.view_without_pages(threads)?;
         changed.extend(&self.absent);
-        self.places = places;
         Ok(ranges::subtract(self.known.covered(), &ranges::set(changed)))
     }
 

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernel::{
-        pagemap::{Pagemap, Range},
+        pagemap::{Pagemap, Range, Writes},
         userfaultfd::{self, Userfault},
     },
     task::{FrozenTree, Remote},
@@ -61,29 +61,18 @@ impl Tracking {
     ///
     /// What changes while this looks counts as written to the next time. EBUSY: the process itself tracks some of them.
     pub(super) fn unwritten(&self, pagemap: &Pagemap, areas: &[Area], protect: bool) -> io::Result<Vec<Range>> {
-        let mut written = Vec::new();
-        let mut tracked = Vec::new();
+        let mut look = Look { tracking: self, pagemap, areas, protect, written: Vec::new(), tracked: Vec::new() };
         for span in spans(areas) {
-            for part in self.register(span)? {
-                let (from, to) = (part[0].range.start, part[part.len() - 1].range.end);
-                let range = Range { start: from, end: to };
-                let scanned = match part[0].kind {
-                    Kind::File => pagemap.written_over_files(range, protect, &mut written),
-                    _ => pagemap.written(range, part.len(), protect, &mut written),
-                };
-                match scanned {
-                    // A mapping has just been made there.
-                    Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
-                    other => {
-                        other?;
-                        ranges::push(&mut tracked, range);
-                    }
-                }
+            let nothing_known = ranges::intersect(self.known.covered(), &[whole(&areas[span.clone()])]).is_empty();
+            if !(nothing_known && self.userfault.register(look.room(&span)).is_ok()) {
+                look.at(span)?;
+            } else if protect {
+                look.protect(&areas[span])?;
             }
         }
-        let known = ranges::intersect(self.known.covered(), &tracked);
+        let known = ranges::intersect(self.known.covered(), &ranges::set(look.tracked));
         // Parts of a span in which a scan failed came twice.
-        Ok(ranges::subtract(&known, &ranges::set(written)))
+        Ok(ranges::subtract(&known, &ranges::set(look.written)))
     }
 
     /// Pages of a shared mapping that are not protected against writing. `protect`: they are from now on.
@@ -91,34 +80,88 @@ impl Tracking {
     /// What changes while this looks counts as written to the next time. An error: the mapping is not there, or cannot be
     /// tracked.
     pub(super) fn unprotected(&self, pagemap: &Pagemap, range: Range, protect: bool) -> io::Result<Vec<Range>> {
-        if protect {
-            self.userfault.register(range)?;
-        }
         let mut found = Vec::new();
-        // Only what is seen to be protected counts: some kernels take addresses without a page table for unwritten.
+        match pagemap.written(range, 1, Writes::Tracked, &mut found) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) && protect => {
+                self.userfault.register(range)?;
+                pagemap.written(range, 1, Writes::Reset, &mut found)?;
+                return Ok(vec![range]);
+            }
+            other => other?,
+        }
+        if protect {
+            pagemap.written(range, 1, Writes::Reset, &mut found)?;
+        }
+        // Only what is seen to be protected counts: addresses without a page table are taken for unwritten.
         pagemap.blank(range, &mut found)?;
-        pagemap.written(range, 1, protect, &mut found)?;
         Ok(ranges::set(found))
     }
+}
 
-    /// Lets the pages of mappings that follow each other be protected. Gives them back, without those that cannot be.
-    fn register<'a>(&self, span: &'a [Area]) -> io::Result<Vec<&'a [Area]>> {
-        let whole = Range { start: span[0].range.start, end: span[span.len() - 1].range.end };
-        let gone = match self.userfault.register(whole) {
-            Ok(()) => return Ok(vec![span]),
-            // Another program is run, or the process is gone: nothing that is known of its memory is true.
-            Err(e) => e.raw_os_error() == Some(libc::ESRCH),
-        };
-        let mut able = Vec::new();
-        for area in span.chunks(1) {
-            match gone || self.userfault.register(area[0].range).is_err() {
-                true if area[0].registered => return Err(io::Error::from_raw_os_error(libc::EBUSY)),
-                true => {}
-                false => able.push(area),
+/// A search for written pages.
+struct Look<'a> {
+    tracking: &'a Tracking,
+    pagemap: &'a Pagemap,
+    areas: &'a [Area],
+    protect: bool,
+    written: Vec<Range>,
+    /// Mappings that have been registered since the last look.
+    tracked: Vec<Range>,
+}
+
+impl Look<'_> {
+    /// Mappings that follow each other. Those that are not registered are from now on, and nothing is known of them.
+    fn at(&mut self, span: Span) -> io::Result<()> {
+        let areas = &self.areas[span.clone()];
+        // A scan that protects pages and fails in the middle has not told which of them were written to.
+        match self.scan(areas, Writes::Tracked) {
+            Ok(()) if !self.protect || self.protect(areas)? => self.tracked.push(whole(areas)),
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() != Some(libc::EPERM) => return Err(e),
+            Err(_) if areas.len() > 1 => {
+                let middle = usize::midpoint(span.start, span.end);
+                self.at(span.start..middle)?;
+                self.at(middle..span.end)?;
             }
+            Err(_) => match self.tracking.userfault.register(self.room(&span)) {
+                // Another program is run, or the process is gone.
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+                Err(_) if areas[0].registered => return Err(io::Error::from_raw_os_error(libc::EBUSY)),
+                Err(_) => {}
+                Ok(()) if self.protect => _ = self.protect(areas)?,
+                Ok(()) => {}
+            },
         }
-        Ok(able)
+        Ok(())
     }
+
+    /// Mappings with the addresses around them that are free. A mapping that has grown meanwhile must not be registered in
+    /// part: then it would be two, and mremap(2) of both at once fails.
+    fn room(&self, span: &Span) -> Range {
+        let own = whole(&self.areas[span.clone()]);
+        let before = span.start.checked_sub(1).map_or(own.start, |n| self.areas[n].range.end);
+        Range { start: before, end: self.areas.get(span.end).map_or(own.end, |next| next.range.start) }
+    }
+
+    /// Protects all pages of mappings; not if one has just been made there that is not registered.
+    fn protect(&mut self, span: &[Area]) -> io::Result<bool> {
+        match self.scan(span, Writes::Reset) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
+    fn scan(&mut self, span: &[Area], writes: Writes) -> io::Result<()> {
+        match span[0].kind {
+            Kind::File => self.pagemap.written_over_files(whole(span), writes, &mut self.written),
+            _ => self.pagemap.written(whole(span), span.len(), writes, &mut self.written),
+        }
+    }
+}
+
+/// Addresses of mappings that follow each other.
+fn whole(span: &[Area]) -> Range {
+    Range { start: span[0].range.start, end: span[span.len() - 1].range.end }
 }
 
 impl AsFd for Tracking {
@@ -127,11 +170,18 @@ impl AsFd for Tracking {
     }
 }
 
+/// Places in a list of mappings.
+type Span = std::ops::Range<usize>;
+
 /// Private mappings of the same kind between which there is no other.
-fn spans(areas: &[Area]) -> impl Iterator<Item = &[Area]> {
-    areas
-        .chunk_by(|a, b| can_be_tracked(a) && can_be_tracked(b) && a.kind == b.kind)
-        .filter(|span| can_be_tracked(&span[0]))
+fn spans(areas: &[Area]) -> impl Iterator<Item = Span> {
+    let chunks = areas.chunk_by(|a, b| can_be_tracked(a) && can_be_tracked(b) && a.kind == b.kind);
+    let mut next = 0;
+    let places = chunks.map(move |chunk| {
+        next += chunk.len();
+        next - chunk.len()..next
+    });
+    places.filter(|span| can_be_tracked(&areas[span.start]))
 }
 
 fn can_be_tracked(area: &Area) -> bool {
