@@ -90,3 +90,58 @@ impl AsFd for Userfault {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{
+        PAGE,
+        pagemap::{Pagemap, Writes},
+        sys::Mapping,
+    };
+    use std::os::fd::FromRawFd;
+
+    const PAGES: u64 = 8;
+
+    /// Moves the upper half of a mapping away and back.
+    fn move_and_return(memory: &Mapping) {
+        let aside = Mapping::anonymous(PAGES / 2 * PAGE).unwrap();
+        let half = (memory.start() + PAGES / 2 * PAGE) as *mut libc::c_void;
+        let (other, length) = (aside.start() as *mut libc::c_void, (PAGES / 2 * PAGE) as usize);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both are mappings of the test, into which nobody has a reference.
+        unsafe {
+            assert_eq!(libc::mremap(half, length, length, flags, other), other);
+            assert_eq!(libc::mremap(other, length, length, flags, half), half);
+        }
+        std::mem::forget(aside);
+    }
+
+    /// A mapping that joins one that was moved is registered no more, and its marks say nothing.
+    #[test]
+    fn marks_of_a_lost_registration_mean_nothing() {
+        // SAFETY: no memory is passed; the descriptor is new and ours.
+        let fd = unsafe { OwnedFd::from_raw_fd(libc::syscall(libc::SYS_userfaultfd, FLAGS) as i32) };
+        let userfault = Userfault::new(fd).unwrap();
+        let memory = Mapping::anonymous(PAGES * PAGE).unwrap();
+        memory.bytes_mut().fill(1);
+        let range = Range { start: memory.start(), end: memory.start() + PAGES * PAGE };
+        let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        let written = |writes: Writes| {
+            let mut found = Vec::new();
+            pagemap.written(range, 1, writes, &mut found).map(|()| found)
+        };
+        userfault.register(range).unwrap();
+        written(Writes::Reset).unwrap();
+        assert_eq!(written(Writes::Tracked).unwrap(), []);
+        move_and_return(&memory);
+        memory.bytes_mut()[0] = 2;
+        assert_eq!(written(Writes::Tracked).unwrap_err().raw_os_error(), Some(libc::EPERM));
+        userfault.register(range).unwrap();
+        assert_eq!(written(Writes::Tracked).unwrap(), [range]);
+        // And from now on it is tracked again.
+        written(Writes::Reset).unwrap();
+        memory.bytes_mut()[0] = 3;
+        assert_eq!(written(Writes::Tracked).unwrap(), [Range { end: range.start + PAGE, ..range }]);
+    }
+}
