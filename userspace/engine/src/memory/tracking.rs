@@ -2,7 +2,8 @@
 //!
 //! A userfaultfd made in the process protects its private mappings. A page that is written to loses its protection and
 //! is copied again, and so is one that never had any: mappings that are new, moved, unmapped and mapped again. So nothing
-//! has to be known of what the process did to its mappings. Once the descriptor is closed nothing is left of it all.
+//! has to be known of what the process did to its mappings, but that those looked at are registered still: marks of others
+//! mean nothing. Once the descriptor is closed nothing is left of it all.
 //!
 //! Not seen are writes of devices into pages that they were given before (direct I/O under way), which is why trees with
 //! such descriptors are not tracked (`dump/rounds.rs`).
