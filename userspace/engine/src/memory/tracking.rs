@@ -16,6 +16,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernel::{
+        arch,
         pagemap::{Pagemap, Range, Writes},
         userfaultfd::{self, Userfault},
     },
@@ -141,7 +142,9 @@ impl Look<'_> {
     fn room(&self, span: &Span) -> Range {
         let own = whole(&self.areas[span.clone()]);
         let before = span.start.checked_sub(1).map_or(own.start, |n| self.areas[n].range.end);
-        Range { start: before, end: self.areas.get(span.end).map_or(own.end, |next| next.range.start) }
+        let after = self.areas.get(span.end).map_or(own.end, |next| next.range.start);
+        // The last one is the machine's.
+        Range { start: before, end: after.min(arch::TASK_SIZE) }
     }
 
     /// Protects all pages of mappings; not if one has just been made there that is not registered.
