@@ -137,14 +137,13 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// Mappings with the addresses around them that are free. A mapping that has grown meanwhile must not be registered in
-    /// part: then it would be two, and mremap(2) of both at once fails.
+    /// Mappings with the free addresses behind them, into which they may have grown meanwhile. One that is registered in
+    /// part would be two, and mremap(2) of both at once fails. What is before them is for others to grow into.
     fn room(&self, span: &Span) -> Range {
         let own = whole(&self.areas[span.clone()]);
-        let before = span.start.checked_sub(1).map_or(own.start, |n| self.areas[n].range.end);
         let after = self.areas.get(span.end).map_or(own.end, |next| next.range.start);
         // The last one is the machine's.
-        Range { start: before, end: after.min(arch::TASK_SIZE) }
+        Range { start: own.start, end: after.min(arch::TASK_SIZE) }
     }
 
     /// Protects all pages of mappings; not if one has just been made there that is not registered.
