@@ -46,6 +46,11 @@ pub(crate) fn intersect(a: &[Range], b: &[Range]) -> Vec<Range> {
     both
 }
 
+/// Whether a range has anything in common with a set.
+pub(crate) fn meet(set: &[Range], range: Range) -> bool {
+    set.get(set.partition_point(|r| r.end <= range.start)).is_some_and(|r| r.start < range.end)
+}
+
 /// What is in one of them.
 pub(crate) fn union(a: &[Range], b: &[Range]) -> Vec<Range> {
     set(a.iter().chain(b).copied().collect())

@@ -65,11 +65,13 @@ impl Tracking {
     pub(super) fn unwritten(&self, pagemap: &Pagemap, areas: &[Area], protect: bool) -> io::Result<Vec<Range>> {
         let mut look = Look { tracking: self, pagemap, areas, protect, written: Vec::new(), tracked: Vec::new() };
         for span in spans(areas) {
-            let nothing_known = ranges::intersect(self.known.covered(), &[whole(&areas[span.clone()])]).is_empty();
-            if !(nothing_known && self.userfault.register(look.room(&span)).is_ok()) {
-                look.at(span)?;
-            } else if protect {
-                look.protect(&areas[span])?;
+            let part = &areas[span.clone()];
+            match (ranges::meet(self.known.covered(), whole(part)), protect) {
+                // Mappings that are new to us all at once.
+                (false, true) if self.userfault.register(look.room(&span)).is_ok() => _ = look.protect(part)?,
+                // Under the freeze nothing is to be done for those.
+                (false, false) if part.iter().all(|area| !area.registered) => {}
+                _ => look.at(span)?,
             }
         }
         let known = ranges::intersect(self.known.covered(), &ranges::set(look.tracked));
@@ -112,7 +114,8 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// Mappings that follow each other. Those that are not registered are from now on, and nothing is known of them.
+    /// Mappings that follow each other. Nothing is known of those that are not registered; if further writes are tracked,
+    /// they are from now on.
     fn at(&mut self, span: Span) -> io::Result<()> {
         let areas = &self.areas[span.clone()];
         // A scan that protects pages and fails in the middle has not told which of them were written to.
@@ -125,6 +128,7 @@ impl Look<'_> {
                 self.at(span.start..middle)?;
                 self.at(middle..span.end)?;
             }
+            Err(_) if !self.protect && !areas[0].registered => {}
             Err(_) => match self.tracking.userfault.register(self.room(&span)) {
                 // Another program is run, or the process is gone.
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
