@@ -8,8 +8,8 @@ use std::{fs, hint};
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getpid};
 use serde_json::Value;
-use standstill_tests::harness::left::{expect_no_process, expect_not_tracked};
-use standstill_tests::harness::{Run, Target, Tool, Turn, proc, say, standstill, wait_until};
+use standstill_tests::harness::left::{self, expect_no_process};
+use standstill_tests::harness::{self, Run, Target, Tool, Turn, proc, say, standstill, wait_until};
 use standstill_tests::workload::Random;
 
 const FORK: [&str; 3] = ["-R", "--snapshot", "fork"];
@@ -27,20 +27,21 @@ fn forks(target: &mut Target) -> Vec<Pid> {
 /// The target is as it was, and there is no fork of it.
 #[track_caller]
 fn expect_well(target: &mut Target) {
-    target.assert_free();
+    expect_no_fork(target);
+    left::expect_well(target);
+}
+
+#[track_caller]
+fn expect_no_fork(target: &mut Target) {
     let gone = wait_until(Duration::from_secs(5), || forks(target).is_empty());
     assert!(gone, "forks are left: {:?}", forks(target));
-    expect_not_tracked(target);
-    target.assert_well();
 }
 
 /// Takes the target back to an image; whatever is left of it is killed first.
 #[track_caller]
 fn take_back(tool: &Tool, target: &mut Target, images: &std::path::Path) {
-    target.kill_tree();
-    target.forget_verdicts();
-    tool.restore(images).arg("-d").run().expect_success();
-    expect_well(target);
+    harness::take_back(tool, target, images);
+    expect_no_fork(target);
 }
 
 /// A dump by forks that leaves the target running.

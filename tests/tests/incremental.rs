@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::wait::WaitStatus;
-use standstill_tests::harness::left::{expect_no_process, expect_not_tracked, file_names};
-use standstill_tests::harness::{Outcome, Target, Tool, Turn, proc, standstill, wait_until};
+use standstill_tests::harness::left::{expect_no_process, expect_not_tracked, expect_well, file_names};
+use standstill_tests::harness::{Outcome, Target, Tool, Turn, proc, standstill, take_back, take_back_at, wait_until};
 use standstill_tests::workload::Random;
 
 /// Exit status where the parent image is missing, damaged, or not of this tree.
@@ -38,32 +38,6 @@ const EVERYTHING: [&str; 15] = [
     "--seed",
     "5",
 ];
-
-/// The target goes on as it was, knows its memory, and is not tracked.
-#[track_caller]
-fn expect_well(target: &mut Target) {
-    target.assert_free();
-    expect_not_tracked(target);
-    target.assert_well();
-}
-
-/// Takes the target back to an image; whatever is left of it is killed first.
-#[track_caller]
-fn take_back(tool: &Tool, target: &mut Target, images: &Path) {
-    target.kill_tree();
-    target.forget_verdicts();
-    tool.restore(images).arg("-d").run().expect_success();
-    expect_well(target);
-}
-
-/// The same from a store.
-#[track_caller]
-fn take_back_at(tool: &Tool, target: &mut Target, store: &Path, which: &str) {
-    target.kill_tree();
-    target.forget_verdicts();
-    tool.restore_at(store, which).run().expect_success();
-    expect_well(target);
-}
 
 /// Dumps with pre-copy that leave the target running or kill it, again and again, all of which restore.
 fn precopy(args: &[&str], options: &[&str]) {

@@ -8,35 +8,18 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use standstill_tests::harness::left::expect_not_tracked;
-use standstill_tests::harness::{Target, Tool, Turn, standstill, wait_until};
+use standstill_tests::harness::left::expect_well;
+use standstill_tests::harness::{Target, Tool, Turn, standstill, take_back, take_back_at, wait_until};
 use standstill_tests::workload::Random;
 
 /// Pages of 16 MiB.
 const PAGES: u64 = 4096;
-
-/// The target goes on as it was, knows its memory, and is not tracked.
-#[track_caller]
-fn expect_well(target: &mut Target) {
-    target.assert_free();
-    expect_not_tracked(target);
-    target.assert_well();
-}
 
 /// What a dump says of its pre-copy.
 #[track_caller]
 fn precopied(tool: &Tool, target: &Target, images: &Path) -> serde_json::Value {
     let outcome = tool.dump(target.pid(), images).args(["-R", "--precopy=5", "--json"]).run().expect_success();
     outcome.json()["precopy"].clone()
-}
-
-/// Kills the target and brings it back from an image.
-#[track_caller]
-fn take_back(tool: &Tool, target: &mut Target, images: &Path) {
-    target.kill_tree();
-    target.forget_verdicts();
-    tool.restore(images).arg("-d").run().expect_success();
-    expect_well(target);
 }
 
 /// Only what has changed is left for the freeze, also of a tree that was restored, and of one that allocates memory.
@@ -127,10 +110,7 @@ fn hunt(tricks: &str, times: u32) {
         for _ in 0..3 {
             let kept = kept(&store);
             let number = kept[random.below(kept.len())].to_string();
-            target.kill_tree();
-            target.forget_verdicts();
-            tool.restore_at(&store, &number).run().expect_success();
-            expect_well(&mut target);
+            take_back_at(&tool, &mut target, &store, &number);
         }
     }
     target.finish(0);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use super::left::expect_well;
 use super::{Memory, Outcome, Run, Snapshot, Target, Tool, proc, wait_until};
 
 /// Dumps a running target so that it is gone, restores it, and checks from outside that it is the same again. Returns
@@ -58,6 +59,26 @@ pub fn dump_and_restore_twice(
         false => dump_and_restore_stopped(tool, target, "second", options),
     };
     verify(target);
+}
+
+/// Takes the target back to an image; whatever is left of it is killed first.
+#[track_caller]
+pub fn take_back(tool: &Tool, target: &mut Target, images: &Path) {
+    take_back_by(tool.restore(images).arg("-d"), target);
+}
+
+/// The same from a store.
+#[track_caller]
+pub fn take_back_at(tool: &Tool, target: &mut Target, store: &Path, which: &str) {
+    take_back_by(tool.restore_at(store, which), target);
+}
+
+#[track_caller]
+fn take_back_by(restore: Run, target: &mut Target) {
+    target.kill_tree();
+    target.forget_verdicts();
+    restore.run().expect_success();
+    expect_well(target);
 }
 
 /// A dump that kills, and a restore.

@@ -36,6 +36,14 @@ pub fn expect_not_tracked(target: &mut Target) {
     assert!(free, "still tracked: {:#?}", tracked());
 }
 
+/// The target goes on as it was, knows its memory, and is not tracked.
+#[track_caller]
+pub fn expect_well(target: &mut Target) {
+    target.assert_free();
+    expect_not_tracked(target);
+    target.assert_well();
+}
+
 /// Mappings and descriptors of a process that have to do with userfaultfd.
 fn tracked_parts(pid: Pid) -> Vec<String> {
     let mut parts = Vec::new();

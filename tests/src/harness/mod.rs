@@ -15,7 +15,9 @@ mod tmux;
 mod tool;
 mod turn;
 
-pub use cycle::{dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle};
+pub use cycle::{
+    dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, take_back, take_back_at,
+};
 pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};
