@@ -15,10 +15,7 @@ use std::{
     io::{Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{
-            fs::PermissionsExt,
-            net::{UnixListener, UnixStream},
-        },
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -75,17 +72,8 @@ impl Keeper {
         let knowledge = Knowledge { version: env!("CARGO_PKG_VERSION").into(), chain, looked, processes };
         let knowledge = postcard::to_stdvec(&knowledge).map_err(io::Error::other).context(|| "encode".into())?;
         let socket = socket(root);
-        let listen = || {
-            run_dir::make(Path::new(run_dir::PATH))?;
-            // Whoever left it there is dead, or was told to end.
-            match fs::remove_file(&socket) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let listener = UnixListener::bind(&socket)?;
-            fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))?;
-            Ok(listener)
-        };
+        // Whoever has a socket there is dead, or was told to end.
+        let listen = || run_dir::make(Path::new(run_dir::PATH)).and_then(|()| run_dir::listen(&socket));
         let listener = listen().context(|| format!("listen on {}", socket.display()))?;
         let root = sys::pidfd_open(root).context(|| format!("open a pidfd of process {root}"))?;
         Ok(Self { root, listener, socket, knowledge, trackings, _turn: turn })

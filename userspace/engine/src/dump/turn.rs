@@ -18,7 +18,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read},
     os::unix::{
-        fs::{OpenOptionsExt, PermissionsExt},
+        fs::OpenOptionsExt,
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -123,18 +123,8 @@ impl Watcher {
         if !lock(&watcher.lock, of_watcher(root), libc::F_WRLCK)? {
             return Ok(None);
         }
-        let listen = || {
-            let socket = socket(root);
-            match fs::remove_file(&socket) {
-                // Whoever left it there is dead: the lock is ours.
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let listener = UnixListener::bind(&socket)?;
-            fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))?;
-            Ok(listener)
-        };
-        let listener = watcher.alone(listen)?.transpose()?;
+        // Whoever left a socket there is dead: the lock is ours.
+        let listener = watcher.alone(|| run_dir::listen(&socket(root)))?.transpose()?;
         Ok(listener.map(|listener| (watcher, listener)))
     }
 

@@ -1,9 +1,12 @@
 //! Where trackers and dumps leave what others may find: gone after a reboot, and no loss.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::{
+        fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+        net::UnixListener,
+    },
     path::Path,
 };
 
@@ -21,4 +24,15 @@ pub(crate) fn make(path: &Path) -> io::Result<()> {
         return Err(io::Error::other("it is there, but not a directory for its owner only"));
     }
     Ok(())
+}
+
+/// Listens on a socket for its owner only. One that is there already must be that of a dead process, or of one that ends.
+pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(socket) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    fs::set_permissions(socket, Permissions::from_mode(0o600))?;
+    Ok(listener)
 }

@@ -97,13 +97,9 @@ impl Serving {
         let lock = Lock::take(directory, root)?;
         let socket = socket(directory, root);
         let tracker = Tracker::start(root, scope)?;
+        // Whoever left a socket there is dead: we have the lock.
         let listen = || {
-            // Whoever left it there is dead: we have the lock.
-            match fs::remove_file(&socket) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let listener = UnixListener::bind(&socket)?;
+            let listener = run_dir::listen(&socket)?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         };
