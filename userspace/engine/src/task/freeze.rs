@@ -46,6 +46,8 @@ pub(crate) struct FrozenTree {
     processes: Vec<FrozenProcess>,
     zombies: Vec<i32>,
     seized: HashMap<i32, Option<Stopped>>,
+    /// Processes found dead.
+    dead: HashSet<i32>,
     deadline: Instant,
     limit: Duration,
 }
@@ -57,11 +59,9 @@ impl FrozenTree {
     /// When a task cannot be seized (traced already, not permitted) or does not stop within `limit`; the tasks already
     /// frozen go on then.
     pub(crate) fn freeze(root: i32, limit: Duration, family: &mut Family<'_>) -> Result<Self> {
-        let deadline = Instant::now() + limit;
-        let mut tree =
-            Self { root, processes: Vec::new(), zombies: Vec::new(), seized: HashMap::new(), deadline, limit };
-        // A task that is not stopped yet can make new ones; once all known ones are stopped and the lists show nobody
-        // new, nobody new can come.
+        let mut tree = Self::new(root, Vec::new(), limit);
+        // A task that is not stopped yet can make new ones, and one that ends leaves its own to another; once all known
+        // ones are stopped or were dead before, and the lists show nobody new, nobody new can come.
         while tree.seize_new(root, family)? {
             tree.wait_for_stops()?;
         }
@@ -77,14 +77,17 @@ impl FrozenTree {
     /// # Errors
     /// As [`Self::freeze`]; [`Error::Died`] also if only the leader has ended.
     pub(crate) fn stop_leader(pid: i32, limit: Duration) -> Result<Self> {
-        let deadline = Instant::now() + limit;
-        let processes = vec![FrozenProcess { pid, threads: vec![(pid, Stopped::ByUs)] }];
-        let mut tree = Self { root: pid, processes, zombies: Vec::new(), seized: HashMap::new(), deadline, limit };
+        let mut tree = Self::new(pid, vec![FrozenProcess { pid, threads: vec![(pid, Stopped::ByUs)] }], limit);
         if tree.seize(pid, pid)? {
             tree.wait_for_stops()?;
         }
         tree.forget_the_dead();
         if tree.processes.is_empty() { Err(Error::Died(pid)) } else { Ok(tree) }
+    }
+
+    fn new(root: i32, processes: Vec<FrozenProcess>, limit: Duration) -> Self {
+        let (seized, deadline) = (HashMap::new(), Instant::now() + limit);
+        Self { root, processes, zombies: Vec::new(), seized, dead: HashSet::new(), deadline, limit }
     }
 
     /// The processes, parents before children.
@@ -97,7 +100,7 @@ impl FrozenTree {
         &self.zombies
     }
 
-    /// Seizes every task that is not yet; whether there was any.
+    /// Seizes every task that is not yet; whether there was any, or somebody was alive until now.
     fn seize_new(&mut self, root: i32, family: &mut Family<'_>) -> Result<bool> {
         family.look();
         let mut new = false;
@@ -112,9 +115,6 @@ impl FrozenTree {
                 return Err(self.timeout("new tasks keep appearing"));
             }
             let tids = family.threads(pid).context(|| format!("list the threads of {pid}"))?;
-            if tids.is_empty() {
-                continue;
-            }
             let mut living = Vec::new();
             for &tid in &tids {
                 if self.seized.contains_key(&tid) {
@@ -125,6 +125,8 @@ impl FrozenTree {
                 }
             }
             if living.is_empty() {
+                // Children that it had go to somebody whose list we may have read already.
+                new |= self.dead.insert(pid);
                 if proc::stat(pid).is_ok_and(|s| s.state == b'Z') {
                     self.zombies.push(pid);
                 }
@@ -132,6 +134,7 @@ impl FrozenTree {
             }
             if living[0] != pid {
                 self.await_end(pid, living)?;
+                new = true;
                 continue;
             }
             let children = family.children(pid, &living).context(|| format!("list the children of {pid}"))?;
@@ -334,5 +337,65 @@ impl FrozenTree {
 impl Drop for FrozenTree {
     fn drop(&mut self) {
         self.thaw();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::Iterators;
+    use std::fs;
+
+    /// A process whose children die at once and leave it their own children.
+    fn collector_of_orphans() -> i32 {
+        // SAFETY: the children of this fork make system calls only.
+        unsafe {
+            let pid = libc::fork();
+            if pid != 0 {
+                return pid;
+            }
+            libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1);
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                if libc::fork() == 0 {
+                    if libc::fork() == 0 {
+                        libc::usleep(1000);
+                    }
+                    libc::_exit(0);
+                }
+                libc::usleep(100);
+                while libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) > 0 {}
+            }
+        }
+    }
+
+    /// Members of the tree that were not frozen, seen after a while.
+    fn escaped(tree: &FrozenTree) -> Vec<i32> {
+        let frozen: HashSet<i32> = tree.pids().into_iter().chain(tree.zombies().iter().copied()).collect();
+        std::thread::sleep(Duration::from_micros(500));
+        let all = fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok());
+        let is_lost = |pid: &i32| proc::stat(*pid).is_ok_and(|s| frozen.contains(&s.ppid) && !frozen.contains(pid));
+        all.filter(is_lost).collect()
+    }
+
+    #[test]
+    fn children_of_a_task_that_dies_meanwhile_are_found() {
+        let root = collector_of_orphans();
+        let mut iterators = Iterators::load().ok();
+        for round in 0..2000 {
+            let mut family = match round % 2 {
+                0 => Family::procfs(),
+                _ => Family::of(root, iterators.as_mut()).0,
+            };
+            let tree = FrozenTree::freeze(root, Duration::from_secs(10), &mut family).unwrap();
+            assert_eq!(escaped(&tree), [0; 0], "round {round}");
+            drop(tree);
+            std::thread::sleep(Duration::from_micros(round % 1000));
+        }
+        // SAFETY: kill and waitpid take no memory; the process is a child of ours that nobody has waited for.
+        unsafe {
+            libc::kill(root, libc::SIGKILL);
+            libc::waitpid(root, std::ptr::null_mut(), 0);
+        }
     }
 }
