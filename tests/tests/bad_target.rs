@@ -124,6 +124,32 @@ fn a_task_that_cannot_be_stopped() {
     assert!(begin.elapsed() < Duration::from_secs(15), "the limit of 1 s took {:?}", begin.elapsed());
 }
 
+/// A file system that does not answer: no tracer stops such a wait. The limit ends the attempt, and nobody has noticed.
+#[test]
+fn a_task_in_uninterruptible_sleep() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::start("unanswered", |dir| {
+        let mut command = standstill_tests::harness::workload("unanswered");
+        command.arg("--dir").arg(dir);
+        command
+    });
+    wait_until(Duration::from_secs(10), || !target.output().is_empty());
+    if target.output().contains("UNAVAILABLE") {
+        return skip(target.output().trim());
+    }
+    target = target.await_ready();
+    for options in [&["--timeout", "1"][..], &["--timeout", "1", "-R", "--reader", "procfs"]] {
+        let begin = Instant::now();
+        expect_refused(&tool, &mut target, options, 9, &["(state D) does not stop"]);
+        assert!(begin.elapsed() < Duration::from_secs(15), "the limit of 1 s took {:?}", begin.elapsed());
+    }
+    let waits = target.processes().into_iter().filter(|pid| matches!(proc::state(*pid), Some('D'))).count();
+    assert_eq!(waits, 1, "processes that wait for the file system");
+    // The server gives up, and who waited for it goes on and ends.
+    target.finish(0);
+}
+
 fn expect_unsupported(kind: &str) {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };

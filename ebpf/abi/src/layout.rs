@@ -172,6 +172,12 @@ plain! {
         pub rseq_sig: u32,
         /// `task_struct.atomic_flags`
         pub atomic_flags: u32,
+        /// `task_struct.flags`
+        pub flags: u32,
+        /// `task_struct.thread_info.flags`, or [`ABSENT`]
+        pub thread_flags: u32,
+        /// `task_struct.mempolicy`, or [`ABSENT`]
+        pub mempolicy: u32,
         /// `task_struct.personality`
         pub personality: u32,
         /// `task_struct.loginuid`, or [`ABSENT`]
@@ -270,6 +276,8 @@ plain! {
         pub anon_name: u32,
         /// `anon_vma_name.name`, or [`ABSENT`]
         pub anon_name_name: u32,
+        /// `vm_area_struct.vm_policy`, or [`ABSENT`]
+        pub policy: u32,
         /// `vm_operations_struct.name`
         pub ops_name: u32,
         /// `vm_special_mapping.name`

@@ -196,6 +196,8 @@ plain! {
         pub pending: u64,
         /// `atomic_flags`: the first is no_new_privs.
         pub atomic_flags: u64,
+        /// `thread_info.flags`.
+        pub thread_flags: u64,
         /// `timer_slack_ns`.
         pub timer_slack_ns: u64,
         /// `rseq`.
@@ -254,6 +256,10 @@ plain! {
         pub rseq_sig: u32,
         /// 1: the leader.
         pub leader: u32,
+        /// `flags`.
+        pub flags: u32,
+        /// Whether it has a memory policy.
+        pub mempolicy: u32,
     }
 }
 
@@ -306,14 +312,16 @@ plain! {
         pub pwd: [u64; 2],
         /// The parts of the program, in the order of `MmLayout` in the images.
         pub layout: [u64; 11],
+        /// `mm->flags`: what PR_GET_DUMPABLE gives, the filter of core dumps, and options of prctl(2).
+        pub mm_flags: u64,
         /// End of ITIMER_REAL on CLOCK_MONOTONIC.
         pub real_expires_ns: u64,
         /// Its period.
         pub real_interval_ns: u64,
+        /// 0: neither ITIMER_VIRTUAL nor ITIMER_PROF is armed.
+        pub cpu_timers: u64,
         /// Whether it is armed: `state` of the timer.
         pub real_state: u32,
-        /// Whether ITIMER_VIRTUAL or ITIMER_PROF is armed.
-        pub cpu_timers: u32,
         /// `exit_code` of the leader.
         pub exit_code: i32,
         /// `group_exit_code`.
@@ -322,8 +330,6 @@ plain! {
         pub signal_flags: u32,
         /// `umask`.
         pub umask: u32,
-        /// The low bits of `mm->flags`, which say what PR_GET_DUMPABLE gives.
-        pub mm_flags: u32,
         /// PR_GET_CHILD_SUBREAPER.
         pub child_subreaper: u32,
         /// Parent process; 0: outside the reader's pid namespace.
@@ -360,6 +366,8 @@ plain! {
         pub ino: u64,
         /// `anon_vma`; 0: the mapping never had a page of its own.
         pub anon_vma: u64,
+        /// Address of the memory policy; 0: none.
+        pub policy: u64,
         /// Address of the file of a shared mapping; 0: it is private, or has none.
         pub file: u64,
         /// References to that file, as the kernel counts them.

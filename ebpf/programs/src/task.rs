@@ -70,6 +70,14 @@ extern "C" fn task(ctx: &Task) -> i32 {
     r.sighand = probe_word(task, known(&TASK.sighand));
     credentials(r, task);
     scheduling(r, task);
+    r.flags = probe_word(task, known(&TASK.flags));
+    (r.thread_flags, r.mempolicy) = (0, 0);
+    if known(&TASK.thread_flags) != ABSENT {
+        r.thread_flags = probe_word(task, known(&TASK.thread_flags));
+    }
+    if known(&TASK.mempolicy) != ABSENT {
+        r.mempolicy = (!pointer(task, known(&TASK.mempolicy)).is_null()).into();
+    }
     if known(&TASK.seccomp_mode) != ABSENT {
         r.seccomp = probe_word(task, known(&TASK.seccomp_mode));
     }
@@ -197,7 +205,7 @@ fn process(r: &mut ProcessRecord, task: Address) {
     let timers = known(&TASK.cpu_timers);
     let virt: u64 = probe_word(signal, timers);
     let prof: u64 = probe_word(signal, timers.wrapping_add(known(&TASK.cpu_timer_size)));
-    r.cpu_timers = (virt | prof != 0).into();
+    r.cpu_timers = virt | prof;
     r.exit_code = probe_word(task, known(&TASK.exit_code));
     r.group_exit_code = probe_word(signal, known(&TASK.group_exit_code));
     r.signal_flags = probe_word(signal, known(&TASK.signal_flags));

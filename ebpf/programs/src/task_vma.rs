@@ -46,6 +46,10 @@ extern "C" fn task_vma(ctx: &TaskVma) -> i32 {
         r.flags = load(vma, known(&VMA.flags));
         r.pgoff = load(vma, known(&VMA.pgoff));
         r.anon_vma = probe_word(vma, known(&VMA.anon_vma));
+        r.policy = match known(&VMA.policy) {
+            ABSENT => 0,
+            policy => probe_word(vma, policy),
+        };
         r.ino = 0;
         r.dev = 0;
         r.name_fn[0] = 0;

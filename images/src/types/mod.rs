@@ -3,10 +3,12 @@
 //! Every type here is plain data. Ids (`OpenFileId`, …) are small numbers valid within one image; kernel addresses
 //! never appear.
 
+mod attributes;
 mod files;
 mod memory;
 mod task;
 
+pub use attributes::*;
 pub use files::*;
 pub use memory::*;
 pub use task::*;
@@ -220,6 +222,7 @@ records! {
     SharedFs = 12 v 1;
     Seccomp = 13 v 1;
     Cgroups = 14 v 1;
+    Attributes = 15 v 1;
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub enum TaskState {
     Stopped(i32),
     /// Dead and not waited for; the status as wait(2) encodes it.
     Zombie(i32),
+    /// As [`Self::Stopped`], and its parent has waited for the stop already (waitid(2), WSTOPPED).
+    StoppedAndTold(i32),
 }
 
 /// The state of a living process.

@@ -4,8 +4,8 @@ use super::{memory::Memory, output::text};
 use serde::Serialize;
 use standstill_engine::Image;
 use standstill_images::types::{
-    AltStack, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SeccompMode, SigAction, Task,
-    TaskState, Thread,
+    AltStack, Attributes, Creds, Descriptor, ITimer, LiveTask, PosixTimer, Restart, Rseq, Sched, SeccompMode,
+    SigAction, Task, TaskState, Thread,
 };
 
 /// A process.
@@ -30,6 +30,8 @@ pub(crate) enum State {
     Running,
     Stopped {
         signal: i32,
+        /// Its parent has waited for the stop.
+        told: bool,
     },
     /// Dead and not waited for; the status is that of wait(2).
     Dead {
@@ -63,6 +65,8 @@ pub(crate) struct Live<'a> {
     pub personality: u32,
     pub oom_score_adj: i32,
     pub loginuid: u32,
+    /// Those that are not the usual ones.
+    pub attributes: Option<&'a Attributes>,
     pub memory: Option<Memory<'a>>,
 }
 
@@ -110,7 +114,8 @@ impl<'a> Process<'a> {
             comm: text(&task.comm.0),
             state: match task.state {
                 TaskState::Running => State::Running,
-                TaskState::Stopped(signal) => State::Stopped { signal },
+                TaskState::Stopped(signal) => State::Stopped { signal, told: false },
+                TaskState::StoppedAndTold(signal) => State::Stopped { signal, told: true },
                 TaskState::Zombie(status) => State::Dead { status },
             },
             exit_signal: task.exit_signal,
@@ -151,6 +156,7 @@ impl<'a> Live<'a> {
             personality: live.personality,
             oom_score_adj: live.oom_score_adj,
             loginuid: live.loginuid,
+            attributes: image.attributes.get(&pid),
             memory: image.spaces.get(&live.address_space).map(|space| Memory::new(space, image)),
         }
     }

@@ -88,7 +88,7 @@ fn processes(text: &mut String, view: &View) {
 fn process(process: &Process) -> String {
     let state = match process.state {
         State::Running => "running".to_string(),
-        State::Stopped { signal } => format!("stopped by {}", signal_name(signal)),
+        State::Stopped { signal, .. } => format!("stopped by {}", signal_name(signal)),
         State::Dead { status } if libc::WIFSIGNALED(status) => {
             format!("dead, killed by {}", signal_name(libc::WTERMSIG(status)))
         }

@@ -5,7 +5,7 @@ use crate::{
     observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry, vmas_by_process},
 };
 use std::collections::HashMap;
-use tracing::warn;
+use tracing::{info, warn};
 
 /// Who lists the descriptors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +84,14 @@ impl Observer {
             && let Err(e) = iterators.prefetch_paths(pids)
         {
             warn!("reading ahead: {e}");
+        }
+    }
+
+    /// Reads procfs from now on: the iterators find what a process has by its leader, and one of the tree has none.
+    pub(super) fn use_procfs(&mut self, pid: i32) {
+        if !matches!(self.source, Source::Procfs) {
+            info!("the leader of process {pid} has exited: reading procfs, which takes longer");
+            self.source = Source::Procfs;
         }
     }
 

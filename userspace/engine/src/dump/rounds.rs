@@ -126,7 +126,7 @@ impl Rounds<'_, '_> {
         for &pid in pids {
             match self.process(pid) {
                 Ok(copied) => pages += copied,
-                Err(e) if e.is_death() && Some(pid) != root => self.trackings.remove(pid),
+                Err(e) if e.is_death() && (Some(pid) != root || is_led_by_the_dead(pid)) => self.trackings.remove(pid),
                 Err(e) if e.is_death() => return Err(Error::Died(pid)),
                 Err(e) => return Err(e),
             }
@@ -154,6 +154,11 @@ impl Rounds<'_, '_> {
         }
         Ok(ranges::size(&found.ranges) / PAGE)
     }
+}
+
+/// Whether a process lives on without its leader, which would have to make a system call to have it tracked.
+fn is_led_by_the_dead(pid: i32) -> bool {
+    proc::stat(pid).is_ok_and(|s| s.is_dead_leader())
 }
 
 /// What comes after a round.

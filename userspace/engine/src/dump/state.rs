@@ -16,8 +16,8 @@ use crate::{
     tree::{cgroups, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId, Seccomp,
-    SharedFs, Task, Vma,
+    AddressSpace, Attributes, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId,
+    Seccomp, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -40,6 +40,7 @@ pub(super) struct State {
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
     pub seccomp: Option<Seccomp>,
+    attributes: Vec<Attributes>,
     cgroups: Option<Cgroups>,
     pub objects: Collected,
     vdso: Vec<u8>,
@@ -56,6 +57,9 @@ pub(super) fn collect(
     phases: &mut Phases,
 ) -> Result<State> {
     let pids = tree.pids();
+    if let Some(pid) = tree.processes().iter().find_map(|p| p.dead_leader) {
+        observer.use_procfs(pid);
+    }
     let seen = observer.read(&pids, options.paranoid)?;
     let sharing = Sharing::of(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
@@ -71,7 +75,8 @@ pub(super) fn collect(
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
         seccomp: None,
-        cgroups: if options.cgroups { Some(cgroups::collect(&pids)?) } else { None },
+        attributes: Vec::new(),
+        cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
         objects: Collected::new(next),
         vdso: Vec::new(),
     };
@@ -89,9 +94,9 @@ pub(super) fn collect(
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
-        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32)?;
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let tracked = trackings.of(process.pid).is_some();
+        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped)?;
+        let tracked = trackings.of(process.id()).is_some();
         let (space, areas) =
             memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
         state.tasks.push(task);
@@ -99,7 +104,8 @@ pub(super) fn collect(
         mappings.push(areas);
     }
     state.seccomp = known.seccomp.into_record();
-    state.vdso = vdso(options.pid, state.spaces.first())?;
+    state.attributes = known.attributes;
+    state.vdso = vdso(pids[0], state.spaces.first())?;
     for &pid in tree.zombies() {
         state.tasks.push(process::collect_zombie(pid)?);
     }
@@ -110,8 +116,9 @@ pub(super) fn collect(
     if trackings.sharing.objects().next().is_some() {
         state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
     }
-    for ((pid, areas), space) in pids.into_iter().zip(mappings).zip(&mut state.spaces) {
-        let (private, guards) = private::look(pid, &areas, trackings.of(pid), protect, threads)?;
+    for ((process, areas), space) in tree.processes().iter().zip(mappings).zip(&mut state.spaces) {
+        let tracking = trackings.of(process.id());
+        let (private, guards) = private::look(process.pid, &areas, tracking, protect, threads)?;
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
         state.private.push(private);
     }
@@ -212,6 +219,7 @@ impl State {
             tables: self.tables,
             shared_fs: self.shared_fs,
             seccomp: self.seccomp,
+            attributes: self.attributes,
             cgroups: self.cgroups,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),

@@ -26,7 +26,7 @@ pub(crate) fn check(pid: i32) -> Result<()> {
     if stat.flags & PF_KTHREAD != 0 {
         return Err(Error::Target(format!("process {pid} is a kernel thread")));
     }
-    if stat.state == b'Z' {
+    if stat.state == b'Z' && !stat.is_dead_leader() {
         return Err(Error::Target(format!("process {pid} is dead, only its parent has to notice")));
     }
     let mut ancestor = std::process::id() as i32;

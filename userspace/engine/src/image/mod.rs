@@ -13,9 +13,9 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind,
-        Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1, Seccomp, SeccompMode,
-        SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, Task,
+        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId,
+        FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
+        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, Task,
     },
 };
 use std::{
@@ -31,6 +31,7 @@ pub(crate) struct Records {
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
     pub seccomp: Option<Seccomp>,
+    pub attributes: Vec<Attributes>,
     pub cgroups: Option<Cgroups>,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
@@ -62,6 +63,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
     all(&mut writer, &records.seccomp)?;
+    all(&mut writer, &records.attributes)?;
     all(&mut writer, &records.cgroups)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
@@ -91,6 +93,8 @@ pub struct Image {
     pub shared_fs: Vec<SharedFs>,
     /// Threads under seccomp.
     pub seccomp: Seccomp,
+    /// Unusual attributes of processes, by pid.
+    pub attributes: BTreeMap<i32, Attributes>,
     /// Cgroups, if they were recorded.
     pub cgroups: Cgroups,
     /// Open file descriptions, and files that are mapped or executed.
@@ -116,7 +120,7 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp, mut cgroups) = (Vec::new(), None, None);
+        let (mut shared_fs, mut seccomp, mut attributes, mut cgroups) = (Vec::new(), None, BTreeMap::new(), None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -136,6 +140,7 @@ impl Image {
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
+                Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
@@ -160,6 +165,7 @@ impl Image {
             tables,
             shared_fs,
             seccomp: seccomp.unwrap_or_default(),
+            attributes,
             cgroups: cgroups.unwrap_or_default(),
             files,
             pipes,
@@ -223,6 +229,7 @@ impl Image {
             }
         }
         self.check_seccomp(&ids)?;
+        self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
         let Cgroups { sets, processes } = &self.cgroups;
         if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || *set as usize >= sets.len()) {
             return Err("a cgroup or the process in it is missing".into());
@@ -266,6 +273,29 @@ impl Image {
             if !whole || !ids.contains(&thread.tid) {
                 return Err(format!("thread {}, which is under seccomp, or a filter of it is missing", thread.tid));
             }
+        }
+        Ok(())
+    }
+
+    fn check_attributes(&self, attributes: &Attributes) -> Result<(), String> {
+        let pid = attributes.pid;
+        let live = self.tasks.get(&pid).and_then(|t| t.live.as_ref());
+        let live = live.ok_or(format!("process {pid}, which has unusual attributes, is dead or missing"))?;
+        if attributes.leader_exited.is_some() && live.threads.len() < 2 {
+            return Err(format!("process {pid} has no living thread"));
+        }
+        if !attributes.threads.is_sorted_by(|a, b| a.tid < b.tid)
+            || attributes.threads.iter().any(|a| live.threads.iter().all(|t| t.tid != a.tid))
+        {
+            return Err(format!("a thread of process {pid} with unusual attributes is missing or out of order"));
+        }
+        let policies = &attributes.memory_policies;
+        let in_order = policies.is_sorted_by(|a, b| a.1 <= b.0) && policies.iter().all(|p| p.0 < p.1);
+        let threads = attributes.threads.iter().filter_map(|t| t.memory_policy.as_ref());
+        // The kernel takes a page of mask at most (set_mempolicy(2)).
+        let too_long = |policy: &MemoryPolicy| policy.nodes.len() > 512;
+        if !in_order || policies.iter().map(|p| &p.2).chain(threads).any(too_long) {
+            return Err(format!("the memory policies of process {pid} are out of order or too long"));
         }
         Ok(())
     }

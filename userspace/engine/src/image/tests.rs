@@ -99,6 +99,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
         }],
         shared_fs: Vec::new(),
         seccomp: None,
+        attributes: Vec::new(),
         cgroups: None,
         tables: vec![FdTable { id: 0, fds: Vec::new() }],
         files: vec![OpenFile { id: 0, flags: 0, pos: 0, owner: None, kind: FileKind::Regular(regular) }],

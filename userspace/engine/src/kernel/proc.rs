@@ -76,6 +76,11 @@ impl Stat {
         const PF_EXITING: u64 = 4; // include/linux/sched.h
         matches!(self.state, b'Z' | b'X') || self.flags & PF_EXITING != 0
     }
+
+    /// Whether it is a leader that has exited while other threads of its process live.
+    pub(crate) fn is_dead_leader(&self) -> bool {
+        self.state == b'Z' && self.threads > 1
+    }
 }
 
 /// `/proc/<pid>/stat`.
@@ -125,12 +130,15 @@ pub(crate) struct Status {
     pub gids: [u32; 4],
     pub groups: Vec<u32>,
     pub ns_pids: Vec<i32>,
+    pub pending: u64,
     pub pending_shared: u64,
     pub ignored: u64,
     pub caught: u64,
     pub caps: [u64; 5],
     pub no_new_privs: bool,
     pub seccomp: u32,
+    /// What PR_SET_SPECULATION_CTRL was given for each kind of misfeature; 0: nothing.
+    pub speculation: [u32; 2],
 }
 
 /// `/proc/<pid>/task/<tid>/status`.
@@ -155,6 +163,7 @@ fn parse_status(text: &str) -> Status {
             "Gid" => s.gids = four(value),
             "Groups" => s.groups = list(value),
             "NSpid" => s.ns_pids = list(value).iter().map(|&n| n as i32).collect(),
+            "SigPnd" => s.pending = hex(value),
             "ShdPnd" => s.pending_shared = hex(value),
             "SigIgn" => s.ignored = hex(value),
             "SigCgt" => s.caught = hex(value),
@@ -165,10 +174,27 @@ fn parse_status(text: &str) -> Status {
             "CapAmb" => s.caps[4] = hex(value),
             "NoNewPrivs" => s.no_new_privs = value == "1",
             "Seccomp" => s.seccomp = value.parse().unwrap_or(0),
+            "Speculation_Store_Bypass" => s.speculation[0] = speculation(value),
+            "SpeculationIndirectBranch" => s.speculation[1] = speculation(value),
             _ => {}
         }
     }
     s
+}
+
+/// What a thread has chosen, if it may choose.
+fn speculation(text: &str) -> u32 {
+    match text {
+        "thread mitigated" | "conditional disabled" => libc::PR_SPEC_DISABLE as u32,
+        "thread force mitigated" | "conditional force disabled" => libc::PR_SPEC_FORCE_DISABLE as u32,
+        _ => 0,
+    }
+}
+
+/// `/proc/<pid>/coredump_filter`; the usual one if the kernel makes no core dumps.
+pub(crate) fn coredump_filter(pid: i32) -> u32 {
+    let text = fs::read_to_string(path(pid, "coredump_filter")).unwrap_or_default();
+    u32::from_str_radix(text.trim(), 16).unwrap_or(crate::tree::attributes::COREDUMP_FILTER)
 }
 
 /// One number in a small procfs file.

@@ -25,10 +25,19 @@ pub(crate) fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Into::into)
 }
 
-/// pidfd_open(2), Linux 5.3.
+/// pidfd_open(2) of a process, Linux 5.3.
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    open_pidfd(pid, 0)
+}
+
+/// pidfd_open(2) of any thread (PIDFD_THREAD), Linux 6.9.
+pub(crate) fn pidfd_open_thread(tid: i32) -> io::Result<OwnedFd> {
+    open_pidfd(tid, libc::O_EXCL)
+}
+
+fn open_pidfd(pid: i32, flags: i32) -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed; a returned descriptor is new and ours.
-    unsafe { check(libc::syscall(libc::SYS_pidfd_open, pid, 0)).map(|fd| OwnedFd::from_raw_fd(fd as i32)) }
+    unsafe { check(libc::syscall(libc::SYS_pidfd_open, pid, flags)).map(|fd| OwnedFd::from_raw_fd(fd as i32)) }
 }
 
 /// pidfd_getfd(2), Linux 5.6: a duplicate of descriptor `fd` of another process.
@@ -110,6 +119,21 @@ pub(crate) fn sched_getaffinity(tid: i32) -> io::Result<Vec<u8>> {
     let used = mask.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
     mask.truncate(used);
     Ok(mask)
+}
+
+/// A value that prctl(2) gives as its result.
+pub(crate) fn prctl_get(option: i32) -> io::Result<u32> {
+    // SAFETY: the options that this is used for take no memory.
+    unsafe { check(libc::prctl(option, 0u64, 0u64, 0u64, 0u64).into()).map(|value| value as u32) }
+}
+
+/// get_mempolicy(2) of this thread: mode, and a mask of nodes.
+pub(crate) fn get_mempolicy(words: &mut [u64]) -> io::Result<()> {
+    let (mode, nodes) = words.split_at_mut(1);
+    let bits = 64 * nodes.len() + 1;
+    let (mode, nodes) = (mode.as_mut_ptr(), nodes.as_mut_ptr());
+    // SAFETY: there is room for an int and for so many bits, of which the kernel counts one less.
+    unsafe { check(libc::syscall(libc::SYS_get_mempolicy, mode, nodes, bits, 0, 0)).map(drop) }
 }
 
 /// ioprio_get(2) of one thread.

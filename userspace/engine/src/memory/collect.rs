@@ -128,6 +128,9 @@ fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
         "it is an AIO ring: end the use of io_setup before the dump"
     } else if map.name.starts_with(b"anon_inode:") {
         "it belongs to a kernel object that cannot be read: close it before the dump"
+    } else if map.key != 0 && map.prot != libc::PROT_EXEC as u8 {
+        // That of memory that can only be executed comes and goes with its protection.
+        "it has a protection key: give it back (pkey_mprotect with key 0) before the dump"
     } else {
         return Ok(());
     };
@@ -183,4 +186,20 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
     let writable = map.shared && map.has(b"mw");
     let file = mapped_file(pid, &name, link, map.dev, map.ino, writable, all)?;
     Ok(if map.shared { Backing::SharedFile { file, offset } } else { Backing::PrivateFile { file, offset } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protection_keys_are_refused_by_name() {
+        let mapped =
+            |key, prot: i32| Mapped { start: 0x1000, end: 0x2000, key, prot: prot as u8, ..Default::default() };
+        let text = refuse_special(7, &mapped(3, libc::PROT_READ), false).unwrap_err().to_string();
+        assert!(text.contains("1000-2000") && text.contains("protection key"), "{text}");
+        assert!(refuse_special(7, &mapped(0, libc::PROT_READ), false).is_ok());
+        // The kernel gives such memory a key by itself.
+        assert!(refuse_special(7, &mapped(1, libc::PROT_EXEC), false).is_ok());
+    }
 }

@@ -6,9 +6,10 @@ use crate::{
     memory::pages::PageFiles,
     objects::system_v,
     restore::program::{Arg, Program},
+    tree::attributes,
 };
 use standstill_images::types::{
-    AddressSpace, Backing, OpenFileId, PageRun, SharedMemory, SharedMemoryId, SharedMemoryKind, Vma,
+    AddressSpace, Backing, MemoryPolicy, OpenFileId, PageRun, SharedMemory, SharedMemoryId, SharedMemoryKind, Vma,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -54,11 +55,15 @@ pub(crate) fn to_unmap(space: &AddressSpace, parent: &AddressSpace) -> Vec<(u64,
         .collect()
 }
 
+/// Memory policies of mappings, by address: start, end, policy.
+pub(crate) type MemoryPolicies = [(u64, u64, MemoryPolicy)];
+
 /// What a task has when it begins: the mappings its parent had when it forked.
 #[derive(Clone, Copy)]
 pub(crate) struct Inherited<'a> {
     pub space: &'a AddressSpace,
     pub prots: &'a Prots,
+    pub policies: &'a MemoryPolicies,
 }
 
 /// Protections in force while memory is being restored, by start address. A mapping that gets content is writable
@@ -67,7 +72,7 @@ pub(crate) type Prots = HashMap<u64, u8>;
 
 /// Maps everything and reads the pages: of equal mappings of the parent only those that differ.
 pub(crate) fn restore(
-    space: &AddressSpace,
+    (space, policies): (&AddressSpace, &MemoryPolicies),
     inherited: Option<Inherited<'_>>,
     fds: &MapFds<'_>,
     program: &mut Program,
@@ -92,6 +97,13 @@ pub(crate) fn restore(
                 (runs, gone, prot)
             }
         };
+        let policy = policy_of(policies, vma);
+        if policy != kept.and_then(|parent| policy_of(parent.policies, vma)) {
+            // Before pages are allocated.
+            let (mode, nodes, bits) = attributes::policy_arguments(policy, program);
+            let args = [vma.start.into(), (vma.end - vma.start).into(), mode, nodes, bits, 0.into()];
+            program.call(format!("set the memory policy of {:x}-{:x}", vma.start, vma.end), libc::SYS_mbind, &args);
+        }
         for (start, pages) in gone {
             let args = [start.into(), (pages * PAGE).into(), libc::MADV_DONTNEED.into()];
             program.call("drop pages that only the parent has", libc::SYS_madvise, &args);
@@ -100,6 +112,10 @@ pub(crate) fn restore(
         prots.insert(vma.start, prot);
     }
     prots
+}
+
+fn policy_of<'a>(policies: &'a MemoryPolicies, vma: &Vma) -> Option<&'a MemoryPolicy> {
+    policies.binary_search_by_key(&vma.start, |p| p.0).ok().map(|n| &policies[n].2)
 }
 
 /// Files that the mappings not inherited need.

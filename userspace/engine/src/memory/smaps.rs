@@ -24,6 +24,8 @@ pub(crate) struct Mapped {
     pub flags: u32,
     /// The letters of the others.
     pub others: Vec<[u8; 2]>,
+    /// Protection key.
+    pub key: u8,
     /// There is certainly no page that this address space alone has, nor a guard.
     pub untouched: bool,
 }
@@ -46,6 +48,7 @@ impl From<&VmaEntry> for Mapped {
             dev: seen.dev,
             ino: seen.ino,
             name: seen.name.as_os_str().as_bytes().to_vec(),
+            key: seen.key,
             untouched: seen.untouched,
             flags: seen.flags,
             others: Vec::new(),
@@ -70,6 +73,8 @@ fn parse(text: &[u8]) -> Option<Vec<Mapped>> {
                     None => last.others.push(letters),
                 }
             }
+        } else if let Some(key) = line.strip_prefix(b"ProtectionKey:") {
+            all.last_mut()?.key = std::str::from_utf8(key).ok()?.trim().parse().ok()?;
         } else if line.first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
             // Other lines begin with a capital letter.
             all.push(header(line)?);
@@ -93,7 +98,7 @@ fn header(line: &[u8]) -> Option<Mapped> {
     let dev = nix::sys::stat::makedev(hex(major)?, hex(minor)?);
     let ino = text()?.parse().ok()?;
     let name = unescape(fields.next().unwrap_or(b"").trim_ascii_start());
-    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, flags: 0, others: Vec::new(), untouched: false })
+    Some(Mapped { start, end, prot, shared, offset, dev, ino, name, ..Default::default() })
 }
 
 /// The kernel writes newlines of names as `\012`.
@@ -119,13 +124,14 @@ mod tests {
     #[test]
     fn a_file_mapping_with_flags() {
         let text = b"7f00-8f00 r-xp 00001000 fe:01 77                  /lib/a b\\012c\n\
-                     Size:                  4 kB\nVmFlags: rd ex mr mw me gd \n\
+                     Size:                  4 kB\nProtectionKey:         3\nVmFlags: rd ex mr mw me gd \n\
                      7ffd0000-7ffe0000 rw-s 00000000 00:00 0\nVmFlags: sh\n";
         let all = parse(text).unwrap();
         assert_eq!(all.len(), 2);
         assert_eq!((all[0].start, all[0].end, all[0].prot, all[0].offset), (0x7f00, 0x8f00, 5, 0x1000));
         assert_eq!(all[0].name, b"/lib/a b\nc");
         assert!(all[0].has(b"gd") && !all[0].has(b"sh"));
+        assert_eq!((all[0].key, all[1].key), (3, 0));
         assert!(all[1].shared && all[1].name.is_empty());
     }
 

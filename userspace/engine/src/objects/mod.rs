@@ -73,7 +73,9 @@ impl Collected {
             source: e,
         };
         if let std::collections::hash_map::Entry::Vacant(e) = self.pidfds.entry(entry.tgid) {
-            e.insert(sys::pidfd_open(entry.tgid).map_err(failed)?);
+            // The number is that of another thread where the leader has exited.
+            let pidfd = sys::pidfd_open(entry.tgid).or_else(|_| sys::pidfd_open_thread(entry.tgid));
+            e.insert(pidfd.map_err(failed)?);
         }
         sys::pidfd_getfd(self.pidfds[&entry.tgid].as_fd(), entry.fd).map_err(failed)
     }

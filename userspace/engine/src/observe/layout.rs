@@ -35,6 +35,7 @@ const STRUCTS: &[&str] = &[
     "socket_alloc",
     "super_block",
     "task_struct",
+    "thread_info",
     "tcp_sock",
     "udp_sock",
     "unix_address",
@@ -282,6 +283,10 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         rseq_len: rseq("rseq.len", "rseq_len"),
         rseq_sig: rseq("rseq.sig", "rseq_sig"),
         atomic_flags: task("atomic_flags")?,
+        flags: task("flags")?,
+        thread_flags: task("thread_info.flags").unwrap_or(ABSENT),
+        // CONFIG_NUMA.
+        mempolicy: task("mempolicy").unwrap_or(ABSENT),
         personality: task("personality")?,
         // CONFIG_AUDIT.
         loginuid: task("loginuid").unwrap_or(ABSENT),
@@ -338,6 +343,8 @@ fn vmas(btf: &Btf) -> Result<VmaLayout> {
         // CONFIG_ANON_VMA_NAME.
         anon_name: vma("anon_name").unwrap_or(ABSENT),
         anon_name_name: at("anon_vma_name", "name").unwrap_or(ABSENT),
+        // CONFIG_NUMA.
+        policy: vma("vm_policy").unwrap_or(ABSENT),
         ops_name: at("vm_operations_struct", "name")?,
         special_name: at("vm_special_mapping", "name")?,
         file_users: any(btf, "file", &["f_ref", "f_count"])?,

@@ -224,6 +224,14 @@ pub struct ThreadState {
     pub sched: Option<Sched>,
     /// PR_SET_TIMERSLACK.
     pub timerslack_ns: u64,
+    /// Those of the kernel's `PF_*` flags that PR_MCE_KILL and PR_SET_IO_FLUSHER set.
+    pub flags: u32,
+    /// What PR_SET_SPECULATION_CTRL was given for each kind of misfeature; 0: nothing.
+    pub speculation: [u32; 2],
+    /// Whether reading the time stamp counter may raise SIGSEGV (PR_SET_TSC).
+    pub tsc_faults: bool,
+    /// Whether it may have a memory policy of its own (set_mempolicy(2)).
+    pub memory_policy: bool,
     /// Mode of seccomp(2); `None`: this kernel does not let it be seen.
     pub seccomp: Option<u32>,
     /// What an interrupted wait left behind.
@@ -257,6 +265,8 @@ pub struct ProcessState {
     pub foreign_namespace: Option<&'static str>,
     /// Status for wait(2) if the leader has exited.
     pub exited: Option<i32>,
+    /// If it is stopped by job control: whether its parent has waited for that.
+    pub stop_told: bool,
     /// Actions of all signals whose action is not the default.
     pub sigactions: Vec<SigAction>,
     /// ITIMER_REAL; `None`: this kernel does not let it be seen.
@@ -273,6 +283,10 @@ pub struct ProcessState {
     pub layout: Option<MmLayout>,
     /// PR_GET_DUMPABLE.
     pub dumpable: u32,
+    /// `/proc/pid/coredump_filter`.
+    pub coredump_filter: u32,
+    /// Whether PR_SET_THP_DISABLE, PR_SET_MDWE or PR_SET_MEMORY_MERGE may be in effect.
+    pub unusual_memory: bool,
     /// File mode creation mask.
     pub umask: u32,
     /// PR_SET_CHILD_SUBREAPER.
@@ -319,6 +333,10 @@ pub struct VmaEntry {
     /// Whether it has attributes beyond these (shadow stack, sealed, droppable, userfaultfd minor faults, …); smaps names
     /// them.
     pub unusual: bool,
+    /// Its protection key (pkeys(7)).
+    pub key: u8,
+    /// Whether it has a memory policy of its own (mbind(2)); false: it has none, or nobody knows.
+    pub policy: bool,
     /// Whether there is certainly no page that this address space alone has, nor a guard; false: nobody knows. True only
     /// as long as the process stands still.
     pub untouched: bool,

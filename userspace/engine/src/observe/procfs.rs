@@ -64,6 +64,8 @@ fn vma(tgid: i32, mapped: smaps::Mapped) -> VmaEntry {
         name: PathBuf::from(std::ffi::OsString::from_vec(mapped.name)),
         flags: mapped.flags,
         unusual: !mapped.others.is_empty(),
+        key: mapped.key,
+        policy: false,
         untouched: false,
     }
 }

@@ -3,9 +3,9 @@
 use crate::{
     error::{Context, Result},
     kernel::{arch, proc},
-    tree::{creds, sched},
+    tree::{attributes, creds, sched},
 };
-use standstill_images::types::{Creds, Sched};
+use standstill_images::types::{Attributes, Creds, Sched, ThreadAttributes};
 
 /// One of the kernel's own mappings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,7 @@ pub(crate) struct KernelMapping {
 pub(crate) struct Environment {
     pub creds: Creds,
     pub sched: Sched,
+    pub attributes: Attributes,
     pub limits: Vec<(u64, u64)>,
     /// Signals ignored.
     pub ignored: u64,
@@ -69,6 +70,11 @@ pub(crate) fn vdso_at(pid: i32, start: u64, len: u64) -> Result<Vec<u8>> {
 }
 
 impl Environment {
+    /// What every thread begins with.
+    pub(crate) fn thread(&self) -> (&Sched, &ThreadAttributes) {
+        (&self.sched, attributes::of_thread(&self.attributes, self.attributes.pid))
+    }
+
     /// Looks at this process. Its soft limit of descriptors is raised to the hard one, for the tree's sake.
     pub(crate) fn current() -> Result<Self> {
         let pid = std::process::id() as i32;
@@ -85,6 +91,7 @@ impl Environment {
         Ok(Self {
             creds: creds::of(&status, 0),
             sched: sched::collect(pid)?,
+            attributes: attributes::own(),
             limits: proc::limits(pid).context(|| "read own limits".into())?,
             ignored: status.ignored,
             personality,

@@ -253,6 +253,10 @@ impl Execution<'_> {
                 Wait::Signal(libc::SIGTRAP) if self.trapped(tid, stage)? => {
                     expected.remove(&tid);
                 }
+                // It goes on from the stop, as all do, but its process counts as stopped, and stops once it is let go of.
+                Wait::Signal(libc::SIGSTOP) if self.plan.tasks.iter().any(|t| t.pid == tid && t.stops) => {
+                    ptrace::cont(tid, libc::SIGSTOP).context(|| format!("stop task {tid}"))?;
+                }
                 // A task that died of a signal dies of it again.
                 Wait::Signal(signal) if dying.contains(&tid) => {
                     ptrace::cont(tid, signal).context(|| format!("continue task {tid}"))?;

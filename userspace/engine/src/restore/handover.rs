@@ -11,12 +11,16 @@ use crate::{
     tree::{signals, thread},
 };
 use standstill_images::types::{LiveTask, Restart, Task, TaskState, Thread};
-use std::{collections::HashMap, io};
+use std::{
+    collections::HashMap,
+    io,
+    time::{Duration, Instant},
+};
 
 /// Gives every task its own state and lets it go.
 pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
     let image = run.image;
-    let mut stopping = HashMap::new();
+    let (mut tids, mut stopping) = (Vec::new(), HashMap::new());
     for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
         let task = &image.tasks[&planned.pid];
         let live = live(task)?;
@@ -28,23 +32,48 @@ pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
             .map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) })
             .collect::<Result<Vec<_>>>()?;
         unmap_restorer(run, planned.pid, planned.syscall_at)?;
-        if let Some(signal) = stop_signal(task, live) {
-            stopping.insert(task.pid, begin_stop(task.pid, live.threads.len(), signal)?);
+        let exited = image.attributes.get(&task.pid).and_then(|a| a.leader_exited);
+        if let Some(status) = exited {
+            end_leader(task.pid, planned.syscall_at, status)?;
         }
-        for (thread, result) in live.threads.iter().zip(results) {
+        let dead = usize::from(exited.is_some());
+        let living = &live.threads[dead..];
+        if let Some(signal) = stop_signal(task, live).filter(|_| !planned.stops) {
+            let first = living[0].tid;
+            stopping.insert(first, begin_stop(task.pid, first, living.len(), signal)?);
+        }
+        for (thread, result) in living.iter().zip(results.into_iter().skip(dead)) {
             set_state(thread, result)?;
         }
+        tids.extend(living.iter().rev().map(|t| t.tid));
     }
     // From here on nothing can fail but the detaching itself, and tasks run.
-    for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
-        for thread in planned.threads.iter().rev() {
-            match ptrace::detach(thread.tid, stopping.get(&thread.tid).copied().unwrap_or(0)) {
-                Ok(()) => {}
-                // Already handed-over siblings may have ended their process.
-                Err(e) if proc::is_gone(&e) => {}
-                Err(e) => return Err(e).context(|| format!("detach from thread {}", thread.tid)),
-            }
+    for tid in tids {
+        match ptrace::detach(tid, stopping.get(&tid).copied().unwrap_or(0)) {
+            Ok(()) => {}
+            // Already handed-over siblings may have ended their process.
+            Err(e) if proc::is_gone(&e) => {}
+            Err(e) => return Err(e).context(|| format!("detach from thread {tid}")),
         }
+    }
+    Ok(())
+}
+
+/// Lets a leader exit as it had exited, while its other threads stand still. It is let go of: nobody is told of its end
+/// before that of the others, and a tracer would have to take note of it instead of the parent.
+fn end_leader(pid: i32, syscall_at: u64, status: i32) -> Result<()> {
+    let context = || format!("end the first thread of process {pid}");
+    let regs = ptrace::registers(pid).context(context)?;
+    let code = (status >> 8 & 0xff) as u64;
+    ptrace::set_registers(pid, &regs.for_syscall(syscall_at, libc::SYS_exit, [code, 0, 0, 0, 0, 0]))
+        .context(context)?;
+    ptrace::detach(pid, 0).context(context)?;
+    let end = Instant::now() + Duration::from_secs(5);
+    while !proc::stat(pid).context(context)?.is_dead_leader() {
+        if Instant::now() > end {
+            return Err(io::Error::from(io::ErrorKind::TimedOut)).context(context);
+        }
+        std::thread::sleep(Duration::from_micros(50));
     }
     Ok(())
 }
@@ -54,38 +83,39 @@ fn stop_signal(task: &Task, live: &LiveTask) -> Option<i32> {
     let caught = |signal: i32| live.sigactions.iter().any(|a| a.signal == signal);
     let blocked = |signal: i32| live.threads.iter().any(|t| t.blocked & 1 << (signal - 1) != 0);
     match task.state {
-        TaskState::Stopped(signal) if !caught(signal) && !blocked(signal) => Some(signal),
-        TaskState::Stopped(_) => Some(libc::SIGSTOP),
+        TaskState::Stopped(signal) | TaskState::StoppedAndTold(signal) => {
+            Some(if caught(signal) || blocked(signal) { libc::SIGSTOP } else { signal })
+        }
         _ => signals::is_about_to_stop(live).then_some(libc::SIGSTOP),
     }
 }
 
 /// Lets a process begin to stop, before any pending signal is handled: all are still blocked. Returns the signal with
-/// which its first thread is to be let go.
+/// which its first living thread, `first` of so many, is to be let go.
 ///
 /// The parent is told of the stop when the last thread takes part in it. That has to wait until the parent was let go
 /// itself, because a traced process gets SIGCHLD even where it ignores it.
-fn begin_stop(pid: i32, threads: usize, signal: i32) -> Result<i32> {
+fn begin_stop(pid: i32, first: i32, threads: usize, signal: i32) -> Result<i32> {
     let context = || format!("stop process {pid}");
     // SAFETY: tgkill takes no memory; the process is ours and stopped.
-    unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGSTOP) };
-    ptrace::cont(pid, 0).context(context)?;
-    match ptrace::wait(pid).context(context)? {
+    unsafe { libc::syscall(libc::SYS_tgkill, pid, first, libc::SIGSTOP) };
+    ptrace::cont(first, 0).context(context)?;
+    match ptrace::wait(first).context(context)? {
         Wait::Signal(libc::SIGSTOP) => {}
-        other => return Err(unexpected(pid, other)),
+        other => return Err(unexpected(first, other)),
     }
     if threads == 1 {
         return Ok(signal);
     }
     // The others shall not run before the first has stopped. Should the signal be ignored, as SIGTSTP is in an orphaned
     // process group, then the interruption stops the thread.
-    ptrace::set_sigmask(pid, !(1 << (signal - 1))).context(context)?;
-    ptrace::interrupt(pid).context(context)?;
-    ptrace::cont(pid, signal).context(context)?;
-    match ptrace::wait(pid).context(context)? {
+    ptrace::set_sigmask(first, !(1 << (signal - 1))).context(context)?;
+    ptrace::interrupt(first).context(context)?;
+    ptrace::cont(first, signal).context(context)?;
+    match ptrace::wait(first).context(context)? {
         Wait::EventStop(by) if by == signal => Ok(0),
-        Wait::EventStop(libc::SIGTRAP) if signal != libc::SIGSTOP => begin_stop(pid, threads, libc::SIGSTOP),
-        other => Err(unexpected(pid, other)),
+        Wait::EventStop(libc::SIGTRAP) if signal != libc::SIGSTOP => begin_stop(pid, first, threads, libc::SIGSTOP),
+        other => Err(unexpected(first, other)),
     }
 }
 

@@ -17,13 +17,13 @@ use crate::{
     image::Image,
     kernel::{PAGE, arch},
     memory::{
-        map::{self, Inherited, MapFds, Prots},
+        map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
     objects::{self, Referenced, shared_memory},
-    tree::{creds, limits, process, seccomp, signals, thread, timers},
+    tree::{attributes, creds, limits, process, seccomp, signals, thread, timers},
 };
-use standstill_images::types::{AddressSpace, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
+use standstill_images::types::{AddressSpace, Attributes, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
@@ -57,6 +57,8 @@ pub(crate) struct PlannedTask {
     pub pid: i32,
     /// It ends before [`Stage::Done`].
     pub ends: bool,
+    /// It stops itself before [`Stage::Joined`], and its parent is told then.
+    pub stops: bool,
     /// Threads, the leader first.
     pub threads: Vec<PlannedThread>,
     /// Address of a `syscall` instruction in its final memory.
@@ -181,6 +183,13 @@ fn check_machine(image: &Image, env: &Environment) -> Result<()> {
                 )));
             }
         }
+        let flusher = |a: &&Attributes| a.threads.iter().any(|t| t.io_flusher);
+        if !env.may_raise_limits && image.attributes.get(&task.pid).filter(flusher).is_some() {
+            return Err(Error::Missing {
+                what: format!("CAP_SYS_RESOURCE, to make process {} an I/O flusher (PR_SET_IO_FLUSHER),", task.pid),
+                remedy: "restore with that capability".into(),
+            });
+        }
         if !env.may_raise_limits
             && let Some(name) = limits::first_raised(&live.rlimits, &env.limits)
         {
@@ -231,7 +240,9 @@ impl<'a> Planner<'a> {
         let mut program = Program::default();
         let births = self.births.get(&task.pid).cloned().unwrap_or_default();
         let slot = self.tasks.len();
-        self.tasks.push(PlannedTask { pid: task.pid, ends: task.live.is_none(), threads: Vec::new(), syscall_at: 0 });
+        let stops = self.stops(task);
+        let ends = task.live.is_none();
+        self.tasks.push(PlannedTask { pid: task.pid, ends, stops, threads: Vec::new(), syscall_at: 0 });
         let Some(live) = &task.live else {
             self.zombie(task, &births, &mut program);
             self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits: false });
@@ -255,8 +266,11 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        let inherited = parent.map(|(space, prots)| Inherited { space, prots });
-        let prots = self.memory(space, inherited, &mut numbers, &mut program)?;
+        let unusual = self.unusual(task.pid);
+        let theirs = if parent.is_some() { self.unusual(task.ppid) } else { &self.env.attributes };
+        attributes::restore_first(unusual, theirs, &mut program);
+        let inherited = parent.map(|(space, prots)| Inherited { space, prots, policies: &theirs.memory_policies });
+        let prots = self.memory((space, &unusual.memory_policies), inherited, &mut numbers, &mut program)?;
         self.births(&births, (space, &prots), &mut program)?;
         if let Some(word) = waiting {
             program.post("let the parent go on", word);
@@ -266,9 +280,11 @@ impl<'a> Planner<'a> {
             let args = [pid.into(), 0.into(), libc::__WALL.into(), 0.into()];
             program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pid);
         }
+        self.take_stops(task.pid, &mut program);
         self.vdso.restore(task.pid, space, &mut program);
         Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
         self.finish_memory(space, &prots, &mut numbers, &mut program)?;
+        attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
@@ -281,6 +297,11 @@ impl<'a> Planner<'a> {
         self.tasks[slot].syscall_at = self.vdso.syscall_instruction(task.pid, space)?;
         self.programs[index] = program;
         Ok(index)
+    }
+
+    /// The attributes of a process, unusual ones or not.
+    fn unusual(&self, pid: i32) -> &'a Attributes {
+        self.image.attributes.get(&pid).unwrap_or(&attributes::USUAL)
     }
 
     fn zombie(&self, task: &Task, births: &[Step], program: &mut Program) {
@@ -324,7 +345,7 @@ impl<'a> Planner<'a> {
 
     fn memory(
         &self,
-        space: &AddressSpace,
+        (space, policies): (&AddressSpace, &MemoryPolicies),
         inherited: Option<Inherited<'_>>,
         numbers: &mut Numbers,
         program: &mut Program,
@@ -334,7 +355,7 @@ impl<'a> Planner<'a> {
             fds.insert(id, self.open(id, numbers, program)?);
         }
         let map_fds = MapFds { files: &fds, shared: &self.shared_fds, objects: &self.image.shared, pages: &self.pages };
-        let prots = map::restore(space, inherited, &map_fds, program);
+        let prots = map::restore((space, policies), inherited, &map_fds, program);
         for fd in fds.into_values().collect::<BTreeSet<_>>() {
             program.call("close a mapped file", libc::SYS_close, &[fd.into()]);
             numbers.release(fd);
@@ -392,6 +413,7 @@ impl<'a> Planner<'a> {
         }
         let fd = numbers.lowest();
         process::restore_loginuid(live, self.env.loginuid, fd, program);
+        attributes::restore_coredump_filter(self.unusual(pid), &self.env.attributes, fd, program);
         numbers.release(fd);
         let share = self.tables.get(&pid);
         if !Share::restores(share) {
@@ -418,12 +440,13 @@ impl<'a> Planner<'a> {
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM;
         let pid = live.threads[0].tid;
+        let unusual = self.unusual(pid);
         live.threads[1..]
             .iter()
             .map(|t| {
                 let index = self.programs.len();
                 let mut own = Program::default();
-                thread::restore(t, &self.env.sched, &mut own);
+                thread::restore((t, attributes::of_thread(unusual, t.tid)), self.env.thread(), &mut own);
                 signals::restore_pending(pid, Some(t.tid), &t.pending, &mut own);
                 seccomp::restore_own(&self.image.seccomp, t.tid, filters, &mut own);
                 creds::restore(&t.creds, &self.env.creds, &mut own);
@@ -446,7 +469,8 @@ impl<'a> Planner<'a> {
         program: &mut Program,
     ) -> Result<bool> {
         let leader = &live.threads[0];
-        thread::restore(leader, &self.env.sched, program);
+        let unusual = self.unusual(task.pid);
+        thread::restore((leader, attributes::of_thread(unusual, task.pid)), self.env.thread(), program);
         signals::restore_actions(&live.sigactions, program);
         let table = &self.image.tables[&live.fd_table];
         if Share::restores(self.tables.get(&task.pid)) && self.files.has_late(table) {
@@ -474,6 +498,7 @@ impl<'a> Planner<'a> {
             program.call("set dumpable", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE.into(), live.dumpable.into()]);
         }
         thread::restore_pdeath_signal(leader, program);
+        attributes::restore_last(unusual, &self.env.attributes, program);
         Ok(Self::done(leader, program))
     }
 

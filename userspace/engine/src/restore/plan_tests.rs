@@ -16,7 +16,7 @@ use history::{History, KERNEL, Op, Start, ops, starts};
 use interpreter::Interpreter;
 use model::{OUTSIDE, Origin, PAGE, Page, compare};
 use proptest::prelude::*;
-use standstill_images::types::{Creds, Sched};
+use standstill_images::types::{Attributes, Creds, Sched};
 
 /// Bytes of the restorer's code.
 const BLOB: usize = 5000;
@@ -34,6 +34,7 @@ fn environment(fd_limit: i32) -> Environment {
     Environment {
         creds: Creds::default(),
         sched: Sched::default(),
+        attributes: Attributes { coredump_filter: Some(0x33), ..Default::default() },
         limits: Vec::new(),
         ignored: 0,
         personality: 0,

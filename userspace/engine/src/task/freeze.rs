@@ -32,10 +32,26 @@ pub(crate) enum Stopped {
 /// A process whose threads are all stopped.
 #[derive(Debug)]
 pub(crate) struct FrozenProcess {
-    /// Process id.
+    /// The number under which it is reached: its process id or, if the leader has exited, the id of its first living
+    /// thread. procfs shows nothing of memory, descriptors and directories under the number of such a leader.
     pub pid: i32,
-    /// Thread ids, the leader first, and how they were.
+    /// The process id, if the leader has exited while other threads live.
+    pub dead_leader: Option<i32>,
+    /// Living threads, the leader first, and how they were.
     pub threads: Vec<(i32, Stopped)>,
+}
+
+impl FrozenProcess {
+    fn new(pid: i32, threads: &[i32]) -> Self {
+        let first = threads[0];
+        let threads = threads.iter().map(|&tid| (tid, Stopped::ByUs)).collect();
+        Self { pid: first, dead_leader: (first != pid).then_some(pid), threads }
+    }
+
+    /// Process id.
+    pub(crate) fn id(&self) -> i32 {
+        self.dead_leader.unwrap_or(self.pid)
+    }
 }
 
 /// A frozen tree.
@@ -77,7 +93,7 @@ impl FrozenTree {
     /// # Errors
     /// As [`Self::freeze`]; [`Error::Died`] also if only the leader has ended.
     pub(crate) fn stop_leader(pid: i32, limit: Duration) -> Result<Self> {
-        let mut tree = Self::new(pid, vec![FrozenProcess { pid, threads: vec![(pid, Stopped::ByUs)] }], limit);
+        let mut tree = Self::new(pid, vec![FrozenProcess::new(pid, &[pid])], limit);
         if tree.seize(pid, pid)? {
             tree.wait_for_stops()?;
         }
@@ -124,6 +140,11 @@ impl FrozenTree {
                     living.push(tid);
                 }
             }
+            if living.first().is_some_and(|&tid| tid != pid) {
+                let before = living.len();
+                living = self.survivors(pid, living)?;
+                new |= living.len() < before;
+            }
             if living.is_empty() {
                 // Children that it had go to somebody whose list we may have read already.
                 new |= self.dead.insert(pid);
@@ -132,47 +153,33 @@ impl FrozenTree {
                 }
                 continue;
             }
-            if living[0] != pid {
-                self.await_end(pid, living)?;
-                new = true;
-                continue;
-            }
             let children = family.children(pid, &living).context(|| format!("list the children of {pid}"))?;
             queue.extend(children.into_iter().filter(|&c| seen.insert(c)));
-            self.processes
-                .push(FrozenProcess { pid, threads: living.into_iter().map(|t| (t, Stopped::ByUs)).collect() });
+            self.processes.push(FrozenProcess::new(pid, &living));
         }
         Ok(new)
     }
 
-    /// The leader is dead. A process that was killed just now loses its other threads a moment later; one that goes on
-    /// without its leader is refused.
-    fn await_end(&mut self, pid: i32, mut others: Vec<i32>) -> Result<()> {
-        let end = Instant::now() + Duration::from_millis(500);
+    /// The leader is dead: which of the other threads live on. A process that was killed just now loses them a moment
+    /// later.
+    fn survivors(&mut self, pid: i32, mut others: Vec<i32>) -> Result<Vec<i32>> {
+        const KILLED: u64 = 1 << (libc::SIGKILL - 1);
         loop {
-            others.retain(|&tid| match ptrace::try_wait(tid) {
-                Ok(Wait::Gone(_)) | Err(_) => {
-                    self.seized.remove(&tid);
-                    false
-                }
-                Ok(Wait::EventStop(_)) => {
-                    self.seized.insert(tid, Some(Stopped::ByUs));
-                    true
-                }
-                Ok(_) => true,
-            });
-            if others.is_empty() {
-                return Ok(());
+            for &tid in &others {
+                self.has_stopped(tid)?;
+            }
+            others.retain(|tid| self.seized.contains_key(tid));
+            // Whoever ends a process has sent SIGKILL to all of its threads before it is dead itself.
+            let is_ending = |&tid: &i32| {
+                proc::stat(tid).map_or(true, |s| s.is_ending())
+                    || proc::status(pid, tid).map_or(true, |s| s.pending & KILLED != 0)
+            };
+            if !others.iter().any(is_ending) {
+                return Ok(others);
             }
             // Giving back a lot of memory takes a while.
-            let exiting = |tid: &i32| proc::stat(*tid).map_or(true, |s| s.is_ending());
-            let now = Instant::now();
-            if now > end && !others.iter().any(exiting) || now > self.deadline {
-                return Err(Error::unsupported(
-                    pid,
-                    "a thread group whose leader has exited",
-                    "let the other threads end first",
-                ));
+            if Instant::now() > self.deadline {
+                return Err(self.timeout(&format!("process {pid} does not end")));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -210,6 +217,36 @@ impl FrozenTree {
         }
     }
 
+    /// Whether a seized thread has stopped, or is gone, since it was last asked.
+    fn has_stopped(&mut self, tid: i32) -> Result<bool> {
+        match ptrace::try_wait(tid) {
+            Ok(Wait::EventStop(libc::SIGTRAP)) => {
+                self.seized.insert(tid, Some(Stopped::ByUs));
+            }
+            Ok(Wait::EventStop(signal)) => {
+                self.seized.insert(tid, Some(Stopped::ByJobControl(signal)));
+            }
+            // The interrupt stays pending while the signal is delivered as if we were not there.
+            Ok(Wait::Signal(signal)) => {
+                ptrace::cont(tid, signal).context(|| format!("deliver signal {signal} to thread {tid}"))?;
+                return Ok(false);
+            }
+            Ok(Wait::Nothing) => return Ok(false),
+            Ok(Wait::Event(_) | Wait::Syscall) => {
+                ptrace::cont(tid, 0).context(|| format!("continue thread {tid}"))?;
+                return Ok(false);
+            }
+            Ok(Wait::Gone(_)) => {
+                self.seized.remove(&tid);
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => {
+                self.seized.remove(&tid);
+            }
+            Err(e) => return Err(e).context(|| format!("wait for thread {tid}")),
+        }
+        Ok(true)
+    }
+
     fn wait_for_stops(&mut self) -> Result<()> {
         let mut running: Vec<i32> = self.seized.iter().filter(|(_, s)| s.is_none()).map(|(&t, _)| t).collect();
         let mut idle = 0u32;
@@ -217,30 +254,8 @@ impl FrozenTree {
             let before = running.len();
             let mut still = Vec::with_capacity(before);
             for tid in running {
-                match ptrace::try_wait(tid) {
-                    Ok(Wait::EventStop(libc::SIGTRAP)) => {
-                        self.seized.insert(tid, Some(Stopped::ByUs));
-                    }
-                    Ok(Wait::EventStop(signal)) => {
-                        self.seized.insert(tid, Some(Stopped::ByJobControl(signal)));
-                    }
-                    // The interrupt stays pending while the signal is delivered as if we were not there.
-                    Ok(Wait::Signal(signal)) => {
-                        ptrace::cont(tid, signal).context(|| format!("deliver signal {signal} to thread {tid}"))?;
-                        still.push(tid);
-                    }
-                    Ok(Wait::Nothing) => still.push(tid),
-                    Ok(Wait::Event(_) | Wait::Syscall) => {
-                        ptrace::cont(tid, 0).context(|| format!("continue thread {tid}"))?;
-                        still.push(tid);
-                    }
-                    Ok(Wait::Gone(_)) => {
-                        self.seized.remove(&tid);
-                    }
-                    Err(e) if e.raw_os_error() == Some(libc::ECHILD) => {
-                        self.seized.remove(&tid);
-                    }
-                    Err(e) => return Err(e).context(|| format!("wait for thread {tid}")),
+                if !self.has_stopped(tid)? {
+                    still.push(tid);
                 }
             }
             running = still;
@@ -282,7 +297,7 @@ impl FrozenTree {
         self.processes.retain(|p| !p.threads.is_empty());
     }
 
-    /// Pids of all living processes.
+    /// The numbers under which all living processes are reached.
     pub(crate) fn pids(&self) -> Vec<i32> {
         self.processes.iter().map(|p| p.pid).collect()
     }
@@ -292,7 +307,7 @@ impl FrozenTree {
     pub(crate) fn kill(mut self) {
         for process in self.processes.iter().rev() {
             // SAFETY: kill takes no memory. The pid cannot have been reused: its process is stopped and traced by us.
-            unsafe { libc::kill(process.pid, libc::SIGKILL) };
+            unsafe { libc::kill(process.id(), libc::SIGKILL) };
         }
         self.seized.clear();
         // The end of each task is reported to its tracer before it is to its parent, and that of a leader only after
@@ -309,7 +324,7 @@ impl FrozenTree {
     pub(crate) fn leave_stopped(mut self) {
         for process in &self.processes {
             // SAFETY: kill takes no memory.
-            unsafe { libc::kill(process.pid, libc::SIGSTOP) };
+            unsafe { libc::kill(process.id(), libc::SIGSTOP) };
         }
         self.thaw();
     }

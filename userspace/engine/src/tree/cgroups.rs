@@ -6,6 +6,7 @@
 use crate::{
     error::{Context, Error, Result},
     kernel::{proc, sys},
+    task::FrozenProcess,
 };
 use standstill_images::types::{Bytes, Cgroup, CgroupAccess, Cgroups};
 use std::{
@@ -37,11 +38,12 @@ pub enum CgroupMode {
 ///
 /// # Errors
 /// Refuses cgroups outside of the own cgroup namespace.
-pub(crate) fn collect(pids: &[i32]) -> Result<Cgroups> {
+pub(crate) fn collect(processes: &[FrozenProcess]) -> Result<Cgroups> {
     let mut all = Cgroups::default();
     let mut known: HashMap<Vec<Cgroup>, u32> = HashMap::new();
-    for &pid in pids {
-        let set = of(pid)?;
+    for process in processes {
+        let pid = process.id();
+        let set = of(process.pid)?;
         if let Some(outside) = set.iter().find(|c| c.path.as_path().components().any(|c| c == Component::ParentDir)) {
             return Err(Error::unsupported(
                 pid,

@@ -1,6 +1,7 @@
 //! Processes and threads: what a task has besides memory and files. Each module reads its part and emits the restorer
 //! operations that bring it back.
 
+pub(crate) mod attributes;
 pub(crate) mod cgroups;
 pub(crate) mod creds;
 pub(crate) mod limits;

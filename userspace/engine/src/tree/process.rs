@@ -1,16 +1,16 @@
 //! Processes: identity, working directory, and what threads of a process share.
 
-use super::{seccomp, signals, thread, timers};
+use super::{attributes, seccomp, signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
     kernel::proc,
     objects::directory,
-    observe::{ProcessState, SharedId},
+    observe::{ProcessState, SharedId, VmaEntry},
     restore::program::Program,
     task::{FrozenProcess, Remote, Stopped},
 };
 use standstill_images::types::{
-    AddressSpaceId, Bytes, FdTableId, ITimer, LiveTask, SigAction, Task, TaskState, Thread,
+    AddressSpaceId, Attributes, Bytes, FdTableId, ITimer, LiveTask, SigAction, Task, TaskState, Thread,
 };
 use std::{
     collections::HashMap,
@@ -26,6 +26,8 @@ pub(crate) struct Known {
     root: HashMap<SharedId, Bytes>,
     /// Filters, and who is under which.
     pub seccomp: seccomp::Collected,
+    /// Unusual attributes of those that have any.
+    pub attributes: Vec<Attributes>,
 }
 
 /// What only the process itself or the observer can tell.
@@ -49,6 +51,8 @@ struct Outer {
     personality: u32,
     oom_score_adj: i32,
     loginuid: u32,
+    /// If it is stopped: its parent knows.
+    told: bool,
 }
 
 /// Reads a frozen process, all but its memory and files; also gives its brk(2). What the observer saw (`seen`) is
@@ -59,15 +63,16 @@ pub(crate) fn collect(
     known: &mut Known,
     address_space: AddressSpaceId,
     fd_table: FdTableId,
+    mappings: &[VmaEntry],
 ) -> Result<(Task, u64)> {
-    let pid = process.pid;
+    let (pid, id) = (process.pid, process.id());
     refuse_foreign(pid, seen)?;
     let mut remote = Remote::new(pid);
     let inner = match seen.and_then(observed) {
         Some(inner) => inner,
         None => ask(pid, &mut remote)?,
     };
-    let outer = outer(pid, seen)?;
+    let outer = outer(process, seen)?;
     let mut posix_timers = Vec::new();
     if seen.is_none_or(|p| p.posix_timers) {
         posix_timers = timers::posix_timers(pid, &mut remote)?;
@@ -78,21 +83,22 @@ pub(crate) fn collect(
     if timed || seen.is_some_and(|p| p.pending) {
         pending = signals::pending(pid, true)?;
     }
+    let policies: Vec<_> = mappings.iter().filter(|m| m.policy).map(|m| (m.start, m.end)).collect();
+    let mut attributes = attributes::collect(process, seen, &policies, &mut remote)?;
     let mut threads: Vec<Thread> = Vec::with_capacity(process.threads.len());
     for &(tid, _) in &process.threads {
         // Securebits differ between threads only where a thread changed its credentials on its own.
         let same = threads.first().map(|leader| leader.creds.securebits);
-        threads.push(thread::collect(
-            pid,
-            tid,
-            seen.and_then(|p| p.thread(tid)),
-            &mut remote,
-            same,
-            timed,
-            &mut known.seccomp,
-        )?);
+        let (thread, unusual) =
+            thread::collect(pid, tid, seen.and_then(|p| p.thread(tid)), &mut remote, same, timed, &mut known.seccomp)?;
+        threads.push(thread);
+        attributes.threads.push(unusual);
     }
     remote.detach()?;
+    known.attributes.extend(attributes::into_record(attributes));
+    if process.dead_leader.is_some() {
+        threads.insert(0, thread::collect_dead(id, &threads[0])?);
+    }
     let (cwd, cwd_removed) = match seen.and_then(|p| known.cwd.get(&p.cwd?)) {
         Some(cwd) => cwd.clone(),
         None => cwd(pid)?,
@@ -128,12 +134,22 @@ pub(crate) fn collect(
         Stopped::ByJobControl(signal) => Some(signal),
         Stopped::ByUs => None,
     });
+    if let (Some(_), Some(leader)) = (stopped, process.dead_leader) {
+        // Its status is not to be seen then, and it could not exit in a process that is stopped again.
+        let object = "a stopped process whose first thread has exited";
+        return Err(Error::unsupported(leader, object, "let it go on (SIGCONT) before the dump"));
+    }
+    let state = match stopped {
+        None => TaskState::Running,
+        Some(signal) if outer.told => TaskState::StoppedAndTold(signal),
+        Some(signal) => TaskState::Stopped(signal),
+    };
     let task = Task {
-        pid,
+        pid: id,
         ppid: outer.ppid,
         pgid: outer.pgid,
         sid: outer.sid,
-        state: stopped.map_or(TaskState::Running, TaskState::Stopped),
+        state,
         exit_signal: outer.exit_signal,
         comm: outer.comm,
         live: Some(live),
@@ -152,7 +168,8 @@ fn cwd(pid: i32) -> Result<(Bytes, bool)> {
     Ok(directory::path(link(pid, "cwd")?, removed))
 }
 
-fn outer(pid: i32, seen: Option<&ProcessState>) -> Result<Outer> {
+fn outer(process: &FrozenProcess, seen: Option<&ProcessState>) -> Result<Outer> {
+    let (pid, id) = (process.pid, process.id());
     let small = |name: &str| std::fs::read_to_string(proc::path(pid, name)).unwrap_or_default();
     let loginuid = || small("loginuid").trim().parse().unwrap_or(u32::MAX);
     if let Some(seen) = seen
@@ -169,9 +186,10 @@ fn outer(pid: i32, seen: Option<&ProcessState>) -> Result<Outer> {
             personality: seen.personality,
             oom_score_adj: seen.oom_score_adj,
             loginuid: seen.loginuid.unwrap_or_else(loginuid),
+            told: seen.stop_told,
         });
     }
-    let stat = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?;
+    let stat = proc::stat(id).context(|| format!("read /proc/{id}/stat"))?;
     Ok(Outer {
         ppid: stat.ppid,
         pgid: stat.pgid,
@@ -183,6 +201,8 @@ fn outer(pid: i32, seen: Option<&ProcessState>) -> Result<Outer> {
         personality: u32::from_str_radix(small("personality").trim(), 16).unwrap_or(0),
         oom_score_adj: small("oom_score_adj").trim().parse().unwrap_or(0),
         loginuid: loginuid(),
+        // The signal that stopped it is there until somebody has waited for it.
+        told: stat.exit_code == 0,
     })
 }
 
@@ -267,11 +287,16 @@ pub(crate) fn restore_loginuid(live: &LiveTask, own: u32, fd: i32, program: &mut
     if live.loginuid == own {
         return;
     }
-    let path = program.string(b"/proc/self/loginuid");
+    write_own("loginuid", &live.loginuid.to_string(), fd, program);
+}
+
+/// Writes to a file of its own in procfs, by way of the lowest free descriptor `fd`.
+pub(super) fn write_own(file: &str, text: &str, fd: i32, program: &mut Program) {
+    let path = program.string(format!("/proc/self/{file}").as_bytes());
     let args = [libc::AT_FDCWD.into(), path, libc::O_WRONLY.into()];
-    program.call_expecting("open loginuid", libc::SYS_openat, &args, fd);
-    program.write_full("set the login uid", fd, live.loginuid.to_string().as_bytes());
-    program.call("close loginuid", libc::SYS_close, &[fd.into()]);
+    program.call_expecting(format!("open {file}"), libc::SYS_openat, &args, fd);
+    program.write_full(format!("write {text} to {file}"), fd, text.as_bytes());
+    program.call(format!("close {file}"), libc::SYS_close, &[fd.into()]);
 }
 
 /// Root directory and umask, once nobody opens files any more.

@@ -90,7 +90,7 @@ impl Sharing {
     pub(crate) fn shared_fs(&self, processes: &[FrozenProcess]) -> Vec<SharedFs> {
         let mut groups: BTreeMap<usize, Vec<i32>> = BTreeMap::new();
         for (process, first) in processes.iter().zip(&self.fs) {
-            groups.entry(*first).or_default().push(process.pid);
+            groups.entry(*first).or_default().push(process.id());
         }
         groups.into_values().filter(|pids| pids.len() > 1).map(|pids| SharedFs { pids }).collect()
     }

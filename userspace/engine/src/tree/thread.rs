@@ -1,6 +1,6 @@
 //! Threads: registers, extended state, and what the kernel keeps per thread for user space.
 
-use super::{creds, sched, seccomp, signals};
+use super::{attributes, creds, sched, seccomp, signals};
 use crate::{
     error::{Context, Result},
     kernel::{
@@ -11,7 +11,9 @@ use crate::{
     restore::program::{Arg, Program},
     task::Remote,
 };
-use standstill_images::types::{AltStack, Bytes, Context as CpuContext, Restart, Rseq, Thread};
+use standstill_images::types::{
+    AltStack, Bytes, Context as CpuContext, Restart, Rseq, Sched, Thread, ThreadAttributes,
+};
 
 /// Reads a stopped thread: its registers, and what the observer did not see. `securebits`: those of the leader.
 /// `timed`: timers may have sent it signals since.
@@ -23,9 +25,9 @@ pub(crate) fn collect(
     securebits: Option<u32>,
     timed: bool,
     filters: &mut seccomp::Collected,
-) -> Result<Thread> {
-    let (mode, creds) = match seen {
-        Some(ThreadState { seccomp: Some(mode), creds: Some(creds), .. }) => (*mode, creds.clone()),
+) -> Result<(Thread, ThreadAttributes)> {
+    let (mode, creds, status) = match seen {
+        Some(ThreadState { seccomp: Some(mode), creds: Some(creds), .. }) => (*mode, creds.clone(), None),
         _ => {
             let status = proc::status(pid, tid).context(|| format!("read the status of thread {tid}"))?;
             let securebits = match (seen, securebits) {
@@ -33,7 +35,7 @@ pub(crate) fn collect(
                 (_, Some(bits)) => bits,
                 _ => creds::ask_securebits(tid, remote)?,
             };
-            (status.seccomp, creds::of(&status, securebits))
+            (status.seccomp, creds::of(&status, securebits), Some(status))
         }
     };
     filters.thread(pid, tid, mode)?;
@@ -49,6 +51,8 @@ pub(crate) fn collect(
         Some(sched) => sched,
         None => sched::collect(tid)?,
     };
+    let mut attributes = attributes::collect_thread(tid, seen, status.as_ref(), remote)?;
+    attributes.deadline = sched::deadline(tid, &sched)?;
     let blocked = match seen.and_then(|t| t.blocked) {
         Some(mask) => mask,
         None => ptrace::sigmask(tid).context(|| format!("read the signal mask of thread {tid}"))?,
@@ -67,7 +71,7 @@ pub(crate) fn collect(
     }
     let regs = remote.registers(tid).context(|| format!("read the registers of thread {tid}"))?;
     let xstate = ptrace::regset(tid, arch::NT_X86_XSTATE).context(|| format!("read the xstate of thread {tid}"))?;
-    Ok(Thread {
+    let thread = Thread {
         tid,
         comm,
         restart: restart(&regs, seen),
@@ -82,6 +86,30 @@ pub(crate) fn collect(
         creds,
         sched,
         timerslack_ns,
+    };
+    Ok((thread, attributes))
+}
+
+/// What is left of a leader that has exited, whose process lives in threads like `other`.
+pub(crate) fn collect_dead(pid: i32, other: &Thread) -> Result<Thread> {
+    let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
+    // It will not run any more.
+    let CpuContext::X86_64 { xstate, .. } = &other.context;
+    Ok(Thread {
+        tid: pid,
+        comm: comm(pid, pid)?,
+        restart: Restart::Registers,
+        context: CpuContext::X86_64 { regs: [0; 27], xstate: xstate.clone() },
+        blocked: 0,
+        pending: Vec::new(),
+        altstack: AltStack { flags: libc::SS_DISABLE, ..Default::default() },
+        clear_child_tid: 0,
+        robust_list: (0, 0),
+        rseq: None,
+        pdeath_signal: 0,
+        creds: creds::of(&status, other.creds.securebits),
+        sched: other.sched.clone(),
+        timerslack_ns: other.timerslack_ns,
     })
 }
 
@@ -109,8 +137,12 @@ fn ask(tid: i32, remote: &mut Remote) -> Result<(AltStack, u64, i32)> {
     Ok((altstack, word(24), half(32)))
 }
 
-/// What a thread sets up for itself, except credentials.
-pub(crate) fn restore(thread: &Thread, own: &standstill_images::types::Sched, program: &mut Program) {
+/// What a thread sets up for itself, except credentials. `own`: what the restorer has of the same.
+pub(crate) fn restore(
+    (thread, attributes): (&Thread, &ThreadAttributes),
+    own: (&Sched, &ThreadAttributes),
+    program: &mut Program,
+) {
     let name = program.string(&thread.comm.0);
     program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
     let stack = program.words(&[thread.altstack.sp, u64::from(thread.altstack.flags as u32), thread.altstack.size]);
@@ -129,7 +161,8 @@ pub(crate) fn restore(thread: &Thread, own: &standstill_images::types::Sched, pr
         libc::SYS_prctl,
         &[libc::PR_SET_TIMERSLACK.into(), thread.timerslack_ns.into()],
     );
-    sched::restore(&thread.sched, own, program);
+    attributes::restore_thread(attributes, own.1, program);
+    sched::restore(&thread.sched, attributes.deadline, own.0, program);
 }
 
 /// Sets the signal sent when the parent dies; after the credentials, whose change clears it.

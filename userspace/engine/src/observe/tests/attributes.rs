@@ -7,8 +7,8 @@ use super::{
 };
 use crate::{
     kernel::{proc, ptrace, sys},
-    task::{Family, FrozenTree},
-    tree::{creds, sched},
+    task::{Family, FrozenTree, Remote},
+    tree::{attributes, creds, sched},
 };
 use std::{collections::HashMap, fs, time::Duration};
 
@@ -56,6 +56,14 @@ pub(super) fn act() {
     thread(|| call(libc::SYS_ioprio_set, [1, 0, 3 << 13, 0, 0]));
     thread(|| call(libc::SYS_prctl, [libc::PR_SET_TIMERSLACK as u64, 123_456, 0, 0, 0]));
     thread(|| call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, c"a) \xff (b\n ".as_ptr() as u64, 0, 0, 0]));
+    for policy in [libc::PR_MCE_KILL_EARLY, libc::PR_MCE_KILL_LATE] {
+        let set = libc::PR_MCE_KILL_SET as u64;
+        thread(move || call(libc::SYS_prctl, [libc::PR_MCE_KILL as u64, set, policy as u64, 0, 0]));
+    }
+    thread(|| call(libc::SYS_prctl, [libc::PR_SET_TSC as u64, libc::PR_TSC_SIGSEGV as u64, 0, 0, 0]));
+    thread(|| {
+        drop_result(call_result(libc::SYS_set_mempolicy, [libc::MPOL_BIND as u64, (&raw const ONE) as u64, 65, 0, 0]))
+    });
     thread(|| {
         let program = [libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0x7fff_0000 }];
         let filter = libc::sock_fprog { len: 1, filter: program.as_ptr().cast_mut() };
@@ -86,6 +94,10 @@ pub(super) fn act() {
     process(|| call(libc::SYS_personality, [libc::ADDR_NO_RANDOMIZE as u64, 0, 0, 0, 0]));
     process(|| fs::write("/proc/self/oom_score_adj", "345").unwrap());
     process(|| drop(fs::write("/proc/self/loginuid", "4711")));
+    process(|| fs::write("/proc/self/coredump_filter", "0x1f4").unwrap());
+    for [option, value, flags] in UNUSUAL {
+        process(move || drop_result(call_result(libc::SYS_prctl, [option, value, flags, 0, 0])));
+    }
     process(|| call(libc::SYS_umask, [0o123, 0, 0, 0, 0]));
     process(|| std::env::set_current_dir("/usr").unwrap());
     process(|| std::os::unix::fs::chroot(".").unwrap());
@@ -98,6 +110,10 @@ pub(super) fn act() {
     }
     process(|| drop_result(call_result(libc::SYS_unshare, [libc::CLONE_NEWUSER as u64, 0, 0, 0, 0])));
 }
+
+/// PR_SET_THP_DISABLE, for all and for what was not advised (Linux 6.18), PR_SET_MDWE, for children as well and not,
+/// PR_SET_MEMORY_MERGE.
+const UNUSUAL: [[u64; 3]; 5] = [[41, 1, 0], [41, 1, 2], [65, 1, 0], [65, 3, 0], [67, 1, 0]];
 
 /// CLONE_NEWTIME
 const NEWTIME: i32 = 0x80;
@@ -167,14 +183,23 @@ fn the_iterator_says_what_procfs_and_ptrace_say() {
     let mut links = HashMap::new();
     for process in &all {
         check_process(process, &mut links);
+        let mut remote = Remote::new(process.tgid);
+        let frozen = tree.processes().iter().find(|p| p.pid == process.tgid).unwrap();
+        let asked = attributes::collect(frozen, None, &[], &mut remote).unwrap();
+        assert_eq!(attributes::collect(frozen, Some(process), &[], &mut remote).unwrap(), asked);
         assert_eq!(process.threads.len(), proc::threads(process.tgid).unwrap().len());
         for thread in &process.threads {
             check_thread(process.tgid, thread);
+            check_asked(process.tgid, thread, &mut remote);
             assert_eq!(process.thread(thread.tid), Some(thread));
         }
         assert_eq!(process.thread(1), None);
+        remote.detach().unwrap();
     }
     // That all of this was there to be seen.
+    assert!(all.iter().any(|p| p.coredump_filter == 0x1f4));
+    // Who is usual is not asked.
+    assert!(all.iter().any(|p| p.unusual_memory) && all.iter().any(|p| !p.unusual_memory));
     let threads = &all.iter().find(|p| p.tgid == victim.pids[0]).unwrap().threads;
     let creds: Vec<_> = threads.iter().filter_map(|t| t.creds.as_ref()).collect();
     assert!(creds.iter().any(|c| c.uids == [1001, 1002, 1003, 1003] && c.groups == [3, 70_000, 80_000]));
@@ -189,6 +214,7 @@ fn the_iterator_says_what_procfs_and_ptrace_say() {
     if !scheds.iter().any(|s| s.priority == 7) {
         skip("no real-time scheduling");
     }
+    assert!(threads.iter().any(|t| !t.tsc_faults) && threads.iter().any(|t| t.flags != 0));
     assert!(threads.iter().any(|t| t.pending) && all.iter().any(|p| p.pending) && all.iter().any(|p| p.posix_timers));
     let blocked = |signal: i32| threads.iter().any(|t| t.blocked.is_none_or(|b| b & 1 << (signal - 1) != 0));
     assert!(blocked(libc::SIGHUP) && blocked(libc::SIGINT) && !threads.iter().any(|t| t.blocked == Some(1 << 14)));
@@ -202,6 +228,15 @@ fn settled(tids: &[i32]) {
         quiet = if tids.iter().all(|&t| proc::stat(t).unwrap().state == b'S') { quiet + 1 } else { 0 };
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// What a thread says itself.
+fn check_asked(pid: i32, seen: &ThreadState, remote: &mut Remote) {
+    let status = proc::status(pid, seen.tid).unwrap();
+    let asked = attributes::collect_thread(seen.tid, None, Some(&status), remote).unwrap();
+    let told = attributes::collect_thread(seen.tid, Some(seen), None, remote).unwrap();
+    assert_eq!(told, asked);
+    assert_eq!(seen.memory_policy, asked.memory_policy.is_some());
 }
 
 fn check_thread(pid: i32, seen: &ThreadState) {

@@ -11,6 +11,8 @@ use crate::kernel::pagemap::{Pagemap, Range};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, mmap_anonymous};
 
 const PAGE: usize = 4096;
+/// The first node alone.
+static NODE: u64 = 1;
 
 /// Maps what a process can map.
 pub(super) fn act() {
@@ -59,6 +61,9 @@ pub(super) fn act() {
         libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut());
         // MAP_DROPPABLE (Linux 6.11), mseal(2) (Linux 6.10): attributes without a fixed bit. Refused by older kernels.
         libc::mmap(std::ptr::null_mut(), PAGE, libc::PROT_READ, 0x08 | libc::MAP_ANONYMOUS, -1, 0);
+        // mbind(2) to the first node.
+        let bound = anonymous(rw, MapFlags::MAP_PRIVATE);
+        libc::syscall(libc::SYS_mbind, bound.as_ptr(), PAGE, libc::MPOL_BIND, &raw const NODE, 65, 0);
         let sealed = anonymous(rw, MapFlags::MAP_PRIVATE);
         // MADV_GUARD_INSTALL (Linux 6.13).
         libc::madvise(anonymous(rw, MapFlags::MAP_PRIVATE).as_ptr(), PAGE, 102);
@@ -75,7 +80,7 @@ pub(super) fn assert_same(ours: &[VmaEntry], procfs: &[VmaEntry]) {
             Pagemap::open(a.tgid).unwrap().private(Range { start: a.start, end: a.end }, &mut found).unwrap();
             assert_eq!(found, [], "{a:?}");
         }
-        let a = VmaEntry { untouched: false, ..a.clone() };
+        let a = VmaEntry { untouched: false, policy: false, ..a.clone() };
         assert_eq!(a, *b, "iterator first, procfs second");
     }
     assert_eq!(ours.len(), procfs.len());
@@ -95,6 +100,8 @@ fn both_readers_see_the_same_mappings() {
     assert_same(&iterators.vmas(&victim.pids).unwrap(), &truth);
     let ours = iterators.vmas(&victim.pids).unwrap();
     assert!(ours.iter().any(|v| v.untouched && v.dev != 0) && ours.iter().any(|v| !v.untouched && v.dev != 0));
+    let numa = crate::kernel::sys::get_mempolicy(&mut [0; 17]).is_ok();
+    assert_eq!(ours.iter().filter(|v| v.policy).count(), usize::from(numa));
     // The same through the iterator over everything.
     assert_same(&iterators.vmas(&among_many(&victim.pids)).unwrap(), &truth);
 }

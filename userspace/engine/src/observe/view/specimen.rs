@@ -223,7 +223,7 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
     for (n, of) in tree.processes().iter().enumerate() {
         let seen = states.iter().find(|s| s.tgid == of.pid && s.layout.is_some());
         let begin = Instant::now();
-        let (task, _) = process::collect(of, seen, &mut known, n as u32, n as u32)?;
+        let (task, _) = process::collect(of, seen, &mut known, n as u32, n as u32, &[])?;
         *(if n == 0 { &mut times.first } else { &mut times.others }) += elapsed(begin);
         if let Some(thread) = task.live.as_ref().and_then(|l| l.threads.first()) {
             let Registers::X86_64 { regs, xstate } = &thread.context;

@@ -8,7 +8,7 @@ use crate::{
     memory::map::Prots,
     restore::{births::Step, program::Program},
 };
-use standstill_images::types::{AddressSpace, Task};
+use standstill_images::types::{AddressSpace, Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
@@ -69,7 +69,7 @@ impl<'a> Planner<'a> {
         let index = self.programs.len();
         self.programs.push(Program::default());
         let threads = vec![PlannedThread { tid: sid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: sid, ends: true, threads, syscall_at: 0 });
+        self.tasks.push(PlannedTask { pid: sid, ends: true, stops: false, threads, syscall_at: 0 });
         let mut own = Program::default();
         own.call("setsid", libc::SYS_setsid, &[]);
         for pid in children {
@@ -110,7 +110,27 @@ impl<'a> Planner<'a> {
         if task.pgid != task.pid && led {
             program.call("join its process group", libc::SYS_setpgid, &[0.into(), task.pgid.into()]);
         }
+        if self.stops(task) {
+            program.call("stop", libc::SYS_kill, &[task.pid.into(), libc::SIGSTOP.into()]);
+        }
         program.trap(Stage::Joined as u64);
+    }
+
+    /// Whether a process is to be stopped while its parent can be made to wait for that.
+    pub(super) fn stops(&self, task: &Task) -> bool {
+        // A leader that still has to exit could not do so in a stopped process.
+        let exits = self.image.attributes.get(&task.pid).is_some_and(|a| a.leader_exited.is_some());
+        matches!(task.state, TaskState::StoppedAndTold(_)) && task.pid != self.image.inventory.root && !exits
+    }
+
+    /// Waits for the stops of children that the process `pid` has been told of. Nothing of their signals is left: the tracer
+    /// keeps them away, and the stops happened before the last stage.
+    pub(super) fn take_stops(&self, pid: i32, program: &mut Program) {
+        for child in self.image.tasks.values().filter(|t| t.ppid == pid && self.stops(t)) {
+            let options = libc::WSTOPPED | libc::__WALL;
+            let args = [libc::P_PID.into(), child.pid.into(), 0.into(), options.into(), 0.into()];
+            program.call(format!("wait for the stop of process {}", child.pid), libc::SYS_waitid, &args);
+        }
     }
 
     /// A process that leads the group of a dead and forgotten leader until all members have joined.
@@ -125,7 +145,7 @@ impl<'a> Planner<'a> {
         own.exit(0);
         self.programs.push(own);
         let threads = vec![PlannedThread { tid: pgid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: pgid, ends: true, threads, syscall_at: 0 });
+        self.tasks.push(PlannedTask { pid: pgid, ends: true, stops: false, threads, syscall_at: 0 });
         let label = format!("fork process {pgid}");
         let signal = if flags == 0 { libc::SIGCHLD } else { 0 };
         program.clone_task(label, flags | sys::CLONE_CLEAR_SIGHAND, signal, pgid, index);
