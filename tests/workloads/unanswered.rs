@@ -3,6 +3,7 @@
 //!
 //! The file system is mounted nowhere. A child opens a file in it, and learns at the end that the server is gone.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -60,7 +61,6 @@ fn unavailable(what: &str, error: &std::io::Error) -> ! {
 /// A mount of a file system with this server, which no directory leads to.
 fn mount(server: &File) -> OwnedFd {
     const SET_STRING: u32 = 1;
-    const SET_FD: u32 = 5;
     const CREATE: u32 = 6;
     let check = |what: &str, result: i64| match result {
         0.. => result as i32,
@@ -71,14 +71,15 @@ fn mount(server: &File) -> OwnedFd {
     unsafe {
         let context = check("fsopen", libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), 1));
         let context = OwnedFd::from_raw_fd(context);
-        let configure = |command: u32, key: *const libc::c_char, value: *const libc::c_char, number: i32| {
-            check("fsconfig", libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, key, value, number));
+        let configure = |command: u32, key: *const libc::c_char, value: *const libc::c_char| {
+            check("fsconfig", libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, key, value, 0));
         };
-        configure(SET_FD, c"fd".as_ptr(), null, server.as_raw_fd());
-        for (key, value) in [(c"rootmode", c"40000"), (c"user_id", c"0"), (c"group_id", c"0")] {
-            configure(SET_STRING, key.as_ptr(), value.as_ptr(), 0);
+        let server = CString::new(server.as_raw_fd().to_string()).expect("a number");
+        let options = [(c"fd", &*server), (c"rootmode", c"40000"), (c"user_id", c"0"), (c"group_id", c"0")];
+        for (key, value) in options {
+            configure(SET_STRING, key.as_ptr(), value.as_ptr());
         }
-        configure(CREATE, null, null, 0);
+        configure(CREATE, null, null);
         let mount = check("fsmount", libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0));
         OwnedFd::from_raw_fd(mount)
     }
