@@ -185,8 +185,8 @@ fn parse_status(text: &str) -> Status {
 /// What a thread has chosen, if it may choose.
 fn speculation(text: &str) -> u32 {
     match text {
-        "thread mitigated" | "conditional disabled" => libc::PR_SPEC_DISABLE as u32,
-        "thread force mitigated" | "conditional force disabled" => libc::PR_SPEC_FORCE_DISABLE as u32,
+        "thread mitigated" | "conditional disabled" => libc::PR_SPEC_DISABLE,
+        "thread force mitigated" | "conditional force disabled" => libc::PR_SPEC_FORCE_DISABLE,
         _ => 0,
     }
 }

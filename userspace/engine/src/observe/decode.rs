@@ -388,14 +388,14 @@ fn creds(record: &ThreadRecord, at: &CredLayout) -> Creds {
 fn speculation(flags: u64) -> [u32; 2] {
     let set = |bit: u32| flags & 1 << bit != 0;
     let store = match () {
-        () if set(4) => libc::PR_SPEC_FORCE_DISABLE as u32,
+        () if set(4) => libc::PR_SPEC_FORCE_DISABLE,
         () if set(7) => PR_SPEC_DISABLE_NOEXEC,
-        () if set(3) => libc::PR_SPEC_DISABLE as u32,
+        () if set(3) => libc::PR_SPEC_DISABLE,
         () => 0,
     };
     let branch = match () {
-        () if set(6) => libc::PR_SPEC_FORCE_DISABLE as u32,
-        () if set(5) => libc::PR_SPEC_DISABLE as u32,
+        () if set(6) => libc::PR_SPEC_FORCE_DISABLE,
+        () if set(5) => libc::PR_SPEC_DISABLE,
         () => 0,
     };
     [store, branch]
