@@ -7,7 +7,7 @@ use super::{
     layout::{CredLayout, Layouts},
     restart,
 };
-use crate::tree::attributes::FLAGS;
+use crate::tree::attributes;
 use standstill_ebpf_abi::{
     ABSENT, Action, CPUS, FileRecord, GROUPS, LineageRecord, NAMESPACES, Plain, ProcessRecord, SocketRecord,
     TaskLayout, ThreadRecord, UNIX_NAME, VmaRecord, vma_name,
@@ -23,15 +23,8 @@ use std::{
 
 /// `SIGNAL_GROUP_EXIT` in `signal_struct.flags`.
 const SIGNAL_GROUP_EXIT: u32 = 4;
-/// Of prctl(2), newer than the libc crate.
-const PR_SPEC_DISABLE_NOEXEC: u32 = 16;
 /// `SA_IMMUTABLE`: the kernel's own, never shown by sigaction(2).
 const SA_IMMUTABLE: u64 = 0x0080_0000;
-/// Where `TIF_NOTSC` of x86 may be: up to Linux 6.17, and since. The other one is something else, and as rare.
-const TIF_NOTSC: u64 = 1 << 16 | 1 << 21;
-/// `MMF_DISABLE_THP*`, `MMF_HAS_MDWE*` and `MMF_VM_MERGE_ANY` in `mm->flags`. Before Linux 6.18 the first of these bits said
-/// that the process has had a huge page of zeros.
-const MMF_UNUSUAL: u64 = 1 << 23 | 1 << 24 | 1 << 28 | 1 << 29 | 1 << 30;
 /// ANON_INODE_FS_MAGIC.
 pub(super) const ANON_INODE_FS: u64 = 0x0904_1934;
 
@@ -293,7 +286,7 @@ fn process_state(
         layout: (leader.mm != 0).then_some(layout),
         dumpable: (process.mm_flags & 3) as u32,
         coredump_filter: (process.mm_flags >> 2 & 0x1ff) as u32,
-        unusual_memory: process.mm_flags & MMF_UNUSUAL != 0,
+        unusual_memory: process.mm_flags & attributes::MMF_UNUSUAL != 0,
         umask: process.umask,
         child_subreaper: process.child_subreaper != 0,
         personality: process.personality,
@@ -354,9 +347,9 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinit
         creds: complete.then_some(creds),
         sched: sched(record, tasks, affinity),
         timerslack_ns: record.timer_slack_ns,
-        flags: record.flags & FLAGS,
-        speculation: speculation(record.atomic_flags),
-        tsc_faults: record.thread_flags & TIF_NOTSC != 0,
+        flags: record.flags & attributes::FLAGS,
+        speculation: attributes::speculation(record.atomic_flags),
+        tsc_faults: record.thread_flags & attributes::TIF_NOTSC != 0,
         memory_policy: record.mempolicy != 0,
         seccomp: (tasks.seccomp_mode != ABSENT).then_some(record.seccomp),
         remaining_ns: restart::remaining(&restart, record),
@@ -382,23 +375,6 @@ fn creds(record: &ThreadRecord, at: &CredLayout) -> Creds {
         securebits: half(at.securebits),
         no_new_privs: record.atomic_flags & NO_NEW_PRIVS != 0,
     }
-}
-
-/// What PR_SET_SPECULATION_CTRL was given, from `atomic_flags` (`PFA_SPEC_*`).
-fn speculation(flags: u64) -> [u32; 2] {
-    let set = |bit: u32| flags & 1 << bit != 0;
-    let store = match () {
-        () if set(4) => libc::PR_SPEC_FORCE_DISABLE,
-        () if set(7) => PR_SPEC_DISABLE_NOEXEC,
-        () if set(3) => libc::PR_SPEC_DISABLE,
-        () => 0,
-    };
-    let branch = match () {
-        () if set(6) => libc::PR_SPEC_FORCE_DISABLE,
-        () if set(5) => libc::PR_SPEC_DISABLE,
-        () => 0,
-    };
-    [store, branch]
 }
 
 /// What sched_getattr(2), sched_getaffinity(2) and ioprio_get(2) give.
