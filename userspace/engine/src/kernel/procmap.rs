@@ -61,7 +61,11 @@ fn named(pid: i32, address: u64, name: &[u8]) -> io::Result<Option<Range>> {
         ..Default::default()
     };
     // SAFETY: `query` has the size it states, and `name` is writable for `name_size` bytes.
-    unsafe { procmap_query(maps.as_raw_fd(), &raw mut query) }?;
+    match unsafe { procmap_query(maps.as_raw_fd(), &raw mut query) } {
+        // Its name is a longer one.
+        Err(nix::errno::Errno::ENAMETOOLONG) => return Ok(None),
+        result => result?,
+    };
     // The size includes the null byte at the end.
     let is_it = buffer.get(..query.name_size as usize).and_then(|b| b.split_last()).is_some_and(|(_, n)| n == name);
     Ok(is_it.then_some(Range { start: query.start, end: query.end }))
