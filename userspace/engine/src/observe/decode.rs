@@ -2,7 +2,7 @@
 
 use super::{
     FdEntry, FileId, Lineage, ObserveError, ProcessState, Result, SharedId, SharedMapping, SocketEntry, ThreadState,
-    VmaEntry,
+    VmaEntry, flags,
     ids::Ids,
     layout::{CredLayout, Layouts},
     restart,
@@ -286,7 +286,7 @@ fn process_state(
         layout: (leader.mm != 0).then_some(layout),
         dumpable: (process.mm_flags & 3) as u32,
         coredump_filter: (process.mm_flags >> 2 & 0x1ff) as u32,
-        unusual_memory: process.mm_flags & attributes::MMF_UNUSUAL != 0,
+        unusual_memory: process.mm_flags & flags::MMF_UNUSUAL != 0,
         umask: process.umask,
         child_subreaper: process.child_subreaper != 0,
         personality: process.personality,
@@ -348,8 +348,8 @@ fn thread(record: &ThreadRecord, ids: &mut SharedIds, layouts: &Layouts, affinit
         sched: sched(record, tasks, affinity),
         timerslack_ns: record.timer_slack_ns,
         flags: record.flags & attributes::FLAGS,
-        speculation: attributes::speculation(record.atomic_flags),
-        tsc_faults: record.thread_flags & attributes::TIF_NOTSC != 0,
+        speculation: flags::speculation(record.atomic_flags),
+        tsc_faults: record.thread_flags & flags::TIF_NOTSC != 0,
         memory_policy: record.mempolicy != 0,
         seccomp: (tasks.seccomp_mode != ABSENT).then_some(record.seccomp),
         remaining_ns: restart::remaining(&restart, record),

@@ -13,6 +13,8 @@ mod btf;
 #[cfg(feature = "ebpf")]
 mod decode;
 #[cfg(feature = "ebpf")]
+mod flags;
+#[cfg(feature = "ebpf")]
 mod ids;
 #[cfg(feature = "ebpf")]
 mod iter;

@@ -16,7 +16,6 @@ use standstill_images::types::{AddressSpace, Attributes, Backing, MemoryPolicy, 
 /// The usual `/proc/pid/coredump_filter`.
 pub(crate) const COREDUMP_FILTER: u32 = 0x33;
 /// Numbers of prctl(2) that the libc crate lacks.
-const PR_SPEC_DISABLE_NOEXEC: u32 = 16;
 const PR_SET_IO_FLUSHER: i32 = 57;
 const PR_SET_MDWE: i32 = 65;
 const PR_GET_MDWE: i32 = 66;
@@ -133,34 +132,11 @@ pub(crate) fn collect_thread(
 }
 
 /// `PF_*` of include/linux/sched.h that prctl(2) sets: PR_MCE_KILL, and PR_SET_IO_FLUSHER.
+#[cfg(feature = "ebpf")]
 pub(crate) const FLAGS: u32 = MCE_PROCESS | MCE_EARLY | IO_FLUSHER;
 const MCE_PROCESS: u32 = 0x80;
 const MCE_EARLY: u32 = 0x0800_0000;
 const IO_FLUSHER: u32 = 0x0018_0000;
-
-/// Where `TIF_NOTSC` of x86 may be in the flags of `thread_info`: up to Linux 6.17, and since. The other bit is something
-/// else, and as rare.
-pub(crate) const TIF_NOTSC: u64 = 1 << 16 | 1 << 21;
-/// `MMF_DISABLE_THP*`, `MMF_HAS_MDWE*` and `MMF_VM_MERGE_ANY` in `mm->flags`. Before Linux 6.18 the first of these bits said
-/// that the process has had a huge page of zeros.
-pub(crate) const MMF_UNUSUAL: u64 = 1 << 23 | 1 << 24 | 1 << 28 | 1 << 29 | 1 << 30;
-
-/// What PR_SET_SPECULATION_CTRL was given, from `atomic_flags` (`PFA_SPEC_*`).
-pub(crate) fn speculation(flags: u64) -> [u32; 2] {
-    let set = |bit: u32| flags & 1 << bit != 0;
-    let store = match () {
-        () if set(4) => libc::PR_SPEC_FORCE_DISABLE,
-        () if set(7) => PR_SPEC_DISABLE_NOEXEC,
-        () if set(3) => libc::PR_SPEC_DISABLE,
-        () => 0,
-    };
-    let branch = match () {
-        () if set(6) => libc::PR_SPEC_FORCE_DISABLE,
-        () if set(5) => libc::PR_SPEC_DISABLE,
-        () => 0,
-    };
-    [store, branch]
-}
 
 /// What `flags` of a task say.
 fn of_flags(flags: u32) -> ThreadAttributes {
