@@ -56,6 +56,21 @@ fn compressed() {
     target.finish(0);
 }
 
+/// Mappings and files of which there is no page can be had where the machine has no pages.
+#[test]
+fn untouched_memory_takes_no_page() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    for page_size in [SMALL, LARGE] {
+        let Some(_none) = HugePages::take(page_size, 0) else { return };
+        let mut target = Target::workload("hugetlb", &["--untouched", "--page-size", &page_size.to_string()]);
+        expect_well(&mut target);
+        there_and_back(&tool, &mut target, "first", &[]);
+        there_and_back(&tool, &mut target, "second", &["--precopy=2"]);
+        target.finish(0);
+    }
+}
+
 #[test]
 fn pages_of_a_gibibyte() {
     let _turn = Turn::take();
@@ -153,8 +168,9 @@ fn too_few_pages_at_the_restore() {
         expect_no_process(&tool);
         assert_eq!(pages.free(), free, "a failed restore keeps huge pages");
     }
-    say(&format!("the least number of free huge pages for a restore: {least:?}"));
+    say(&format!("free huge pages for a restore: {least:?}, of which are left {}", pages.free()));
     assert!(least.is_some_and(|least| least > 20), "{least:?} free huge pages are enough");
+    assert!(pages.free() <= 1, "a restore that needs less is refused");
     expect_well(&mut target);
     target.finish(0);
 }

@@ -10,7 +10,9 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::wait::WaitStatus;
 use standstill_tests::harness::left::{expect_no_process, expect_not_tracked, expect_well, file_names};
-use standstill_tests::harness::{Outcome, Target, Tool, Turn, kept, proc, standstill, take_back, take_back_at, wait_until};
+use standstill_tests::harness::{
+    Outcome, Target, Tool, Turn, kept, proc, standstill, take_back, take_back_at, wait_until,
+};
 use standstill_tests::workload::Random;
 
 /// Exit status where the parent image is missing, damaged, or not of this tree.

@@ -1,7 +1,7 @@
 //! Huge pages of hugetlbfs: private, shared, copied on write, of memfds, of System V segments (`--system-v`) and of files,
 //! which are written to all the time.
 //!
-//! `--page-size` in bytes. `--few` leaves out most of it. `--mount DIR` is a hugetlbfs for files, of which
+//! `--page-size` in bytes. `--few` leaves out most of it, `--untouched` has no page at all. `--mount DIR` is a hugetlbfs for files, of which
 //! `--nameless` writes only to those that have no name. `--heap MIB` of ordinary
 //! memory besides. `--odd-segment` makes a System V segment that does not consist of whole pages.
 
@@ -82,7 +82,14 @@ impl Region {
     }
 
     /// Memory that this process, number `member` of `members`, writes all the time.
-    fn written(name: &'static str, number: u32, memory: Mapping, used: usize, size: Size, member: (usize, usize)) -> Self {
+    fn written(
+        name: &'static str,
+        number: u32,
+        memory: Mapping,
+        used: usize,
+        size: Size,
+        member: (usize, usize),
+    ) -> Self {
         let piece = size.0.min(2 * WRITTEN) / 2;
         let place = |at: usize| at / 2 * size.0 + at % 2 * (size.0 - piece);
         let book = |at: usize| {
@@ -261,6 +268,9 @@ fn main() {
         segment.attach(0);
         segment.remove();
     }
+    if args.flag("untouched") {
+        untouched(size, control);
+    }
     let few = args.flag("few");
     let (shared, mut files) = shared(size, &args);
     let all = |member: usize| -> Vec<Region> {
@@ -295,6 +305,19 @@ fn main() {
     let meter = Meter::start(Duration::from_millis(1));
     control.ready();
     Member { regions, files, heap, random: Random::new(99), writer: 1 }.serve(control, Some(&meter))
+}
+
+/// Memory that takes no page from the machine.
+fn untouched(size: Size, control: Control) -> ! {
+    let region = |name, flags| {
+        let memory = size.anonymous(2, flags | libc::MAP_NORESERVE);
+        Region::new(name, memory, 0, size, Content::Books(Vec::new()))
+    };
+    let regions = vec![region("private", libc::MAP_PRIVATE), region("shared", libc::MAP_SHARED)];
+    let file = size.memfd(c"empty", 3);
+    let files = vec![Told { name: "memfd", told: tell(&file), file }];
+    control.ready();
+    Member { regions, files, heap: None, random: Random::new(1), writer: 1 }.serve(control, None)
 }
 
 /// Private memory without a file.

@@ -18,8 +18,7 @@ use standstill_images::{
     types::{
         AddressSpace, AddressSpaceId, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId, FileKind,
         Inventory, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1, Seccomp, SeccompMode,
-        SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1,
-        Task, Vma,
+        SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task, Vma,
     },
 };
 use std::{
@@ -316,7 +315,7 @@ impl Image {
                     self.shared.get(object).is_some_and(|o| matches!(o.kind, SharedMemoryKind::SystemV(_)))
                 }
                 Backing::HugePages { file: id, offset, page_size, .. } => {
-                    let aligned = |at: &u64| at % page_size == 0;
+                    let aligned = |at: &u64| at.is_multiple_of(*page_size);
                     huge_page_size(*page_size) && [vma.start, vma.end, *offset].iter().all(aligned) && file(id)
                 }
                 Backing::Anonymous { .. } | Backing::Kernel { .. } => true,

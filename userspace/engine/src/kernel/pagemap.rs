@@ -301,7 +301,7 @@ impl Pagemap {
             let n = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut arg) }? as usize;
             regions[..n].iter().for_each(&mut found);
             if arg.walk_end <= at {
-                // Huge pages of 1 GiB cannot be protected, which the kernel does not say.
+                // It stands before a huge page of 1 GiB, of which it can protect no part.
                 return Err(io::Error::from_raw_os_error(libc::EPERM));
             }
             at = arg.walk_end;

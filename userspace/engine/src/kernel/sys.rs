@@ -227,9 +227,8 @@ impl Mapping {
     pub(crate) fn of_file(file: BorrowedFd<'_>, offset: u64, len: usize, prot: i32) -> io::Result<Self> {
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         // SAFETY: the kernel places the mapping over nothing that exists.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), offset as libc::off_t)
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), offset as libc::off_t) };
         if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start, len }) }
     }
 

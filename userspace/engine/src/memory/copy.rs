@@ -298,7 +298,8 @@ fn parts(pages: &PrivatePages) -> Vec<(Range, Zeros)> {
         (ranges::intersect(&others, &pages.huge), Zeros::First),
         (ranges::subtract(&others, &pages.huge), Zeros::None),
     ];
-    let mut parts: Vec<_> = sets.into_iter().flat_map(|(set, zeros)| set.into_iter().map(move |r| (r, zeros))).collect();
+    let mut parts: Vec<_> =
+        sets.into_iter().flat_map(|(set, zeros)| set.into_iter().map(move |r| (r, zeros))).collect();
     parts.sort_unstable_by_key(|part| part.0.start);
     parts
 }
@@ -371,8 +372,7 @@ mod tests {
         let middle = start + 7 * PAGE;
         memory.bytes_mut()[(middle - memory.start()) as usize] = 1;
         let ranges = vec![Range { start, end: start + 2 * hugetlb::SMALLEST }];
-        let pages =
-            PrivatePages { pid: std::process::id() as i32, huge: ranges.clone(), ranges, ..Default::default() };
+        let pages = PrivatePages { pid: std::process::id() as i32, huge: ranges.clone(), ranges, ..Default::default() };
         let dir = tempfile::tempdir().unwrap();
         let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();
         let runs = Copier::new(&mut store, 0).private(&pages, None).unwrap().runs;

@@ -249,7 +249,8 @@ pub(super) fn cut(runs: &[PageRun], vma: &Vma) -> Vec<PageRun> {
 pub(super) fn differing(vma: &Vma, own: &[PageRun], parent: &[PageRun]) -> (Vec<PageRun>, Vec<(u64, u64)>) {
     let (read, gone) = diff(own, parent);
     let Backing::HugePages { page_size, .. } = vma.backing else { return (read, gone) };
-    let changed = read.iter().map(|r| (r.start, r.pages)).chain(gone).map(|(start, pages)| huge(start, pages, page_size));
+    let changed =
+        read.iter().map(|r| (r.start, r.pages)).chain(gone).map(|(start, pages)| huge(start, pages, page_size));
     let changed = ranges::set(changed.collect());
     let within = |range: &Range| cut(own, &Vma { start: range.start, end: range.end, ..vma.clone() });
     let read = changed.iter().flat_map(within).collect();

@@ -131,7 +131,8 @@ pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>)
             let c_name = std::ffi::CString::new(name.0.clone()).map_err(io::Error::other).context(context)?;
             let mut flags = MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC;
             if is_huge(object) {
-                flags |= MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(hugetlb::size_flag(object.page_size) as u32);
+                flags |=
+                    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(hugetlb::size_flag(object.page_size) as u32);
             }
             let fd = memfd_create(c_name.as_c_str(), flags).context(context)?;
             ftruncate(&fd, object.size as i64).context(context)?;

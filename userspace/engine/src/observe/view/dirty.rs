@@ -163,8 +163,8 @@ impl Tracked {
     fn look(&mut self, pid: i32) -> Result<Option<Written>> {
         let Some(tracking) = &mut self.tracking else { return Ok(None) };
         let last = self.looked.replace(Instant::now());
-        let areas =
-            Area::of_running(pid).map_err(|source| crate::Error::System { call: "read the mappings".into(), source })?;
+        let areas = Area::of_running(pid)
+            .map_err(|source| crate::Error::System { call: "read the mappings".into(), source })?;
         let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
         tracking.known.keep(found.unchanged);
         tracking.known.learn(&found.ranges, Vec::new());
