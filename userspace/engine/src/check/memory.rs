@@ -60,7 +60,7 @@ pub(super) fn scan(_: &Bench) -> Outcome {
     let pages = Pages::new(2)?;
     let (start, end) = (pages.start(), pages.start() + 2 * PAGE);
     let mut found = Vec::new();
-    Pagemap::open(std::process::id() as i32)?.private(Range { start, end }, &mut found)?;
+    Pagemap::open(std::process::id() as i32)?.private(Range { start, end }, &[], &mut found)?;
     Failed::unless(
         found == [Region { range: Range { start, end }, guard: false }],
         "pages that were written to are not reported",
@@ -87,7 +87,7 @@ pub(super) fn guards(_: &Bench) -> Outcome {
     }
     let (start, end) = (pages.start(), pages.start() + 2 * PAGE);
     let mut found = Vec::new();
-    Pagemap::open(std::process::id() as i32)?.private(Range { start, end }, &mut found)?;
+    Pagemap::open(std::process::id() as i32)?.private(Range { start, end }, &[], &mut found)?;
     let guards: Vec<Range> = found.iter().filter(|r| r.guard).map(|r| r.range).collect();
     let why = "this kernel has guard pages, but PAGEMAP_SCAN does not report them";
     Failed::unless(guards == [Range { start: start + PAGE, end }], why)?;

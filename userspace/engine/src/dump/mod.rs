@@ -24,7 +24,7 @@ pub(crate) use turn::{Watcher, is_taken};
 use crate::{
     error::{Context, Error, Result},
     image::{self, Image, dedup::Dedup},
-    kernel::{PAGE, proc, sys},
+    kernel::{PAGE, proc, sys, urgent::Urgent},
     memory::{copy::Copier, private::PrivatePages},
     objects::regular,
     observe,
@@ -304,6 +304,7 @@ impl<'a> Session<'a> {
             copier.store.set_limit((resident + huge).min(target::available_memory() / 2).max(options.precopy.buffer));
             copier.store.reserve(expected.max(MIN_RESERVE));
         }
+        self.observer.catch_up();
         let (mut family, _) = Family::of(options.pid, self.observer.iterators());
         let prepare_us = begin.elapsed().as_micros() as u64;
 
@@ -311,6 +312,8 @@ impl<'a> Session<'a> {
         let freezing = Instant::now();
         let tree = FrozenTree::freeze(options.pid, options.timeout, &mut family)?;
         let frozen = Instant::now();
+        // A tree that is killed waits for the disk, not for us.
+        let urgent = (afterwards != Afterwards::Kill).then(Urgent::begin);
         self.looked = Some(sys::monotonic());
         let mut phases = Phases { last: frozen, phases: Vec::new() };
         let mut state = state::collect(&tree, options, &mut self.observer, &mut self.trackings, track, &mut phases)
@@ -356,6 +359,7 @@ impl<'a> Session<'a> {
                 None
             }
         };
+        drop(urgent);
         options.progress.set_busy(false);
         let forked = forks.is_some();
         if let Some(forks) = forks {

@@ -87,6 +87,17 @@ impl Observer {
         }
     }
 
+    /// Reads again, while the tree runs, what has changed since the tracker was asked, as mappings do that are registered
+    /// for the pre-copy.
+    pub(super) fn catch_up(&mut self) {
+        #[cfg(feature = "ebpf")]
+        if let Source::Tracker(lease) = &mut self.source
+            && let Err(e) = lease.refresh()
+        {
+            warn!("what the tracker knows cannot be brought up to date: {e}");
+        }
+    }
+
     /// Reads the tree, or falls back to procfs. `paranoid`: what a tracker knows is compared with the truth.
     #[cfg_attr(not(feature = "ebpf"), expect(unused_variables, reason = "there are no trackers"))]
     pub(super) fn read(&mut self, pids: &[i32], paranoid: bool) -> Result<Seen> {

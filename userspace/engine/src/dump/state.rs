@@ -4,7 +4,7 @@ use super::{DumpOptions, Phases, observer::Observer, sharing::Unchanged, trackin
 use crate::{
     error::{Context, Error, Result},
     image,
-    kernel::{PAGE, proc},
+    kernel::{PAGE, pagemap, proc},
     memory::{
         self,
         private::{self, PrivatePages},
@@ -21,12 +21,8 @@ use standstill_images::types::{
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    num::NonZero,
     time::SystemTime,
 };
-
-/// Threads for a scan at most.
-const SCANNERS: usize = 8;
 
 /// Everything collected under the freeze.
 pub(super) struct State {
@@ -106,7 +102,7 @@ pub(super) fn collect(
     check_restorable(&state, options)?;
     phases.end("tasks");
     // Nobody else in the tree needs the processors now.
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS);
+    let threads = pagemap::scanners();
     if trackings.sharing.objects().next().is_some() {
         state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
     }

@@ -5,9 +5,11 @@ pub(crate) mod hugetlb;
 pub(crate) mod letter;
 pub(crate) mod pagemap;
 pub(crate) mod proc;
+pub(crate) mod procmap;
 pub(crate) mod ptrace;
 pub(crate) mod shm;
 pub(crate) mod sys;
+pub(crate) mod urgent;
 pub(crate) mod userfaultfd;
 
 /// Page size of the images. The kernel's is checked once, by [`sys::page_size_is_supported`].

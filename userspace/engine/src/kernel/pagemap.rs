@@ -4,7 +4,7 @@
 
 use super::PAGE;
 use serde::{Deserialize, Serialize};
-use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt, thread};
+use std::{fs::File, io, num::NonZero, os::fd::AsRawFd, os::unix::fs::FileExt, thread};
 
 /// Not protected against writing by a userfaultfd, or written to since.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -108,7 +108,7 @@ const REGIONS: usize = 512;
 /// The page tables of a process.
 pub(crate) struct Pagemap {
     file: File,
-    threads: u64,
+    threads: usize,
 }
 
 /// Parts begin at multiples of this, which no page reaches over.
@@ -120,6 +120,19 @@ const WORTH_A_THREAD: u64 = 256 << 20;
 /// The same for mappings, each of which takes as long as hundreds of pages.
 const MAPPINGS_WORTH_A_THREAD: usize = 1000;
 
+/// Threads for a scan at most.
+const SCANNERS: usize = 8;
+
+/// Threads for scans while nobody else needs the processors.
+pub(crate) fn scanners() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS)
+}
+
+/// In how many parts so many mappings are scanned by so many threads.
+pub(crate) fn parts(threads: usize, mappings: usize) -> usize {
+    threads.min(mappings / MAPPINGS_WORTH_A_THREAD).max(1)
+}
+
 impl Pagemap {
     /// `/proc/<pid>/pagemap`.
     pub(crate) fn open(pid: i32) -> io::Result<Self> {
@@ -129,28 +142,32 @@ impl Pagemap {
     /// Large ranges are scanned by so many threads.
     #[must_use]
     pub(crate) fn with_threads(self, threads: usize) -> Self {
-        Self { threads: threads as u64, ..self }
+        Self { threads, ..self }
     }
 
-    /// Scans the parts of a large range, or of one with many mappings, at the same time.
+    /// Scans the parts of a large range, or of one with many mappings, at the same time. `starts`: where mappings in it
+    /// begin, ascending.
     fn in_parts<T: Send>(
         &self,
         range: Range,
-        mappings: usize,
+        starts: &[u64],
         found: &mut Vec<T>,
         scan: impl Fn(Range, &mut Vec<T>) -> io::Result<()> + Sync,
     ) -> io::Result<()> {
-        let worth = (range.end - range.start) / WORTH_A_THREAD + (mappings / MAPPINGS_WORTH_A_THREAD) as u64;
-        let parts = self.threads.min(worth);
+        let by_mappings = parts(self.threads, starts.len());
+        let by_length = (self.threads as u64).min((range.end - range.start) / WORTH_A_THREAD) as usize;
+        let parts = if by_mappings > 1 { by_mappings } else { by_length };
         if parts < 2 {
             return scan(range, found);
         }
-        let length = (range.end - range.start).div_ceil(parts);
-        let edge = |n: u64| match n {
+        let length = (range.end - range.start).div_ceil(parts as u64);
+        let edge = |n: usize| match n {
             0 => range.start,
-            n => (range.start + n * length).next_multiple_of(HUGE_PAGE).min(range.end),
+            n if n == parts => range.end,
+            n if by_mappings > 1 => starts[n * starts.len() / parts],
+            n => (range.start + n as u64 * length).next_multiple_of(HUGE_PAGE).min(range.end),
         };
-        let part = |n: u64| {
+        let part = |n: usize| {
             let mut found = Vec::new();
             scan(Range { start: edge(n), end: edge(n + 1) }, &mut found).map(|()| found)
         };
@@ -168,8 +185,13 @@ impl Pagemap {
     /// Pages of a range that exist nowhere but in this address space (anonymous, present or swapped, not the zero page),
     /// and those guarded with MADV_GUARD_INSTALL; ascending, without regard to where mappings begin and end.
     ///
-    /// Kernels before 6.16 do not tell guards apart: there they are private pages.
-    pub(crate) fn private(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
+    /// Kernels before 6.16 do not tell guards apart: there they are private pages. `starts`: where mappings in the range
+    /// begin, ascending, if there may be many.
+    pub(crate) fn private(&self, range: Range, starts: &[u64], found: &mut Vec<Region>) -> io::Result<()> {
+        self.in_parts(range, starts, found, |range, found| self.private_part(range, found))
+    }
+
+    fn private_part(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
         let without = PAGE_IS_FILE | PAGE_IS_PFNZERO;
         self.guards_apart(|guard| {
             let any_of = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | guard;
@@ -183,7 +205,7 @@ impl Pagemap {
     /// Pages of mappings in a range of anonymous memory that hold nothing: absent, the zero page, or guards. Takes a
     /// tenth of the time of [`Self::private`], because no page has to be looked at.
     pub(crate) fn empty(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
-        self.in_parts(range, 1, found, |range, found| self.empty_part(range, found))
+        self.in_parts(range, &[], found, |range, found| self.empty_part(range, found))
     }
 
     fn empty_part(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
@@ -196,18 +218,18 @@ impl Pagemap {
     }
 
     /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
-    /// nothing but a page table. `mappings`: how many there are in the range.
+    /// nothing but a page table. `starts`: where mappings in the range begin, ascending, if there may be many.
     pub(crate) fn written(
         &self,
         range: Range,
-        mappings: usize,
+        starts: &[u64],
         writes: Writes,
         found: &mut Vec<Range>,
     ) -> io::Result<()> {
         // The kernel has a shorter way for exactly this question.
         let wanted =
             Wanted { flags: writes.flags(), all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
-        self.in_parts(range, mappings, found, |range, found| {
+        self.in_parts(range, starts, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }
@@ -236,7 +258,7 @@ impl Pagemap {
 
     fn without(&self, range: Range, categories: u64, found: &mut Vec<Range>) -> io::Result<()> {
         let wanted = Wanted { inverted: categories, all_of: categories, ..Default::default() };
-        self.in_parts(range, 1, found, |range, found| {
+        self.in_parts(range, &[], found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }
@@ -343,7 +365,7 @@ mod tests {
         assert_eq!(area.bytes_mut()[9 * PAGE as usize], 0, "a read maps the zero page");
         let map = Pagemap::open(std::process::id() as i32).unwrap();
         let mut found = Vec::new();
-        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &mut found).unwrap();
+        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &[], &mut found).unwrap();
         let range = Range { start: area.start() + 3 * PAGE, end: area.start() + 5 * PAGE };
         assert_eq!(found, [Region { range, guard: false }]);
         let frames = map.frames(area.start(), pages).unwrap();
@@ -367,7 +389,7 @@ mod tests {
         }
         let mut found = Vec::new();
         let map = Pagemap::open(std::process::id() as i32).unwrap();
-        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &mut found).unwrap();
+        map.private(Range { start: area.start(), end: area.start() + pages * PAGE }, &[], &mut found).unwrap();
         let starts: Vec<u64> = found.iter().map(|r| (r.range.start - area.start()) / PAGE).collect();
         assert_eq!(starts, (0..pages).step_by(2).collect::<Vec<u64>>());
     }
@@ -393,6 +415,35 @@ mod tests {
         assert!(expected.len() > 10);
         for threads in 2..6 {
             assert_eq!(holes(threads), expected);
+        }
+    }
+
+    /// Most mappings are far away from the middle of the range.
+    #[test]
+    fn several_threads_find_the_same_in_many_mappings() {
+        let pages = 5 * MAPPINGS_WORTH_A_THREAD as u64;
+        let gap = 4 << 30;
+        let area = crate::kernel::sys::Mapping::anonymous(gap + pages * PAGE).unwrap();
+        let at = |page: u64| area.start() + page * PAGE;
+        let starts: Vec<u64> = [area.start()].into_iter().chain((0..pages).map(|page| gap + at(page))).collect();
+        for (page, start) in starts.iter().enumerate().skip(1) {
+            let protection = libc::PROT_READ | if page % 2 == 0 { libc::PROT_WRITE } else { 0 };
+            // SAFETY: the page is part of the mapping just made.
+            unsafe { *(*start as *mut u8) = u8::from(page % 5 != 0) };
+            // SAFETY: the same.
+            assert_eq!(unsafe { libc::mprotect(*start as *mut _, PAGE as usize, protection) }, 0);
+        }
+        let range = Range { start: area.start(), end: gap + at(pages) };
+        let find = |threads: usize| {
+            let map = Pagemap::open(std::process::id() as i32).unwrap().with_threads(threads);
+            let (mut found, mut written) = (Vec::new(), Vec::new());
+            map.private(range, &starts, &mut found).unwrap();
+            map.written(range, &starts, Writes::Seen, &mut written).unwrap();
+            (crate::memory::ranges::joined(found.iter().map(|r| r.range)), crate::memory::ranges::joined(written))
+        };
+        assert_eq!(find(1).0, [Range { start: at(0) + gap, end: range.end }]);
+        for threads in 2..7 {
+            assert_eq!(find(threads), find(1));
         }
     }
 }

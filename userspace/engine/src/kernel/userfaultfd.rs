@@ -129,7 +129,7 @@ mod tests {
         let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
         let written = |writes: Writes| {
             let mut found = Vec::new();
-            pagemap.written(range, 1, writes, &mut found).map(|()| found)
+            pagemap.written(range, &[], writes, &mut found).map(|()| found)
         };
         userfault.register(range).unwrap();
         written(Writes::Reset).unwrap();

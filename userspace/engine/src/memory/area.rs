@@ -48,7 +48,7 @@ impl Area {
         Self { range, kind, untouched, registered, unforked: false, bulk, huge: false }
     }
 
-    /// The mappings of a process that runs. Huge pages are looked at under the freeze only (decision 41).
+    /// The mappings of a process that runs. Huge pages are looked at under the freeze only (decision 42).
     pub(crate) fn of_running(pid: i32) -> io::Result<Vec<Self>> {
         let maps = proc::maps(pid)?;
         // Whether the files of a device are hugetlbfs's. Those of a mapping that is gone again may have been.

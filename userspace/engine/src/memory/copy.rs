@@ -146,7 +146,7 @@ impl<'a> Copier<'a> {
         if self.running {
             // What the parent has written to since it was copied is not what the store has. Asked after the frames, so
             // that all others are known to have been what they are when the frames were read.
-            theirs.written(range, 1, Writes::Seen, &mut changed).context(context)?;
+            theirs.written(range, &[], Writes::Seen, &mut changed).context(context)?;
         }
         let mut changed = changed.into_iter().peekable();
         let shared = frames.iter().zip(&parents).zip((range.start..).step_by(PAGE as usize));

@@ -69,25 +69,27 @@ pub(crate) fn restore(
     program: &mut Program,
 ) -> Prots {
     let mut prots = Prots::new();
-    for vma in space.vmas.iter().filter(|v| !is_kernel(v)) {
-        let own = cut(&space.pages, vma);
-        let kept = inherited.filter(|i| is_inherited(vma, i.space));
-        let (runs, gone, prot) = match kept {
-            None => {
-                let prot = if own.is_empty() { vma.prot } else { vma.prot | WRITE };
-                let prot = map(vma, prot, fds, program);
-                (own, Vec::new(), prot)
-            }
-            Some(parent) => {
-                let (runs, gone) = differing(vma, &own, &cut(&parent.space.pages, vma));
-                let mut prot = parent.prots[&vma.start];
-                if !runs.is_empty() && prot & WRITE == 0 {
-                    prot |= WRITE;
-                    protect(vma, prot, program);
-                }
-                (runs, gone, prot)
-            }
-        };
+    let (kept, new): (Vec<_>, Vec<_>) = space
+        .vmas
+        .iter()
+        .filter(|v| !is_kernel(v))
+        .map(|vma| Wanted { vma, own: cut(&space.pages, vma) })
+        .partition(|wanted| inherited.is_some_and(|i| is_inherited(wanted.vma, i.space)));
+    for joined in new.chunk_by(Wanted::joins) {
+        let first = &joined[0];
+        let whole = Vma { end: joined[joined.len() - 1].vma.end, ..first.vma.clone() };
+        let prot = map(&whole, first.prot(), fds, program);
+        read(joined.iter().flat_map(|wanted| &wanted.own), fds.pages, program);
+        prots.extend(joined.iter().map(|wanted| (wanted.vma.start, prot)));
+    }
+    let Some(parent) = inherited else { return prots };
+    for Wanted { vma, own } in kept {
+        let (runs, gone) = differing(vma, &own, &cut(&parent.space.pages, vma));
+        let mut prot = parent.prots[&vma.start];
+        if !runs.is_empty() && prot & WRITE == 0 {
+            prot |= WRITE;
+            protect(vma, prot, program);
+        }
         for (start, pages) in gone {
             let args = [start.into(), (pages * PAGE).into(), libc::MADV_DONTNEED.into()];
             program.call("drop pages that only the parent has", libc::SYS_madvise, &args);
@@ -96,6 +98,31 @@ pub(crate) fn restore(
         prots.insert(vma.start, prot);
     }
     prots
+}
+
+/// A mapping and its pages.
+struct Wanted<'a> {
+    vma: &'a Vma,
+    own: Vec<PageRun>,
+}
+
+impl Wanted<'_> {
+    /// The protection that it needs to get its pages.
+    fn prot(&self) -> u8 {
+        if self.own.is_empty() { self.vma.prot } else { self.vma.prot | WRITE }
+    }
+
+    /// Whether the kernel would make both of them one mapping, until they get their final protections and attributes: two
+    /// calls less for each, and reads that are as long as the memory is. Memory that nobody may write to is not accounted
+    /// for (overcommit), and stays apart.
+    fn joins(&self, next: &Self) -> bool {
+        let (a, b) = (self.vma, next.vma);
+        let plain =
+            |v: &Vma| matches!(v.backing, Backing::Anonymous { .. }) && !v.flags.growsdown && !v.flags.droppable;
+        let advice = |v: &Vma| (v.flags.noreserve, v.flags.hugepage, v.flags.nohugepage);
+        let writable = self.prot() & WRITE != 0 && self.prot() == next.prot();
+        a.end == b.start && writable && plain(a) && plain(b) && advice(a) == advice(b)
+    }
 }
 
 /// Files that the mappings not inherited need.
@@ -217,9 +244,9 @@ fn advise(vma: &Vma, program: &mut Program) {
 const LARGE: u64 = 64;
 
 /// Runs that follow each other in memory and in the store are one read.
-fn read(runs: &[PageRun], files: &PageFiles, program: &mut Program) {
+fn read<'a>(runs: impl IntoIterator<Item = &'a PageRun>, files: &PageFiles, program: &mut Program) {
     let mut merged = Vec::new();
-    runs.iter().for_each(|run| push_run(&mut merged, *run));
+    runs.into_iter().for_each(|run| push_run(&mut merged, *run));
     for run in merged {
         for part in files.find(run.store..run.store + run.pages) {
             let pages = part.pages.end - part.pages.start;

@@ -91,7 +91,13 @@ pub(crate) fn look(
 fn present(pagemap: &Pagemap, areas: &[Area]) -> io::Result<(Vec<Range>, Vec<Range>)> {
     let (mut full, mut empty) = (Vec::new(), Vec::new());
     for (span, bulk) in spans(areas) {
-        if bulk { pagemap.empty(span, &mut empty)? } else { pagemap.private(span, &mut full)? }
+        if bulk {
+            pagemap.empty(span, &mut empty)?;
+            continue;
+        }
+        let at = |address: u64| areas.partition_point(|area| area.range.start < address);
+        let starts: Vec<u64> = areas[at(span.start)..at(span.end)].iter().map(|area| area.range.start).collect();
+        pagemap.private(span, &starts, &mut full)?;
     }
     let set = |regions: &[Region], guard: Option<bool>| {
         ranges::joined(regions.iter().filter(|r| guard.is_none_or(|guard| guard == r.guard)).map(|r| r.range))

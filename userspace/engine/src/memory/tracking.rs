@@ -85,16 +85,16 @@ impl Tracking {
     /// tracked.
     pub(super) fn unprotected(&self, pagemap: &Pagemap, range: Range, protect: bool) -> io::Result<Vec<Range>> {
         let mut found = Vec::new();
-        match pagemap.written(range, 1, Writes::Tracked, &mut found) {
+        match pagemap.written(range, &[], Writes::Tracked, &mut found) {
             Err(e) if e.raw_os_error() == Some(libc::EPERM) && protect => {
                 self.userfault.register(range)?;
-                pagemap.written(range, 1, Writes::Reset, &mut found)?;
+                pagemap.written(range, &[], Writes::Reset, &mut found)?;
                 return Ok(vec![range]);
             }
             other => other?,
         }
         if protect {
-            pagemap.written(range, 1, Writes::Reset, &mut found)?;
+            pagemap.written(range, &[], Writes::Reset, &mut found)?;
         }
         // Only what is seen to be protected counts: addresses without a page table are taken for unwritten.
         pagemap.blank(range, &mut found)?;
@@ -161,7 +161,10 @@ impl Look<'_> {
     fn scan(&mut self, span: &[Area], writes: Writes) -> io::Result<()> {
         match span[0].kind {
             Kind::File => self.pagemap.written_over_files(whole(span), writes, &mut self.written),
-            _ => self.pagemap.written(whole(span), span.len(), writes, &mut self.written),
+            _ => {
+                let starts: Vec<u64> = span.iter().map(|area| area.range.start).collect();
+                self.pagemap.written(whole(span), &starts, writes, &mut self.written)
+            }
         }
     }
 }

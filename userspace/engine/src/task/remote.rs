@@ -11,7 +11,7 @@ use crate::{
     kernel::{
         PAGE,
         arch::{self, Registers},
-        proc,
+        proc, procmap,
         ptrace::{self, Wait},
         sys,
     },
@@ -70,7 +70,6 @@ impl Remote {
             return Ok(());
         }
         let pid = self.pid;
-        let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
         let no_room = || {
             Error::unsupported(
                 pid,
@@ -78,7 +77,7 @@ impl Remote {
                 "load the eBPF observers (scripts/setup, then `standstill check`), which need none",
             )
         };
-        let vdso = maps.iter().find(|m| m.name == "[vdso]").ok_or_else(no_room)?;
+        let vdso = procmap::vdso(pid).context(|| format!("look for the vdso of {pid}"))?.ok_or_else(no_room)?;
         let mut code = vec![0u8; (vdso.end - vdso.start) as usize];
         self.memory()?.read_exact_at(&mut code, vdso.start).context(|| format!("read the vdso of {pid}"))?;
         let used = code.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1).next_multiple_of(16);

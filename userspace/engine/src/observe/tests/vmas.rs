@@ -72,7 +72,7 @@ pub(super) fn assert_same(ours: &[VmaEntry], procfs: &[VmaEntry]) {
         // procfs does not tell this, but which pages there are.
         if a.untouched && !a.shared && !a.name.to_string_lossy().starts_with("[v") {
             let mut found = Vec::new();
-            Pagemap::open(a.tgid).unwrap().private(Range { start: a.start, end: a.end }, &mut found).unwrap();
+            Pagemap::open(a.tgid).unwrap().private(Range { start: a.start, end: a.end }, &[], &mut found).unwrap();
             assert_eq!(found, [], "{a:?}");
         }
         let a = VmaEntry { untouched: false, ..a.clone() };

@@ -121,6 +121,14 @@ impl Lease {
         &mut self.iterators
     }
 
+    /// Reads again what has changed since the tracker lent its copy; the processes may run.
+    ///
+    /// # Errors
+    /// When the iterators or maps cannot be read.
+    pub fn refresh(&mut self) -> Result<()> {
+        self.shadow.refresh(&self.maps, &mut self.iterators)
+    }
+
     /// The processes, and which parts of the copy are true now. The processes must not run.
     ///
     /// # Errors

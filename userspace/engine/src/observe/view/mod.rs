@@ -291,7 +291,7 @@ impl Viewer {
                     self.costs.clear();
                     self.dump_reader = found.reader;
                 }
-                self.costs.push_back(merge(own, found.costs));
+                self.costs.push_back(merge(own, found.costs, found.parts));
                 if self.costs.len() > MEASURED {
                     self.costs.pop_front();
                 }
@@ -388,13 +388,13 @@ impl Viewer {
 }
 
 /// What was measured with our own processes and what was measured on the tree.
-fn merge(own: Costs, tree: Costs) -> Costs {
+fn merge(own: Costs, tree: Costs, parts: usize) -> Costs {
     Costs {
+        track_mapping: own.track_mapping / parts.max(1) as f64,
         list_process: tree.list_process,
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
         read_mapping: tree.read_mapping,
-        reread_mapping: tree.reread_mapping,
         mapping: tree.mapping,
         scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,

@@ -33,8 +33,6 @@ costs! {
     read_process,
     read_descriptor,
     read_mapping,
-    /// Reading a mapping that a tracker has no true copy of, as after it was registered for the pre-copy.
-    reread_mapping,
     /// Records of open files: those that the reader knows all of, and those that are asked one by one.
     plain_file,
     asked_file,
@@ -100,7 +98,7 @@ pub(super) const PHASES: [(&str, Terms); 7] = [
         [
             count(n.counts.processes) * c.read_process,
             count(n.counts.descriptors) * c.read_descriptor,
-            count(n.counts.mappings) * if n.tracked { c.reread_mapping } else { c.read_mapping },
+            count(n.counts.mappings) * c.read_mapping,
             0.0,
         ]
     }),
@@ -302,7 +300,6 @@ mod tests {
             read_process: 2e4,
             read_descriptor: 300.0,
             read_mapping: 250.0,
-            reread_mapping: 250.0,
             plain_file: 200.0,
             asked_file: 5000.0,
             process: 1e5,

@@ -10,7 +10,7 @@ use crate::{
     error::{Context, Error, Result},
     kernel::{
         PAGE,
-        pagemap::{Pagemap, Range},
+        pagemap::{self, Pagemap, Range},
         proc,
     },
     memory::{
@@ -46,6 +46,8 @@ pub(super) struct Found {
     pub costs: Costs,
     /// The descriptors, by the way.
     pub descriptors: Vec<FdEntry>,
+    /// In how many parts the mappings of the process with most of them are scanned at once.
+    pub parts: usize,
     /// Who would read for the dump, by the name that the dump gives it.
     pub reader: &'static str,
 }
@@ -76,6 +78,7 @@ pub(super) fn rehearse(
         writes: Writes::default(),
         costs: Costs::default(),
         descriptors: Vec::new(),
+        parts: 1,
         reader: "procfs",
     };
     found.costs.list_process = each(list(root, &pids, iterators.as_mut()), pids.len() as u64);
@@ -146,9 +149,6 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
         let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
         found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
         let begin = Instant::now();
-        let again = lease.iterators().vmas(pids).map_err(failed)?;
-        found.costs.reread_mapping = each(nanoseconds(begin), again.len() as u64);
-        let begin = Instant::now();
         found.descriptors = lease.iterators().files(pids).map_err(failed)?;
         found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
         return Ok(join(processes, mapped));
@@ -161,7 +161,6 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
     let begin = Instant::now();
     let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
     found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
-    found.costs.reread_mapping = found.costs.read_mapping;
     let begin = Instant::now();
     let processes = iterators.processes(pids).map_err(failed)?;
     found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
@@ -200,9 +199,10 @@ fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> 
         let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, tracked).map_err(gone)?;
         collecting += nanoseconds(begin);
         let begin = Instant::now();
-        let (pages, _) = private::look(member.pid, &areas, None, false, 1).map_err(gone)?;
+        let (pages, _) = private::look(member.pid, &areas, None, false, pagemap::scanners()).map_err(gone)?;
         looking += nanoseconds(begin);
         mappings += space.vmas.len() as u64;
+        found.parts = found.parts.max(pagemap::parts(pagemap::scanners(), areas.len()));
         spaces.push(pages);
     }
     found.amounts.counts.mappings = mappings;
