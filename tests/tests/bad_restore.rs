@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 use standstill_tests::harness::left::{expect_no_process, expect_none_of};
-use standstill_tests::harness::{Occupier, Target, Tool, Turn, proc, standstill, wait_until};
+use standstill_tests::harness::{Occupier, Sysctl, Target, Tool, Turn, proc, standstill, wait_until};
 
 /// A target that was dumped and is gone.
 struct Dumped {
@@ -218,6 +218,19 @@ fn a_port_that_is_in_use() {
     let listener = std::net::TcpListener::bind(("127.0.0.1", port)).expect("take the port");
     dumped.expect_refused(7, &[&port.to_string()], &[]);
     drop(listener);
+    dumped.expect_restored();
+}
+
+#[test]
+fn a_machine_that_allows_fewer_mappings() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let limit = Sysctl::new("vm/max_map_count");
+    limit.set(200_000);
+    let dumped = Dumped::new(tool, "clock", &["--vmas", "100000"]);
+    limit.set(100_000);
+    dumped.expect_refused(6, &["mappings of process", "vm.max_map_count="], &[]);
+    limit.set(200_000);
     dumped.expect_restored();
 }
 

@@ -6,6 +6,7 @@ use crate::{
     tree::{creds, sched},
 };
 use standstill_images::types::{Creds, Sched};
+use std::path::Path;
 
 /// One of the kernel's own mappings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub(crate) struct Environment {
     pub vdso: Vec<u8>,
     /// Highest descriptor number plus one.
     pub fd_limit: i32,
+    /// Mappings that a process may have.
+    pub max_mappings: usize,
     pub xstate_size: usize,
 }
 
@@ -99,6 +102,7 @@ impl Environment {
                 .collect(),
             vdso: vdso(pid)?,
             fd_limit: i32::try_from(hard.min(1 << 20)).unwrap_or(1 << 20),
+            max_mappings: proc::number(Path::new("/proc/sys/vm/max_map_count")).unwrap_or(usize::MAX),
             xstate_size: arch::xstate_size(),
         })
     }

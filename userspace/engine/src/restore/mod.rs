@@ -6,6 +6,7 @@ pub(crate) mod environment;
 pub(crate) mod execute;
 pub(crate) mod files;
 pub(crate) mod handover;
+mod machine;
 pub(crate) mod plan;
 pub(crate) mod program;
 pub(crate) mod shares;

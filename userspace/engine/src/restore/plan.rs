@@ -8,6 +8,7 @@ use super::{
     descriptors::{Distribution, HighNumbers},
     environment::Environment,
     files::Numbers,
+    machine,
     program::{Layout, Program},
     shares::{self, Share},
     vdso::Vdso,
@@ -104,7 +105,7 @@ struct Planner<'a> {
 
 /// Makes the plan for an image. `blob` is the size of the restorer's code.
 pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan> {
-    check_machine(image, env)?;
+    machine::check(image, env)?;
     // The size of the programs does not depend on their addresses: lay everything out at zero, then for good.
     let draft = build(image, env, 0, 0)?;
     let size = Layout::size_for(blob, &draft.programs);
@@ -159,38 +160,6 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     }
     let Planner { programs, tasks, pages, shared_fds, .. } = planner;
     Ok(Plan { programs, tasks, base, pages, shared_fds })
-}
-
-/// What of the machine must be as it was.
-fn check_machine(image: &Image, env: &Environment) -> Result<()> {
-    let content = |reason: String| Error::ImageContent { dir: image.dir.clone(), reason };
-    if let (Some(thread), false) = (image.seccomp.threads.first(), env.may_filter) {
-        return Err(Error::Missing {
-            what: format!("CAP_SYS_ADMIN, and to be free of seccomp, to put thread {} under seccomp,", thread.tid),
-            remedy: "restore as root, outside of containers that have filters".into(),
-        });
-    }
-    for task in image.tasks.values() {
-        let Some(live) = &task.live else { continue };
-        for t in &live.threads {
-            let size = thread::registers(&t.context).1.len();
-            if size != env.xstate_size {
-                return Err(content(format!(
-                    "its processor state is {size} bytes, this machine's {}: restore it on the same kind of processor",
-                    env.xstate_size
-                )));
-            }
-        }
-        if !env.may_raise_limits
-            && let Some(name) = limits::first_raised(&live.rlimits, &env.limits)
-        {
-            return Err(Error::Missing {
-                what: format!("CAP_SYS_RESOURCE, to give process {} its hard limit RLIMIT_{name},", task.pid),
-                remedy: "restore with that capability, or raise the limit of the restoring shell".into(),
-            });
-        }
-    }
-    Ok(())
 }
 
 /// A range that is free in every task and in this process.

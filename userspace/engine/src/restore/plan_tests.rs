@@ -44,6 +44,7 @@ fn environment(fd_limit: i32) -> Environment {
         kernel_mappings: kernel,
         vdso: vec![0x0f, 0x05],
         fd_limit,
+        max_mappings: usize::MAX,
         xstate_size: 0,
     }
 }

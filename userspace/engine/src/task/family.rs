@@ -4,7 +4,10 @@ use crate::{
     kernel::proc,
     observe::{Iterators, Lineage},
 };
-use std::{collections::HashMap, io};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+};
 use tracing::warn;
 
 /// Tasks of the machine for each task of the tree up to which one pass over all of them is quicker than procfs.
@@ -27,6 +30,9 @@ struct Snapshot {
 impl Snapshot {
     fn new(mut tasks: Vec<Lineage>) -> Self {
         let mut all = Self::default();
+        // A task whose end was noticed in the middle of the pass has no numbers any more; it can be parent and child of
+        // other such ones.
+        tasks.retain(|t| t.tgid != 0 && t.tid != 0);
         // The leader leads also when its number is not the smallest.
         tasks.sort_unstable_by_key(|t| (t.tid != t.tgid, t.start_ns, t.tid));
         for task in tasks {
@@ -40,14 +46,7 @@ impl Snapshot {
 
     /// The processes of a tree, parents before children.
     fn tree(&self, root: i32) -> Vec<i32> {
-        let mut pids = vec![root];
-        let mut next = 0;
-        while let Some(pid) = pids.get(next) {
-            next += 1;
-            let children = self.children.get(pid).map_or(&[][..], Vec::as_slice);
-            pids.extend_from_slice(children);
-        }
-        pids
+        descendants(root, |pid| self.children.get(&pid).cloned().unwrap_or_default())
     }
 }
 
@@ -105,12 +104,21 @@ impl<'a> Family<'a> {
 
 /// Pids of a tree while it runs, by procfs: a hint.
 pub(crate) fn running(root: i32) -> Vec<i32> {
+    descendants(root, |pid| {
+        let tids = proc::threads(pid).unwrap_or_default();
+        proc::children(pid, &tids).unwrap_or_default()
+    })
+}
+
+/// A process and its descendants, parents before children, each once: what is read while numbers are given up and taken
+/// again need not be a tree.
+fn descendants(root: i32, children: impl Fn(i32) -> Vec<i32>) -> Vec<i32> {
     let mut pids = vec![root];
+    let mut seen = HashSet::from([root]);
     let mut next = 0;
     while let Some(&pid) = pids.get(next) {
         next += 1;
-        let tids = proc::threads(pid).unwrap_or_default();
-        pids.extend(proc::children(pid, &tids).unwrap_or_default());
+        pids.extend(children(pid).into_iter().filter(|&child| seen.insert(child)));
     }
     pids
 }
@@ -137,6 +145,15 @@ mod tests {
         assert_eq!(snapshot.children[&50], [60, 5]);
         assert_eq!(snapshot.tree(50), [50, 60, 5, 6]);
         assert_eq!(snapshot.tree(77), [77]);
+    }
+
+    #[test]
+    fn what_ends_meanwhile_makes_no_circle() {
+        let task = |tgid, ppid| Lineage { tgid, tid: tgid, ppid, start_ns: 0, exited: true };
+        // Two that have lost their numbers, and numbers that were taken again while the pass went on.
+        let snapshot = Snapshot::new(vec![task(50, 60), task(0, 50), task(0, 0), task(60, 50), task(61, 60)]);
+        assert_eq!(snapshot.tree(50), [50, 60, 61]);
+        assert!(!snapshot.threads.contains_key(&0));
     }
 
     #[test]
