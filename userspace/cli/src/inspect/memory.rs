@@ -62,6 +62,7 @@ pub(crate) struct SharedObject {
     pub kind: &'static str,
     pub name: Option<String>,
     pub size: u64,
+    pub page_size: u64,
     pub stored_pages: u64,
     pub details: Value,
 }
@@ -83,6 +84,7 @@ impl SharedObject {
             kind: object_kind(object),
             name: name.map(|n| text(&n.0)),
             size: object.size,
+            page_size: object.page_size,
             stored_pages: object.pages.iter().map(|r| r.pages).sum(),
             details,
         }

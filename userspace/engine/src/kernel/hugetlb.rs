@@ -2,8 +2,9 @@
 //!
 //! Kernel doc: Documentation/admin-guide/mm/hugetlbpage.rst.
 
+use super::proc;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, fstatfs, statfs};
-use std::{fs, io, os::fd::AsFd, path::Path};
+use std::{io, os::fd::AsFd, path::Path};
 
 /// Smallest huge page: every other one is a multiple of it.
 pub(crate) const SMALLEST: u64 = 2 << 20;
@@ -47,10 +48,7 @@ pub(crate) fn pool_dir(page_size: u64) -> String {
 /// The pool of a page size; not found: the machine has no such pages.
 pub(crate) fn pool(page_size: u64) -> io::Result<Pool> {
     let dir = pool_dir(page_size);
-    let figure = |name: &str| {
-        let text = fs::read_to_string(format!("{dir}/{name}"))?;
-        text.trim().parse::<u64>().map_err(io::Error::other)
-    };
+    let figure = |name: &str| proc::number::<u64>(Path::new(&format!("{dir}/{name}")));
     let (total, surplus) = (figure("nr_hugepages")?, figure("surplus_hugepages")?);
     Ok(Pool {
         total,
@@ -72,7 +70,7 @@ mod tests {
     #[test]
     fn other_files_have_no_huge_pages() {
         assert_eq!(page_size_at(Path::new("/proc")).unwrap(), None);
-        assert_eq!(page_size_of(fs::File::open("/dev/null").unwrap()).unwrap(), None);
+        assert_eq!(page_size_of(std::fs::File::open("/dev/null").unwrap()).unwrap(), None);
         assert!(pool(12 << 10).is_err());
     }
 }

@@ -1,10 +1,10 @@
 //! Memory with no name in the file system: memfd_create(2), deleted files, MAP_SHARED|MAP_ANONYMOUS.
 //!
-//! Memory of huge pages (MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB, files of a mounted hugetlbfs) is the same with another page
-//! size; see `memory/huge.rs`.
-//!
 //! Their contents are part of the image. The restoring process makes each object once, fills it, and every task
 //! inherits a descriptor of it, from which further ones are opened through procfs.
+//!
+//! Memory of huge pages (MAP_HUGETLB, private mappings included, MFD_HUGETLB, SHM_HUGETLB, deleted files of a hugetlbfs) is
+//! the same with another page size; see `memory/huge.rs`.
 
 use super::{Collected, regular, system_v};
 use crate::{
@@ -120,9 +120,8 @@ pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>)
                 true => Mapping::shared_huge(length, object.page_size),
                 false => Mapping::shared(length),
             };
-            let start = mapping.as_ref().map_or(0, Mapping::start);
-            let _mapping = mapping.context(context)?;
-            let link = format!("/proc/self/map_files/{start:x}-{:x}", start + length);
+            let mapping = mapping.context(context)?;
+            let link = format!("/proc/self/map_files/{:x}-{:x}", mapping.start(), mapping.start() + length);
             let file = std::fs::OpenOptions::new().read(true).write(true).open(link).context(context)?;
             Ok(file.into())
         }
