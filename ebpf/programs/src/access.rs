@@ -78,3 +78,20 @@ pub fn number(room: &mut u64, address: Address) -> u64 {
 pub fn bit(from: Address, byte: u32, bit: u32) -> u32 {
     (u32::from(probe_word::<u8>(from, byte)) >> (bit & 7)) & 1
 }
+
+/// Arguments of the tracepoint mmap_lock_acquire_returned (CONFIG_TRACING, Linux 5.11).
+#[repr(C)]
+pub struct Locked {
+    mm: Address,
+    write: u64,
+    success: u64,
+}
+
+impl Locked {
+    /// The address space, if it was locked for writing.
+    #[inline(always)]
+    pub fn for_writing(&self) -> Option<u64> {
+        // The kernel passes both as bool, of whose word only the lowest byte counts.
+        (self.write as u8 != 0 && self.success as u8 != 0).then_some(self.mm as u64)
+    }
+}

@@ -9,7 +9,7 @@
 mod access;
 mod runtime;
 
-use access::{Address, known, load, zero};
+use access::{Address, Locked, known, load, zero};
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_task_pt_regs},
@@ -26,27 +26,16 @@ static SPACES: HashMap<u64, WatchedSpace> = HashMap::with_max_entries(1 << 16, B
 #[unsafe(no_mangle)]
 static LAYOUT: AliasLayout = zero();
 
-/// Arguments of the tracepoint mmap_lock_acquire_returned (CONFIG_TRACING, Linux 5.11).
-#[repr(C)]
-struct Locked {
-    mm: Address,
-    write: u64,
-    success: u64,
-}
-
 #[unsafe(link_section = "tp_btf/mmap_lock_acquire_returned")]
 #[unsafe(no_mangle)]
 extern "C" fn locked(ctx: &Locked) -> i32 {
-    // The kernel passes both as bool, of whose word only the lowest byte counts.
-    if ctx.write as u8 == 0 || ctx.success as u8 == 0 {
-        return 0;
-    }
-    let Some(space) = SPACES.get_ptr_mut(ctx.mm as u64) else { return 0 };
+    let Some(mm) = ctx.for_writing() else { return 0 };
+    let Some(space) = SPACES.get_ptr_mut(mm) else { return 0 };
     // SAFETY: nothing is passed; the pointer is to a map value, which the kernel keeps until the program ends.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: as above.
     unsafe { (&raw mut (*space).changed).write_volatile(now) };
-    if may_alias(ctx.mm as u64) {
+    if may_alias(mm) {
         // SAFETY: as above.
         unsafe { (&raw mut (*space).aliased).write_volatile(now) };
     }

@@ -4,7 +4,7 @@
 //! only. From a descriptor a socket is three pointers away, in whatever namespace and table it is.
 
 use crate::{
-    kernel::{Address, COMMON, Output, known, load, numbers, pointer, probe, probe_word, wanted, zero},
+    kernel::{Address, COMMON, Output, known, load, pointer, probe, probe_word, zero},
     task_file::{FILE, TaskFile},
 };
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
@@ -30,14 +30,8 @@ const FAMILY_BYTES: u32 = 2;
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn sockets(ctx: &TaskFile) -> i32 {
-    let (task, file) = (ctx.task, ctx.file);
-    if task.is_null() || file.is_null() {
-        return 0;
-    }
-    let (tgid, tid) = numbers(task);
-    if tgid != tid || !wanted(tgid) {
-        return 0;
-    }
+    let file = ctx.file;
+    let Some(tgid) = ctx.process() else { return 0 };
     // SAFETY: `ctx` is the iterator's context, and the fields are of the types loaded.
     let (ino, magic) = unsafe {
         let inode: Address = load(file, known(&COMMON.file_inode));

@@ -19,19 +19,24 @@ pub struct TaskFile {
     pub file: Address,
 }
 
+impl TaskFile {
+    /// The process, if it is one of the tree; a thread that has a descriptor table of its own is not what /proc/pid/fd shows.
+    #[inline(always)]
+    pub fn process(&self) -> Option<i32> {
+        if self.task.is_null() || self.file.is_null() {
+            return None;
+        }
+        let (tgid, tid) = numbers(self.task);
+        (tgid == tid && wanted(tgid)).then_some(tgid)
+    }
+}
+
 /// Writes a [`FileRecord`].
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn task_file(ctx: &TaskFile) -> i32 {
     let (task, file) = (ctx.task, ctx.file);
-    if task.is_null() || file.is_null() {
-        return 0;
-    }
-    let (tgid, tid) = numbers(task);
-    // A thread that has a descriptor table of its own is not what /proc/pid/fd shows.
-    if tgid != tid || !wanted(tgid) {
-        return 0;
-    }
+    let Some(tgid) = ctx.process() else { return 0 };
     let Some(mut output) = Output::<FileRecord>::new() else { return 0 };
     let f_path = known(&COMMON.file_path);
     // SAFETY: `ctx` is the iterator's context, and the fields are of the types loaded.
