@@ -14,6 +14,7 @@ mod restore;
 mod snapshot;
 mod task;
 mod tree;
+pub mod watch;
 
 pub use dump::{Afterwards, DumpOptions, Dumped, Keeper, MemorySnapshot, Precopy, PrecopyOptions, Reader, dump};
 pub use error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::crossterm;
-use standstill_engine::observe::view::Sample;
+use standstill_engine::watch::Sample;
 
 /// A part of the view that fills the screen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +122,7 @@ impl App {
 
 #[cfg(test)]
 pub(super) mod samples {
-    use standstill_engine::observe::view::{
+    use standstill_engine::watch::{
         DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, SocketRow, Totals,
     };
 

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::Failure;
 use ratatui::{buffer::Buffer, layout::Rect};
-use standstill_engine::observe::view::Sample;
+use standstill_engine::watch::Sample;
 use std::io::{self, ErrorKind, Write};
 
 /// An object a line; whether the tree has ended.

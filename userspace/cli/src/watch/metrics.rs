@@ -6,7 +6,7 @@ use prometheus_client::{
     metrics::{family::Family, gauge::Gauge},
     registry::{Registry, Unit},
 };
-use standstill_engine::observe::view::{MappingKind, Sample};
+use standstill_engine::watch::{MappingKind, Sample};
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,

@@ -14,7 +14,7 @@ use app::App;
 pub(crate) use metrics::Address;
 use metrics::Metrics;
 use sampler::{Sampler, Told};
-use standstill_engine::observe::view::Viewer;
+use standstill_engine::watch::Viewer;
 use std::{io::IsTerminal, path::Path, time::Duration};
 
 /// How often the loops look whether a signal asks for the end.

@@ -9,9 +9,9 @@ use ratatui::{
     text::{Line, Span},
     widgets::{Paragraph, Widget},
 };
-use standstill_engine::observe::{
-    Scope,
-    view::{Prediction, Sample},
+use standstill_engine::{
+    observe::Scope,
+    watch::{Prediction, Sample},
 };
 
 /// Width of the longest bar.

@@ -4,7 +4,7 @@ use super::metrics::Metrics;
 use nix::sys::signal::SigSet;
 use standstill_engine::{
     Error,
-    observe::view::{Sample, View, Viewer},
+    watch::{Sample, View, Viewer},
 };
 use std::{
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},

@@ -126,7 +126,7 @@ mod tests {
         backend::TestBackend,
         crossterm::event::{KeyCode, KeyEvent, KeyModifiers},
     };
-    use standstill_engine::observe::view::Sample;
+    use standstill_engine::watch::Sample;
 
     fn shown(app: &mut App, width: u16, height: u16) -> String {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();

@@ -13,7 +13,7 @@ use ratatui::{
     text::{Line, Text},
     widgets::{Cell, Row, Table, Widget},
 };
-use standstill_engine::observe::view::{DescriptorRow, MappingRow, ProcessRow, Sample, SocketRow};
+use standstill_engine::watch::{DescriptorRow, MappingRow, ProcessRow, Sample, SocketRow};
 use std::cmp::Ordering;
 
 /// A column: title, width, how it is sorted (if it is), and whether numbers are in it.

@@ -3,6 +3,7 @@
 mod chain;
 mod contents;
 mod forks;
+pub(crate) mod history;
 mod keeper;
 mod observer;
 mod rounds;
@@ -27,7 +28,6 @@ use crate::{
     kernel::{PAGE, proc, sys, urgent::Urgent},
     memory::{copy::Copier, private::PrivatePages},
     objects::regular,
-    observe,
     task::{Family, FrozenTree},
 };
 use chain::Chain;
@@ -400,7 +400,7 @@ impl<'a> Session<'a> {
         } else if !forked {
             // A dump that kills writes under the freeze, and one with forks leaves most to do after it: their times say
             // nothing of others.
-            observe::view::remember(options.pid, &stats, &done);
+            history::remember(options.pid, &stats, &done);
         }
         info!(total_us = stats.total_us, frozen_us = stats.frozen_us, "dump published");
         // The image is complete without: what goes wrong now costs space only.

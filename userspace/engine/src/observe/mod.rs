@@ -33,7 +33,6 @@ mod sys;
 mod tests;
 #[cfg(feature = "ebpf")]
 mod track;
-pub mod view;
 
 #[cfg(feature = "ebpf")]
 pub(crate) use aliases::Aliases;

@@ -1,12 +1,9 @@
 //! What a dump would find in the running tree, and what finding it costs: the steps that harm nobody are made, each for
 //! itself, with a watch in hand.
 
-use super::{
-    pages::Pages,
-    predict::{Amounts, Costs},
-    writes::Writes,
-};
+use super::{pages::Pages, predict::Costs, writes::Writes};
 use crate::{
+    dump::history::Amounts,
     error::{Context, Error, Result},
     kernel::{
         PAGE,

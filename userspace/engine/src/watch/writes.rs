@@ -1,9 +1,7 @@
 //! How many pages of a tree are written to within a time, from two looks at some of them. Pure.
 
-use super::{
-    pages::Changed,
-    predict::{Amounts, Costs},
-};
+use super::{pages::Changed, predict::Costs};
+use crate::dump::history::Amounts;
 use crate::dump::{Foreseen, PrecopyOptions, foresee};
 use standstill_images::types::DumpCounts;
 

@@ -2,7 +2,7 @@
 //! what a dump would cost now.
 //!
 //! ```no_run
-//! # use standstill_engine::observe::view::{View, Viewer};
+//! # use standstill_engine::watch::{View, Viewer};
 //! let mut viewer = Viewer::new(4711)?;
 //! while let View::Running(sample) = viewer.sample()? {
 //!     if let Some(p) = &sample.prediction {
@@ -19,7 +19,6 @@
 
 mod descriptors;
 mod dirty;
-mod history;
 mod memory;
 mod pages;
 mod predict;
@@ -34,19 +33,22 @@ pub use sample::{
     DescriptorRow, MappingKind, MappingRow, Part, Prediction, ProcessRow, Rates, Sample, SocketRow, Totals,
 };
 
-use super::{Iterators, Scope};
 use crate::{
-    dump::{Frozen, PrecopyOptions, Reader, check_target, is_kept, is_taken, no_reader, resident_bytes},
+    dump::{
+        PrecopyOptions, Reader, check_target,
+        history::{self, Amounts},
+        is_kept, is_taken, no_reader, resident_bytes,
+    },
     error::{Context, Error, Result},
     kernel::sys,
+    observe::{Iterators, Scope},
     task,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pages::Pages;
-use predict::{Amounts, Costs};
+use predict::Costs;
 use rates::{Counter, Events};
 use rehearse::{Found, Member};
-use standstill_images::types::DumpStats;
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt,
@@ -403,13 +405,6 @@ fn merge(own: Costs, tree: Costs, parts: usize) -> Costs {
         copy_page: tree.copy_page,
         compare_page: tree.compare_page,
         ..own
-    }
-}
-
-/// Notes what a dump took, for the predictions to come. That it cannot be noted is no reason to complain.
-pub(crate) fn remember(root: i32, stats: &DumpStats, done: &Frozen) {
-    if let Err(e) = history::append(predict::Observed::new(root, stats, done)) {
-        debug!("the dump's times are not kept: {e}");
     }
 }
 

@@ -1,9 +1,7 @@
 //! How long a dump would take: amounts times measured costs, corrected by what earlier dumps took. Pure.
 
 use super::sample::{Part, Prediction};
-use crate::dump::Frozen;
-use serde::{Deserialize, Serialize};
-use standstill_images::types::{DumpCounts, DumpStats};
+use crate::dump::history::{Amounts, Observed};
 
 /// Makes a structure of numbers of which each can be the middle one of several.
 macro_rules! costs {
@@ -63,20 +61,6 @@ pub(super) fn middle(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// How much there is of what costs something.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Amounts {
-    pub counts: DumpCounts,
-    /// Private pages that are looked for.
-    pub scanned: u64,
-    /// It is looked which of them have changed since they were copied.
-    pub tracked: bool,
-    /// Pages that are read.
-    pub copied: u64,
-    /// Those of them that belong to shared memory.
-    pub shared: u64,
-}
-
 impl Amounts {
     /// How much of each there is, for what is tracked and for what is not.
     fn apart(&self, n: u64) -> (f64, f64) {
@@ -85,7 +69,7 @@ impl Amounts {
 }
 
 /// The phases of the freeze under the names that the dump gives them, and the terms of each.
-pub(super) const PHASES: [(&str, Terms); 7] = [
+const PHASES: [(&str, Terms); 7] = [
     ("freezing", |n, c| {
         [
             count(n.counts.processes) * c.list_process,
@@ -138,33 +122,6 @@ type Terms = fn(&Amounts, &Costs) -> [f64; 4];
 
 fn count(n: u64) -> f64 {
     n as f64
-}
-
-/// What a dump on this machine took.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Observed {
-    /// Root of the tree.
-    pub root: i32,
-    /// Who read: the costs of one reader say nothing of another.
-    pub reader: String,
-    pub amounts: Amounts,
-    /// Microseconds by phase, with the names of [`PHASES`].
-    pub phases: Vec<(String, u64)>,
-}
-
-impl Observed {
-    pub(super) fn new(root: i32, stats: &DumpStats, done: &Frozen) -> Self {
-        let amounts = Amounts {
-            counts: stats.counts,
-            scanned: done.scanned,
-            tracked: done.tracked,
-            copied: done.stored + done.zero,
-            shared: 0,
-        };
-        let mut phases = vec![("freezing".to_owned(), stats.freezing_us)];
-        phases.extend(stats.phases.iter().filter(|(name, _)| PHASES.iter().any(|(known, _)| known == name)).cloned());
-        Self { root, reader: stats.reader.clone(), amounts, phases }
-    }
 }
 
 /// Without a dump of a similar tree, the measured costs count like so many of one.
@@ -291,6 +248,7 @@ fn least_squares(samples: &[(f64, f64, f64)]) -> (f64, f64) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use standstill_images::types::DumpCounts;
 
     fn costs() -> Costs {
         Costs {
