@@ -72,6 +72,7 @@ fn untouched_memory_takes_no_page() {
 }
 
 #[test]
+#[ignore = "needs 3 GiB in pieces of one, which a machine that has run for a while does not have: by hand after a boot"]
 fn pages_of_a_gibibyte() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };
