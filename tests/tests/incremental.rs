@@ -10,7 +10,9 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::wait::WaitStatus;
 use standstill_tests::harness::left::{expect_no_process, expect_not_tracked, expect_well, file_names};
-use standstill_tests::harness::{Outcome, Target, Tool, Turn, proc, standstill, take_back, take_back_at, wait_until};
+use standstill_tests::harness::{
+    Outcome, Target, Tool, Turn, kept, proc, standstill, take_back, take_back_at, wait_until,
+};
 use standstill_tests::workload::Random;
 
 /// Exit status where the parent image is missing, damaged, or not of this tree.
@@ -290,15 +292,6 @@ fn damage(images: &Path) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&path, bytes).expect("write it back");
-}
-
-/// Numbers of the complete snapshots that a store has: the folders in it that are called by a number.
-fn kept(store: &Path) -> Vec<u64> {
-    let entries = fs::read_dir(store).into_iter().flatten().flatten();
-    let entries = entries.filter(|entry| entry.path().join("standstill.img").exists());
-    let mut numbers: Vec<u64> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    numbers.sort_unstable();
-    numbers
 }
 
 #[test]

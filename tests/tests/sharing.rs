@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use standstill_tests::harness::left::expect_well;
-use standstill_tests::harness::{Target, Tool, Turn, standstill, take_back, take_back_at, wait_until};
+use standstill_tests::harness::{Target, Tool, Turn, kept, standstill, take_back, take_back_at, wait_until};
 use standstill_tests::workload::Random;
 
 /// Pages of 16 MiB.
@@ -114,13 +114,6 @@ fn hunt(tricks: &str, times: u32) {
         }
     }
     target.finish(0);
-}
-
-/// Numbers of the snapshots in a store.
-fn kept(store: &Path) -> Vec<u64> {
-    let entries = fs::read_dir(store).into_iter().flatten().flatten();
-    let entries = entries.filter(|entry| entry.path().join("standstill.img").exists());
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 #[test]
@@ -228,8 +221,7 @@ fn increments_of_shared_memory_are_small() {
         sizes.sort_unstable();
         sizes.last().expect("a page store").1
     };
-    let mut numbers = kept(&store);
-    numbers.sort_unstable();
+    let numbers = kept(&store);
     let sizes: Vec<u64> = numbers.iter().map(|n| stored(&store.join(format!("{n:06}")))).collect();
     assert!(sizes[0] > 30 << 20, "{sizes:?}");
     assert!(sizes[2..].iter().all(|size| *size < 4 << 20), "{sizes:?}");

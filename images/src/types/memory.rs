@@ -102,6 +102,17 @@ pub enum Backing {
         /// It was not attached with SHM_RDONLY.
         writable: bool,
     },
+    /// Huge pages of hugetlbfs, with a name in a file system or without (MAP_HUGETLB, MFD_HUGETLB).
+    HugePages {
+        /// The file.
+        file: OpenFileId,
+        /// Offset in bytes.
+        offset: u64,
+        /// Bytes of a page.
+        page_size: u64,
+        /// MAP_SHARED.
+        shared: bool,
+    },
 }
 
 /// Attributes of a mapping that mmap(2), mlock(2) and madvise(2) give it.
@@ -157,6 +168,23 @@ pub struct SharedMemory {
     pub kind: SharedMemoryKind,
     /// Contents; what is missing is a hole.
     pub pages: Vec<PageRun>,
+    /// Bytes of a page: 4096, or those of a huge page of hugetlbfs.
+    pub page_size: u64,
+}
+
+/// [`SharedMemory`] before there were huge pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedMemoryV1 {
+    pub(super) id: SharedMemoryId,
+    pub(super) size: u64,
+    pub(super) kind: SharedMemoryKind,
+    pub(super) pages: Vec<PageRun>,
+}
+
+impl From<SharedMemoryV1> for SharedMemory {
+    fn from(old: SharedMemoryV1) -> Self {
+        Self { id: old.id, size: old.size, kind: old.kind, pages: old.pages, page_size: 4096 }
+    }
 }
 
 /// Kinds of shared memory objects.

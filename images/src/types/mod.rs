@@ -213,7 +213,8 @@ records! {
     AddressSpace = 3 v 1;
     FdTable = 4 v 1;
     OpenFile = 5 v 1;
-    SharedMemory = 6 v 1;
+    SharedMemoryV1 = 6 v 1;
+    SharedMemory = 6 v 2;
     DumpStatsV1 = 8 v 1;
     DumpStats = 8 v 2;
     Pipe = 9 v 1;
@@ -242,6 +243,20 @@ mod tests {
         let stats = PrecopyStats::from(record.decode::<PrecopyStatsV1>().unwrap());
         let same = (stats.rounds, stats.expected_pages, stats.expected_us, stats.late_pages);
         assert_eq!((same, stats.shared_tracked, stats.shared_whole), ((vec![round], 6, 7, 8), 0, 0));
+    }
+
+    #[test]
+    fn old_shared_memory_has_small_pages() {
+        let pages = vec![PageRun { start: 4096, pages: 2, store: 7 }];
+        let kind = SharedMemoryKind::Anonymous;
+        let old = SharedMemoryV1 { id: 3, size: 12288, kind: kind.clone(), pages: pages.clone() };
+        let mut writer = RecordWriter::new();
+        writer.push(&old).unwrap();
+        let bytes = writer.finish();
+        let record = RecordReader::new("old".as_ref(), &bytes[..]).unwrap().next().unwrap().unwrap();
+        assert_eq!((record.kind(), record.version()), (SharedMemory::KIND, 1));
+        let new = SharedMemory::from(record.decode::<SharedMemoryV1>().unwrap());
+        assert_eq!(new, SharedMemory { id: 3, size: 12288, kind, pages, page_size: 4096 });
     }
 
     #[test]

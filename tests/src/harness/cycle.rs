@@ -73,6 +73,15 @@ pub fn take_back_at(tool: &Tool, target: &mut Target, store: &Path, which: &str)
     take_back_by(tool.restore_at(store, which), target);
 }
 
+/// Numbers of the complete snapshots that a store has: the folders in it that are called by a number.
+pub fn kept(store: &Path) -> Vec<u64> {
+    let entries = fs::read_dir(store).into_iter().flatten().flatten();
+    let entries = entries.filter(|entry| entry.path().join("standstill.img").exists());
+    let mut numbers: Vec<u64> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    numbers.sort_unstable();
+    numbers
+}
+
 #[track_caller]
 fn take_back_by(restore: Run, target: &mut Target) {
     target.kill_tree();

@@ -4,6 +4,7 @@
 //! started is gone when it ends, also when it fails.
 
 mod cycle;
+mod huge;
 pub mod left;
 mod occupy;
 mod pidfd;
@@ -17,8 +18,9 @@ mod tool;
 mod turn;
 
 pub use cycle::{
-    dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, take_back, take_back_at,
+    dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, kept, take_back, take_back_at,
 };
+pub use huge::{HugePages, Hugetlbfs};
 pub use occupy::Occupier;
 pub use pidfd::Pidfd;
 pub use snapshot::{Memory, Snapshot};

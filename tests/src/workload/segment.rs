@@ -12,8 +12,17 @@ pub struct Segment {
 impl Segment {
     /// Makes a segment. `key` 0: IPC_PRIVATE.
     pub fn new(key: i32, length: usize) -> Self {
+        Self::with(key, length, 0)
+    }
+
+    /// Makes a private segment of huge pages, `size` as among the flags of mmap(2).
+    pub fn huge(length: usize, size: i32) -> Self {
+        Self::with(0, length, libc::SHM_HUGETLB | size)
+    }
+
+    fn with(key: i32, length: usize, flags: i32) -> Self {
         // SAFETY: no memory is passed.
-        let id = unsafe { libc::shmget(key, length, libc::IPC_CREAT | libc::IPC_EXCL | 0o640) };
+        let id = unsafe { libc::shmget(key, length, libc::IPC_CREAT | libc::IPC_EXCL | 0o640 | flags) };
         assert!(id >= 0, "shmget: {}", io::Error::last_os_error());
         Self { id }
     }

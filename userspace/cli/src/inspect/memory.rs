@@ -62,6 +62,7 @@ pub(crate) struct SharedObject {
     pub kind: &'static str,
     pub name: Option<String>,
     pub size: u64,
+    pub page_size: u64,
     pub stored_pages: u64,
     pub details: Value,
 }
@@ -83,6 +84,7 @@ impl SharedObject {
             kind: object_kind(object),
             name: name.map(|n| text(&n.0)),
             size: object.size,
+            page_size: object.page_size,
             stored_pages: object.pages.iter().map(|r| r.pages).sum(),
             details,
         }
@@ -120,6 +122,9 @@ impl Mapping {
             Backing::Anonymous { name, .. } => (name.as_ref().map(|n| text(&n.0)), None, None, 0, false),
             Backing::PrivateFile { file, offset, .. } => (path(*file, image), Some(*file), None, *offset, false),
             Backing::SharedFile { file, offset, .. } => (path(*file, image), Some(*file), None, *offset, true),
+            Backing::HugePages { file, offset, shared, .. } => {
+                (path(*file, image), Some(*file), None, *offset, *shared)
+            }
             Backing::SharedAnonymous { object, offset, .. } | Backing::SystemV { object, offset, .. } => {
                 (None, None, Some(*object), *offset, true)
             }
@@ -164,7 +169,7 @@ fn path(file: OpenFileId, image: &Image) -> Option<String> {
 }
 
 /// All kinds of mappings, in the order of the report.
-const KINDS: [&str; 10] = [
+const KINDS: [&str; 11] = [
     "anonymous",
     "[stack]",
     "[heap]",
@@ -174,6 +179,7 @@ const KINDS: [&str; 10] = [
     "memfd",
     "deleted file",
     "System V shared memory",
+    "huge pages",
     "kernel",
 ];
 
@@ -188,6 +194,7 @@ fn kind(vma: &Vma, space: &AddressSpace, image: &Image) -> &'static str {
         Backing::SharedFile { file, .. } => of_file(*file, "shared file"),
         Backing::SharedAnonymous { .. } => "shared anonymous",
         Backing::SystemV { .. } => "System V shared memory",
+        Backing::HugePages { .. } => "huge pages",
         Backing::Kernel { .. } => "kernel",
     }
 }

@@ -56,7 +56,7 @@ fn copy_shared(state: &mut State, trackings: &mut Trackings, copier: &mut Copier
             }
             None => {
                 let failed = || format!("look for shared memory object {}", object.id);
-                let parts = shared_memory::data_ranges(source, object.size).context(failed)?;
+                let parts = shared_memory::data_ranges(source, object).context(failed)?;
                 object.pages = copier.shared(source, &parts)?;
                 counts.whole += 1;
             }

@@ -25,7 +25,7 @@ impl Forks {
             return None;
         }
         let made = refuse(state).and_then(|()| {
-            let fork = |pid: i32| Ok((pid, Fork::of(pid)?));
+            let fork = |pid: i32| Ok((pid, lean(Fork::of(pid)?, pid, state)?));
             tree.pids().into_iter().map(fork).collect::<Result<_>>()
         });
         match made {
@@ -48,6 +48,14 @@ impl Forks {
     }
 }
 
+/// Takes the huge pages from a fork: they would be missing if the target wrote to its own meanwhile, which is a SIGBUS for
+/// whoever has no reservation.
+fn lean(fork: Fork, pid: i32, state: &State) -> Result<Fork> {
+    let pages = state.private.iter().find(|private| private.pid == pid);
+    pages.into_iter().flat_map(|private| &private.huge).try_for_each(|r| fork.unmap(r.start, r.end - r.start))?;
+    Ok(fork)
+}
+
 /// How long it would take to fork the processes, and to copy what has to be copied.
 fn times(private: &[PrivatePages]) -> (Duration, Duration) {
     /// To make the processes of a fork.
@@ -58,7 +66,7 @@ fn times(private: &[PrivatePages]) -> (Duration, Duration) {
     const COPY: Duration = Duration::from_nanos(1000);
     let (mut forking, mut copying) = (Duration::ZERO, Duration::ZERO);
     for pages in private {
-        let late = (ranges::size(&pages.ranges) / PAGE) as u32;
+        let late = (ranges::size(&ranges::subtract(&pages.ranges, &pages.unforked)) / PAGE) as u32;
         let entries = late + (ranges::size(&pages.unchanged) / PAGE) as u32;
         forking += PROCESS + ENTRY * entries;
         copying += COPY * late;

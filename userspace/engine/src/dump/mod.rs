@@ -285,6 +285,7 @@ impl<'a> Session<'a> {
             dir.set_parent(&self.chain.dir)?;
         }
         let resident = target::resident_bytes(&running);
+        let huge = target::huge_bytes(&running);
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, first);
@@ -295,12 +296,12 @@ impl<'a> Session<'a> {
         if afterwards != Afterwards::Kill {
             // The thaw must not wait for the disk: what the memory of the machine allows is copied first and written
             // later. Rounds leave little, so that memory for it need not be touched before.
-            let mut expected = precopy.as_ref().map_or(resident, |p| 4 * PAGE * p.expected_pages);
+            let mut expected = huge + precopy.as_ref().map_or(resident, |p| 4 * PAGE * p.expected_pages);
             if options.precopy.snapshot == MemorySnapshot::Fork {
                 // More than that is copied after the thaw.
-                expected = expected.min(resident / 8);
+                expected = expected.min(huge + resident / 8);
             }
-            copier.store.set_limit(resident.min(target::available_memory() / 2).max(options.precopy.buffer));
+            copier.store.set_limit((resident + huge).min(target::available_memory() / 2).max(options.precopy.buffer));
             copier.store.reserve(expected.max(MIN_RESERVE));
         }
         self.observer.catch_up();

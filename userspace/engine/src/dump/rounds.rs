@@ -143,8 +143,7 @@ impl Rounds<'_, '_> {
     fn process(&mut self, pid: i32) -> Result<u64> {
         self.trackings.begin(pid, self.timeout)?;
         let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
-        let maps = proc::maps(pid).context(|| format!("read the mappings of {pid}"))?;
-        let areas: Vec<Area> = maps.iter().map(Area::from).collect();
+        let areas = Area::of_running(pid).context(|| format!("read the mappings of {pid}"))?;
         let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
         let copied = self.copier.private(&found, self.trackings.parent(ppid))?;

@@ -45,12 +45,21 @@ pub(crate) fn check(pid: i32) -> Result<()> {
 pub(crate) fn resident_bytes(pids: &[i32]) -> u64 {
     let (mut anonymous, mut shared) = (0, 0);
     for pid in pids {
-        let text = std::fs::read_to_string(proc::path(*pid, "status")).unwrap_or_default();
-        let bytes = |name| Some(proc::field(&text, name)?.trim_end_matches(" kB").parse::<u64>().ok()? << 10);
-        anonymous += bytes("RssAnon").unwrap_or(0);
-        shared = bytes("RssShmem").unwrap_or(0).max(shared);
+        anonymous += in_status(*pid, "RssAnon");
+        shared = in_status(*pid, "RssShmem").max(shared);
     }
     anonymous + shared
+}
+
+/// The same of huge pages of hugetlbfs, none of which is copied before the freeze.
+pub(super) fn huge_bytes(pids: &[i32]) -> u64 {
+    pids.iter().map(|pid| in_status(*pid, "HugetlbPages")).sum()
+}
+
+/// An amount of memory in `/proc/pid/status`, in bytes.
+fn in_status(pid: i32, name: &str) -> u64 {
+    let text = std::fs::read_to_string(proc::path(pid, "status")).unwrap_or_default();
+    proc::field(&text, name).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 /// Memory that the machine can spare.

@@ -7,7 +7,10 @@ mod stores;
 pub use stores::Store;
 pub(crate) use stores::{locate, pages_of, push_run, split};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    kernel::hugetlb,
+};
 use standstill_images::{
     frame::{Record, RecordReader, RecordWriter},
     publish::ImageDir,
@@ -15,7 +18,7 @@ use standstill_images::{
     types::{
         AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId,
         FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
-        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, Task,
+        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task, Vma,
     },
 };
 use std::{
@@ -144,6 +147,9 @@ impl Image {
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
+                SharedMemory::KIND if record.version() == SharedMemoryV1::VERSION => {
+                    twice |= insert(&mut shared, record.decode::<SharedMemoryV1>()?.into(), |s: &SharedMemory| s.id);
+                }
                 SharedMemory::KIND => twice |= insert(&mut shared, record.decode::<SharedMemory>()?, |s| s.id),
                 _ => record.unknown()?,
             }
@@ -248,6 +254,9 @@ impl Image {
         }
         self.files.values().try_for_each(|f| self.check_file(f))?;
         for object in self.shared.values() {
+            if object.page_size != 4096 && !huge_page_size(object.page_size) {
+                return Err(format!("shared memory object {} has pages of {} bytes", object.id, object.page_size));
+            }
             self.check_runs(&object.pages, 0, object.size.saturating_add(4095))
                 .map_err(|e| format!("shared memory object {}: {e}", object.id))?;
         }
@@ -335,6 +344,10 @@ impl Image {
                 Backing::SystemV { object, .. } => {
                     self.shared.get(object).is_some_and(|o| matches!(o.kind, SharedMemoryKind::SystemV(_)))
                 }
+                Backing::HugePages { file: id, offset, page_size, .. } => {
+                    let aligned = |at: &u64| at.is_multiple_of(*page_size);
+                    huge_page_size(*page_size) && [vma.start, vma.end, *offset].iter().all(aligned) && file(id)
+                }
                 Backing::Anonymous { .. } | Backing::Kernel { .. } => true,
             };
             if !whole {
@@ -352,12 +365,7 @@ impl Image {
             while at < end {
                 while vmas.next_if(|v| v.end <= at).is_some() {}
                 match vmas.peek() {
-                    Some(v)
-                        if v.start <= at
-                            && matches!(v.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. }) =>
-                    {
-                        at = v.end;
-                    }
+                    Some(v) if v.start <= at && is_private(v) => at = v.end,
                     _ => return Err(in_space(format!("page {at:x} is in no private mapping"))),
                 }
             }
@@ -392,6 +400,19 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether huge pages can be of this size.
+fn huge_page_size(bytes: u64) -> bool {
+    bytes.is_power_of_two() && (hugetlb::SMALLEST..=1 << 40).contains(&bytes)
+}
+
+/// Whether a mapping has pages of its own.
+pub(crate) fn is_private(vma: &Vma) -> bool {
+    matches!(
+        vma.backing,
+        Backing::Anonymous { .. } | Backing::PrivateFile { .. } | Backing::HugePages { shared: false, .. }
+    )
 }
 
 fn insert<K: Ord, T>(map: &mut BTreeMap<K, T>, record: T, key: impl Fn(&T) -> K) -> bool {

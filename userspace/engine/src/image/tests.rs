@@ -104,7 +104,13 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
         tables: vec![FdTable { id: 0, fds: Vec::new() }],
         files: vec![OpenFile { id: 0, flags: 0, pos: 0, owner: None, kind: FileKind::Regular(regular) }],
         pipes: Vec::new(),
-        shared: vec![SharedMemory { id: 0, size: PAGES * BYTES, kind: SharedMemoryKind::Anonymous, pages: shared }],
+        shared: vec![SharedMemory {
+            id: 0,
+            size: PAGES * BYTES,
+            kind: SharedMemoryKind::Anonymous,
+            pages: shared,
+            page_size: BYTES,
+        }],
     }
 }
 

@@ -1,6 +1,7 @@
 //! Every system call that nix does not wrap, one thin safe function each.
 
 pub(crate) mod arch;
+pub(crate) mod hugetlb;
 pub(crate) mod letter;
 pub(crate) mod pagemap;
 pub(crate) mod proc;

@@ -282,12 +282,15 @@ impl Pagemap {
     }
 
     /// Tells swapped pages from the marks that say of absent pages that they are protected against writing, which scans
-    /// do not: those have the last of the swap types, where the kernel keeps what is no swap.
+    /// do not: those have the last of the swap types, where the kernel keeps what is no swap. Those of huge pages, which
+    /// are never swapped, have nothing but the mark.
     fn swapped(&self, region: &PageRegion, mut part: impl FnMut(Range, bool)) -> io::Result<()> {
         const TYPE: u64 = 0x1f;
+        const PROTECTED: u64 = 1 << 57;
+        let is_mark = |entry: u64| entry & TYPE == TYPE || entry == PROTECTED;
         let entries = self.entries(region.start, (region.end - region.start) / PAGE)?;
         let pages = (region.start..).step_by(PAGE as usize).zip(&entries);
-        pages.for_each(|(start, entry)| part(Range { start, end: start + PAGE }, entry & TYPE == TYPE));
+        pages.for_each(|(start, entry)| part(Range { start, end: start + PAGE }, is_mark(*entry)));
         Ok(())
     }
 
@@ -319,6 +322,10 @@ impl Pagemap {
             // SAFETY: `arg` has the size it states, and `vec` is writable for `vec_len` regions.
             let n = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut arg) }? as usize;
             regions[..n].iter().for_each(&mut found);
+            if arg.walk_end <= at {
+                // It stands before a huge page of 1 GiB, of which it can protect no part.
+                return Err(io::Error::from_raw_os_error(libc::EPERM));
+            }
             at = arg.walk_end;
         }
         Ok(())

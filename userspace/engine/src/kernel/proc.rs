@@ -225,6 +225,8 @@ pub(crate) struct MapLine {
     pub start: u64,
     pub end: u64,
     pub shared: bool,
+    /// Device, as two numbers.
+    pub dev: String,
     pub ino: u64,
     pub name: String,
 }
@@ -239,9 +241,10 @@ pub(crate) fn maps(pid: i32) -> io::Result<Vec<MapLine>> {
             let (start, end) = fields.next()?.split_once('-')?;
             let hex = |text| u64::from_str_radix(text, 16).ok();
             let shared = fields.next()?.ends_with('s');
-            let ino = fields.nth(2)?.parse().ok()?;
+            let dev = fields.nth(1)?.to_string();
+            let ino = fields.next()?.parse().ok()?;
             let name = fields.next().unwrap_or("").trim_start().to_string();
-            Some(MapLine { start: hex(start)?, end: hex(end)?, shared, ino, name })
+            Some(MapLine { start: hex(start)?, end: hex(end)?, shared, dev, ino, name })
         })
         .collect::<Option<_>>()
         .ok_or_else(|| invalid("/proc/pid/maps"))

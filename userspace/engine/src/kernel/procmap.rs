@@ -86,7 +86,8 @@ mod tests {
         // ENOTTY before Linux 6.11.
         if let Ok(found) = named(pid, listed.start, b"[vdso]") {
             assert_eq!(found, Some(listed));
-            assert_eq!(named(pid, other, b"[vdso]").unwrap(), None);
+            // ENAMETOOLONG where the tests lie deep.
+            assert!(!matches!(named(pid, other, b"[vdso]"), Ok(Some(_))));
             assert!(named(pid, 0, b"[vdso]").is_err());
         }
     }

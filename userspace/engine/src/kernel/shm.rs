@@ -1,5 +1,6 @@
 //! System V shared memory segments: shmget(2), shmat(2), shmctl(2).
 
+use super::{PAGE, hugetlb};
 use std::io;
 
 /// What shmctl(2) IPC_STAT tells of a segment.
@@ -47,8 +48,9 @@ pub(crate) fn status(id: i32) -> io::Result<Status> {
 }
 
 /// Makes a segment; EEXIST if there is one of this key.
-pub(crate) fn create(key: i32, size: u64, mode: u32) -> io::Result<i32> {
-    let flags = libc::IPC_CREAT | libc::IPC_EXCL | (mode & 0o777) as i32;
+pub(crate) fn create(key: i32, size: u64, mode: u32, page_size: u64) -> io::Result<i32> {
+    let huge = if page_size > PAGE { libc::SHM_HUGETLB | hugetlb::size_flag(page_size) } else { 0 };
+    let flags = libc::IPC_CREAT | libc::IPC_EXCL | (mode & 0o777) as i32 | huge;
     // SAFETY: no memory is passed.
     check(unsafe { libc::shmget(key, size as usize, flags) })
 }

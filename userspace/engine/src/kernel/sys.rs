@@ -1,6 +1,6 @@
 //! System calls without a wrapper elsewhere.
 
-use super::PAGE;
+use super::{PAGE, hugetlb};
 use nix::time::{ClockId, clock_gettime};
 use std::{
     cmp::Ordering,
@@ -219,6 +219,11 @@ impl Mapping {
         Self::map(0, len, libc::MAP_SHARED)
     }
 
+    /// Shared anonymous memory of huge pages, none of which is taken from the machine yet.
+    pub(crate) fn shared_huge(len: u64, page_size: u64) -> io::Result<Self> {
+        Self::map(0, len, libc::MAP_SHARED | libc::MAP_HUGETLB | hugetlb::size_flag(page_size))
+    }
+
     /// Shared anonymous, executable memory at an address where nothing is mapped.
     pub(crate) fn shared_executable_at(start: u64, len: u64) -> io::Result<Self> {
         let mapping = Self::map(start, len, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE)?;
@@ -242,13 +247,12 @@ impl Mapping {
         if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start, len: len as usize }) }
     }
 
-    /// A part of a file, to look at. Reserves nothing.
-    fn of_file(file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
+    /// A part of a file. Reserves nothing.
+    pub(crate) fn of_file(file: BorrowedFd<'_>, offset: u64, len: usize, prot: i32) -> io::Result<Self> {
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         // SAFETY: the kernel places the mapping over nothing that exists.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, file.as_raw_fd(), offset as libc::off_t)
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), offset as libc::off_t) };
         if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start, len }) }
     }
 
@@ -272,7 +276,7 @@ pub(crate) struct View(Mapping);
 impl View {
     /// The first `len` bytes of a file. No page is there yet.
     pub(crate) fn new(file: BorrowedFd<'_>, len: u64) -> io::Result<Self> {
-        Mapping::of_file(file, 0, len as usize).map(Self)
+        Mapping::of_file(file, 0, len as usize, libc::PROT_READ).map(Self)
     }
 
     /// First address.
@@ -290,7 +294,7 @@ impl View {
         const MADV_POPULATE_READ: i32 = 22;
         let len = len.min(self.len().saturating_sub(offset)) as usize;
         // A page fault also maps what is around, as far as the mapping goes: so this is done in one that is no larger.
-        let part = Mapping::of_file(file, offset, len)?;
+        let part = Mapping::of_file(file, offset, len, libc::PROT_READ)?;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: both ranges are mappings of ours into which nobody has a pointer.
         unsafe {

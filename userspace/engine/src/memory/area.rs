@@ -1,8 +1,13 @@
 //! Mappings as the search for pages sees them.
 
 use super::smaps::Mapped;
-use crate::kernel::{PAGE, pagemap::Range, proc::MapLine};
+use crate::kernel::{
+    PAGE, hugetlb,
+    pagemap::Range,
+    proc::{self, MapLine},
+};
 use standstill_images::types::{Backing, Vma};
+use std::{collections::HashMap, io};
 
 /// Why a mapping is refused that the target tracks itself.
 pub(crate) const REGISTERED: &str = "it is registered with userfaultfd: end that use, or the `watch --dirty` or `snapshot` of a tree it is in, before the dump";
@@ -20,6 +25,8 @@ pub(crate) struct Area {
     pub unforked: bool,
     /// A scan that does not look at each page pays.
     pub bulk: bool,
+    /// Its pages are those of hugetlbfs.
+    pub huge: bool,
 }
 
 /// Kinds of mappings.
@@ -38,7 +45,27 @@ pub(crate) enum Kind {
 impl Area {
     pub(super) fn new(range: Range, kind: Kind, untouched: bool, registered: bool) -> Self {
         let bulk = kind == Kind::Anonymous && range.end - range.start >= 256 * PAGE;
-        Self { range, kind, untouched, registered, unforked: false, bulk }
+        Self { range, kind, untouched, registered, unforked: false, bulk, huge: false }
+    }
+
+    /// The mappings of a process that runs. Huge pages are looked at under the freeze only (decision 42).
+    pub(crate) fn of_running(pid: i32) -> io::Result<Vec<Self>> {
+        let maps = proc::maps(pid)?;
+        // Whether the files of a device are hugetlbfs's. Those of a mapping that is gone again may have been.
+        let mut devices: HashMap<&str, bool> = HashMap::new();
+        let mut areas = Vec::with_capacity(maps.len());
+        for line in &maps {
+            let mut area = Self::from(line);
+            if area.kind == Kind::File {
+                let link = || proc::path(pid, &format!("map_files/{:x}-{:x}", line.start, line.end));
+                let is_huge = || !matches!(hugetlb::page_size_at(&link()), Ok(None));
+                if *devices.entry(&line.dev).or_insert_with(is_huge) {
+                    area.kind = Kind::Other;
+                }
+            }
+            areas.push(area);
+        }
+        Ok(areas)
     }
 
     pub(super) fn is_private(&self) -> bool {
@@ -51,14 +78,20 @@ impl Area {
             Backing::Anonymous { .. } if vma.flags.droppable => Kind::Droppable,
             Backing::Anonymous { .. } => Kind::Anonymous,
             Backing::PrivateFile { .. } => Kind::File,
+            // The file behind memory without a name is empty.
+            Backing::HugePages { shared: false, .. } if map.name.starts_with(b"/anon_hugepage") => Kind::Anonymous,
+            Backing::HugePages { shared: false, .. } => Kind::File,
             _ => Kind::Other,
         };
         let range = Range { start: vma.start, end: vma.end };
-        let unforked = vma.flags.dontfork || vma.flags.wipeonfork;
-        Self { unforked, ..Self::new(range, kind, map.untouched, map.has(b"uw")) }
+        let huge = map.has(b"ht");
+        let unforked = vma.flags.dontfork || vma.flags.wipeonfork || huge;
+        let area = Self::new(range, kind, map.untouched, map.has(b"uw"));
+        Self { unforked, huge, bulk: area.bulk && !huge, ..area }
     }
 }
 
+/// But for huge pages, which a line does not tell from those of other files.
 impl From<&MapLine> for Area {
     fn from(line: &MapLine) -> Self {
         let kernels = ["[vdso]", "[vsyscall]", "[uprobes]", "[vectors]"].contains(&line.name.as_str());

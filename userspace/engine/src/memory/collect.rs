@@ -6,12 +6,13 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Result},
-    kernel::proc,
+    kernel::{hugetlb, proc},
     objects::{Collected, regular, shared_memory},
     observe::{ProcessState, SharedId, VmaEntry},
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -116,8 +117,6 @@ fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
     let object = || format!("the mapping {:x}-{:x} ({name})", map.start, map.end);
     let why = if map.has(b"pf") || map.has(b"io") {
         "it belongs to a device: close the device before the dump"
-    } else if map.has(b"ht") {
-        "huge pages of hugetlbfs are not supported: use transparent huge pages"
     } else if map.has(b"um") || map.has(b"ui") || map.has(b"uw") && !tracked {
         REGISTERED
     } else if map.has(b"ss") {
@@ -172,7 +171,8 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
     let name = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(map.name.clone()));
     let link = || proc::path(pid, &format!("map_files/{:x}-{:x}", map.start, map.end));
     let offset = map.offset;
-    if map.shared && map.name.starts_with(b"/dev/zero (deleted)") {
+    let huge = map.has(b"ht");
+    if map.shared && !huge && map.name.starts_with(b"/dev/zero (deleted)") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
         return Ok(Backing::SharedAnonymous { object, offset });
     }
@@ -181,10 +181,19 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
         if all.is_segment(object) {
             return Ok(Backing::SystemV { object, offset, writable: map.has(b"mw") });
         }
+        if huge {
+            let name = format!("System V shared memory {}", map.ino);
+            return Err(Error::unsupported(pid, name, "its size is not one of whole huge pages: make it larger"));
+        }
     }
     // A shared mapping that may be written (now or after mprotect) came from a descriptor open for writing.
     let writable = map.shared && map.has(b"mw");
     let file = mapped_file(pid, &name, link, map.dev, map.ino, writable, all)?;
+    if huge {
+        let page_size = hugetlb::page_size_at(&link()).and_then(|size| size.ok_or(io::ErrorKind::InvalidData.into()));
+        let page_size = page_size.context(|| format!("look at {}", link().display()))?;
+        return Ok(Backing::HugePages { file, offset, page_size, shared: map.shared });
+    }
     Ok(if map.shared { Backing::SharedFile { file, offset } } else { Backing::PrivateFile { file, offset } })
 }
 

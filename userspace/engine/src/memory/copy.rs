@@ -4,7 +4,7 @@ use super::{known, private::PrivatePages, ranges};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
-    kernel::{PAGE, pagemap::Pagemap, pagemap::Range, pagemap::Writes, proc},
+    kernel::{PAGE, hugetlb, pagemap::Pagemap, pagemap::Range, pagemap::Writes, proc},
 };
 use standstill_images::{
     store::{Buffer, PageIndex, PageWriter},
@@ -37,6 +37,16 @@ pub(crate) struct Copied {
     pub gone: Vec<Range>,
 }
 
+/// Pages of zeros that are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Zeros {
+    None,
+    /// The first one of each huge page, so that a restore takes the same huge pages from the machine.
+    First,
+    /// They hide what is in a file.
+    All,
+}
+
 /// Copies pages straight from the target into the buffers that are written to the store.
 pub(crate) struct Copier<'a> {
     pub(crate) store: &'a mut PageWriter,
@@ -44,8 +54,8 @@ pub(crate) struct Copier<'a> {
     buffer: Option<Buffer>,
     next: PageIndex,
     counts: Counts,
-    /// Pages of zeros are stored as well.
-    zeros_count: bool,
+    /// Which pages of zeros are stored as well.
+    zeros: Zeros,
     /// The processes may run.
     running: bool,
 }
@@ -53,7 +63,7 @@ pub(crate) struct Copier<'a> {
 impl<'a> Copier<'a> {
     /// For processes that may run: pages may go before they are copied. `first`: number of the first page of the store.
     pub(crate) fn new(store: &'a mut PageWriter, first: PageIndex) -> Self {
-        Self { store, buffer: None, next: first, counts: Counts::default(), zeros_count: false, running: true }
+        Self { store, buffer: None, next: first, counts: Counts::default(), zeros: Zeros::None, running: true }
     }
 
     /// From now on the processes do not run.
@@ -96,22 +106,18 @@ impl<'a> Copier<'a> {
             None => None,
         };
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
-        let over_file = |range: &Range| {
-            let next = pages.over_files.partition_point(|f| f.end <= range.start);
-            pages.over_files.get(next).is_some_and(|f| f.start <= range.start)
-        };
         let mut copied = Copied::default();
-        for cluster in clusters(&pages.ranges) {
-            let first = cluster[0].start;
+        for cluster in clusters(&parts(pages)) {
+            let first = cluster[0].0.start;
             let mut inherited = Vec::new();
             if let Some((own, theirs, parent)) = &maps {
-                let whole = Range { start: first, end: cluster[cluster.len() - 1].end };
+                let whole = Range { start: first, end: cluster[cluster.len() - 1].0.end };
                 inherited = self.inherited(own, theirs, *parent, whole)?;
             }
             // Neighbours that are alike are read at once, whatever mappings they are in.
-            for group in cluster.chunk_by(|a, b| a.end == b.start && over_file(a) == over_file(b)) {
-                let range = Range { start: group[0].start, end: group[group.len() - 1].end };
-                self.zeros_count = over_file(&range);
+            for group in cluster.chunk_by(|a, b| a.0.end == b.0.start && a.1 == b.1) {
+                let range = Range { start: group[0].0.start, end: group[group.len() - 1].0.end };
+                self.zeros = group[0].1;
                 if inherited.is_empty() {
                     self.range(pid, range, &memory, &mut copied)?;
                     continue;
@@ -120,7 +126,7 @@ impl<'a> Copier<'a> {
                 self.differing(pid, range, &inherited[at(range.start)..at(range.end)], &memory, &mut copied)?;
             }
         }
-        self.zeros_count = false;
+        self.zeros = Zeros::None;
         Ok(copied)
     }
 
@@ -234,12 +240,17 @@ impl<'a> Copier<'a> {
     /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
     fn keep(&mut self, start: u64, pages: &mut [u8], first: PageIndex, runs: &mut Vec<PageRun>) -> usize {
         let page = PAGE as usize;
-        let is_zero = |page: &[u8]| !self.zeros_count && is_zero(page);
+        let zeros = self.zeros;
+        let is_zero = |at: usize, pages: &[u8]| match zeros {
+            Zeros::All => false,
+            Zeros::First if (start + at as u64).is_multiple_of(hugetlb::SMALLEST) => false,
+            _ => is_zero(&pages[at..at + page]),
+        };
         let (mut from, mut kept) = (0, 0);
         while from < pages.len() {
-            let zero = is_zero(&pages[from..from + page]);
+            let zero = is_zero(from, pages);
             let mut to = from + page;
-            while to < pages.len() && is_zero(&pages[to..to + page]) == zero {
+            while to < pages.len() && is_zero(to, pages) == zero {
                 to += page;
             }
             let count = ((to - from) / page) as u64;
@@ -279,11 +290,25 @@ impl<'a> Copier<'a> {
     }
 }
 
+/// The pages to copy, cut where mappings of another kind begin.
+fn parts(pages: &PrivatePages) -> Vec<(Range, Zeros)> {
+    let others = ranges::subtract(&pages.ranges, &pages.over_files);
+    let sets = [
+        (ranges::intersect(&pages.ranges, &pages.over_files), Zeros::All),
+        (ranges::intersect(&others, &pages.huge), Zeros::First),
+        (ranges::subtract(&others, &pages.huge), Zeros::None),
+    ];
+    let mut parts: Vec<_> =
+        sets.into_iter().flat_map(|(set, zeros)| set.into_iter().map(move |r| (r, zeros))).collect();
+    parts.sort_unstable_by_key(|part| part.0.start);
+    parts
+}
+
 /// Ranges so near to each other that the page frames of all of them, and of what is between, are read at once.
-fn clusters(ranges: &[Range]) -> impl Iterator<Item = &[Range]> {
+fn clusters(parts: &[(Range, Zeros)]) -> impl Iterator<Item = &[(Range, Zeros)]> {
     /// Page table entries that are read as quickly as a system call is made.
     const NEAR: u64 = 16 * PAGE;
-    ranges.chunk_by(|a, b| b.start - a.end <= NEAR)
+    parts.chunk_by(|a, b| b.0.start - a.0.end <= NEAR)
 }
 
 /// Reads until the buffer is full or the file ends.
@@ -313,10 +338,46 @@ mod tests {
 
     #[test]
     fn near_ranges_are_one_cluster() {
-        let range = |start: u64, end: u64| Range { start: start * PAGE, end: end * PAGE };
-        let ranges = [range(0, 1), range(1, 4), range(20, 21), range(38, 39)];
-        assert_eq!(clusters(&ranges).map(<[Range]>::len).collect::<Vec<_>>(), [3, 1]);
+        let part = |start: u64, end: u64| (Range { start: start * PAGE, end: end * PAGE }, Zeros::None);
+        let parts = [part(0, 1), part(1, 4), part(20, 21), part(38, 39)];
+        assert_eq!(clusters(&parts).map(<[_]>::len).collect::<Vec<_>>(), [3, 1]);
         assert_eq!(clusters(&[]).count(), 0);
+    }
+
+    #[test]
+    fn pages_are_cut_where_another_kind_of_mapping_begins() {
+        let range = |start: u64, end: u64| Range { start: start * PAGE, end: end * PAGE };
+        let pages = PrivatePages {
+            ranges: vec![range(0, 10), range(12, 20)],
+            over_files: vec![range(4, 6)],
+            huge: vec![range(5, 13)],
+            ..Default::default()
+        };
+        let expected = [
+            (range(0, 4), Zeros::None),
+            (range(4, 6), Zeros::All),
+            (range(6, 10), Zeros::First),
+            (range(12, 13), Zeros::First),
+            (range(13, 20), Zeros::None),
+        ];
+        assert_eq!(parts(&pages), expected);
+    }
+
+    #[test]
+    fn of_each_huge_page_something_is_stored() {
+        // Two huge pages of zeros, with something in the middle of the first one.
+        let memory = Mapping::anonymous(3 * hugetlb::SMALLEST).unwrap();
+        memory.bytes_mut().fill(0);
+        let start = memory.start().next_multiple_of(hugetlb::SMALLEST);
+        let middle = start + 7 * PAGE;
+        memory.bytes_mut()[(middle - memory.start()) as usize] = 1;
+        let ranges = vec![Range { start, end: start + 2 * hugetlb::SMALLEST }];
+        let pages = PrivatePages { pid: std::process::id() as i32, huge: ranges.clone(), ranges, ..Default::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();
+        let runs = Copier::new(&mut store, 0).private(&pages, None).unwrap().runs;
+        let run = |start: u64, store: u64| PageRun { start, pages: 1, store };
+        assert_eq!(runs, [run(start, 0), run(middle, 1), run(start + hugetlb::SMALLEST, 2)]);
     }
 
     #[test]
@@ -324,8 +385,8 @@ mod tests {
         let memory = Mapping::anonymous(2 * PAGE).unwrap();
         memory.bytes_mut().fill(0);
         let (start, middle) = (memory.start(), memory.start() + PAGE);
-        let ranges = vec![Range { start, end: middle }, Range { start: middle, end: middle + PAGE }];
-        let over_files = vec![ranges[1]];
+        let ranges = vec![Range { start, end: middle + PAGE }];
+        let over_files = vec![Range { start: middle, end: middle + PAGE }];
         let pages = PrivatePages { pid: std::process::id() as i32, ranges, over_files, ..Default::default() };
         let dir = tempfile::tempdir().unwrap();
         let mut store = PageWriter::create(&dir.path().join("pages"), Compression::None).unwrap();

@@ -1,9 +1,9 @@
 //! The address space in the restorer's words: what to map, what to read where, and what only becomes right at the end.
 
 use crate::{
-    image::push_run,
-    kernel::PAGE,
-    memory::pages::PageFiles,
+    image::{is_private, push_run},
+    kernel::{PAGE, pagemap::Range},
+    memory::{pages::PageFiles, ranges},
     objects::system_v,
     restore::program::{Arg, Program},
     tree::attributes,
@@ -27,12 +27,8 @@ fn is_kernel(vma: &Vma) -> bool {
     matches!(vma.backing, Backing::Kernel { .. })
 }
 
-fn is_private(vma: &Vma) -> bool {
-    matches!(vma.backing, Backing::Anonymous { .. } | Backing::PrivateFile { .. })
-}
-
 /// Whether `parent` has exactly the same private mapping, so that its child need not make it.
-fn is_inherited(vma: &Vma, parent: &AddressSpace) -> bool {
+pub(super) fn is_inherited(vma: &Vma, parent: &AddressSpace) -> bool {
     is_private(vma)
         && parent.vmas.binary_search_by_key(&vma.start, |v| v.start).is_ok_and(|i| {
             let theirs = &parent.vmas[i];
@@ -95,7 +91,7 @@ pub(crate) fn restore(
     let Some(parent) = inherited else { return prots };
     for Wanted { vma, own } in kept {
         set_policy(vma, policy_of(policies, vma), policy_of(parent.policies, vma), program);
-        let (runs, gone) = diff(&own, &cut(&parent.space.pages, vma));
+        let (runs, gone) = differing(vma, &own, &cut(&parent.space.pages, vma));
         let mut prot = parent.prots[&vma.start];
         if !runs.is_empty() && prot & WRITE == 0 {
             prot |= WRITE;
@@ -156,7 +152,9 @@ pub(crate) fn files_needed(space: &AddressSpace, inherited: Option<Inherited<'_>
         .iter()
         .filter(|v| !inherited.is_some_and(|i| is_inherited(v, i.space)))
         .filter_map(|v| match v.backing {
-            Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => Some(file),
+            Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } | Backing::HugePages { file, .. } => {
+                Some(file)
+            }
             _ => None,
         })
         .collect()
@@ -183,6 +181,9 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) -> u8 {
         Backing::Anonymous { .. } => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
         Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, fds.files[file], *offset),
         Backing::SharedFile { file, offset } => (libc::MAP_SHARED, fds.files[file], *offset),
+        Backing::HugePages { file, offset, shared, .. } => {
+            (if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }, fds.files[file], *offset)
+        }
         Backing::SharedAnonymous { object, offset } => (libc::MAP_SHARED, fds.shared[object], *offset),
         Backing::SystemV { object, offset, writable } => {
             return match fds.objects.get(object).map(|o| &o.kind) {
@@ -277,7 +278,7 @@ fn read<'a>(runs: impl IntoIterator<Item = &'a PageRun>, files: &PageFiles, prog
 }
 
 /// The parts of `runs` inside `vma`.
-fn cut(runs: &[PageRun], vma: &Vma) -> Vec<PageRun> {
+pub(super) fn cut(runs: &[PageRun], vma: &Vma) -> Vec<PageRun> {
     let first = runs.partition_point(|r| r.start + r.pages * PAGE <= vma.start);
     runs[first..]
         .iter()
@@ -288,6 +289,24 @@ fn cut(runs: &[PageRun], vma: &Vma) -> Vec<PageRun> {
             PageRun { start, pages: (end - start) / PAGE, store: r.store + (start - r.start) / PAGE }
         })
         .collect()
+}
+
+/// What turns the pages of `parent` in a mapping into those of `own`: runs to read, and ranges to drop. Huge pages are
+/// dropped, and read, as a whole.
+pub(super) fn differing(vma: &Vma, own: &[PageRun], parent: &[PageRun]) -> (Vec<PageRun>, Vec<(u64, u64)>) {
+    let (read, gone) = diff(own, parent);
+    let Backing::HugePages { page_size, .. } = vma.backing else { return (read, gone) };
+    let changed =
+        read.iter().map(|r| (r.start, r.pages)).chain(gone).map(|(start, pages)| huge(start, pages, page_size));
+    let changed = ranges::set(changed.collect());
+    let within = |range: &Range| cut(own, &Vma { start: range.start, end: range.end, ..vma.clone() });
+    let read = changed.iter().flat_map(within).collect();
+    (read, changed.iter().map(|range| (range.start, (range.end - range.start) / PAGE)).collect())
+}
+
+/// The huge pages that pages lie in.
+pub(super) fn huge(start: u64, pages: u64, page_size: u64) -> Range {
+    Range { start: start / page_size * page_size, end: (start + pages * PAGE).next_multiple_of(page_size) }
 }
 
 /// What turns the pages of `parent` into those of `own`: runs to read, and ranges to drop.
@@ -334,6 +353,25 @@ mod tests {
 
     fn flat(runs: &[PageRun]) -> BTreeMap<u64, u64> {
         runs.iter().flat_map(|r| (0..r.pages).map(|n| (r.start + n * PAGE, r.store + n))).collect()
+    }
+
+    #[test]
+    fn huge_pages_differ_as_a_whole() {
+        let size = 4 * PAGE;
+        let run = |page: u64, pages: u64, store: u64| PageRun { start: page * PAGE, pages, store };
+        let vma = Vma {
+            start: 0,
+            end: 4 * size,
+            prot: 3,
+            backing: Backing::HugePages { file: 0, offset: 0, page_size: size, shared: false },
+            flags: Default::default(),
+        };
+        // The first one is the same, one page of the second differs, the third is only the parent's.
+        let (own, parent) = ([run(0, 2, 0), run(4, 1, 2), run(6, 2, 9)], [run(0, 2, 0), run(4, 1, 2), run(9, 1, 5)]);
+        let (read, gone) = differing(&vma, &own, &parent);
+        assert_eq!(read, [run(4, 1, 2), run(6, 2, 9)]);
+        assert_eq!(gone, [(size, 8)]);
+        assert_eq!(differing(&vma, &own, &own), (Vec::new(), Vec::new()));
     }
 
     proptest! {

@@ -3,6 +3,7 @@
 pub(crate) mod area;
 pub(crate) mod collect;
 pub(crate) mod copy;
+pub(crate) mod huge;
 pub(crate) mod known;
 pub(crate) mod map;
 pub(crate) mod pages;

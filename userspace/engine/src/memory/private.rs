@@ -26,6 +26,8 @@ pub(crate) struct PrivatePages {
     pub unchanged: Vec<Range>,
     /// Mappings of which a fork of the process has nothing.
     pub unforked: Vec<Range>,
+    /// Mappings of huge pages.
+    pub huge: Vec<Range>,
 }
 
 impl PrivatePages {
@@ -40,7 +42,7 @@ impl PrivatePages {
     }
 
     fn part(&self, pid: i32, ranges: Vec<Range>) -> Self {
-        Self { pid, ranges, over_files: self.over_files.clone(), ..Self::default() }
+        Self { pid, ranges, over_files: self.over_files.clone(), huge: self.huge.clone(), ..Self::default() }
     }
 }
 
@@ -80,8 +82,9 @@ pub(crate) fn look(
     let unchanged = ranges::intersect(&unwritten, &present);
     let over_files = area_set(areas, |a| a.kind == Kind::File);
     let unforked = area_set(areas, |a| a.unforked);
+    let huge = area_set(areas, |a| a.huge && a.is_private());
     let ranges = ranges::subtract(&present, &unchanged);
-    Ok((PrivatePages { pid, ranges, over_files, unchanged, unforked }, guards))
+    Ok((PrivatePages { pid, ranges, over_files, unchanged, unforked, huge }, guards))
 }
 
 /// Pages that hold something, and guards.

@@ -195,5 +195,5 @@ fn spans(areas: &[Area]) -> impl Iterator<Item = Span> {
 }
 
 fn can_be_tracked(area: &Area) -> bool {
-    area.is_private() && area.kind != Kind::Droppable
+    area.is_private() && area.kind != Kind::Droppable && !area.huge
 }

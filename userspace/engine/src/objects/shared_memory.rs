@@ -2,16 +2,19 @@
 //!
 //! Their contents are part of the image. The restoring process makes each object once, fills it, and every task
 //! inherits a descriptor of it, from which further ones are opened through procfs.
+//!
+//! Memory of huge pages (MAP_HUGETLB, private mappings included, MFD_HUGETLB, SHM_HUGETLB, deleted files of a hugetlbfs) is
+//! the same with another page size; see `memory/huge.rs`.
 
 use super::{Collected, regular, system_v};
 use crate::{
-    error::{Context, Result},
-    kernel::{PAGE, pagemap::Range, sys::Mapping},
+    error::{Context, Error, Result},
+    kernel::{PAGE, hugetlb, pagemap::Range, sys::Mapping},
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
 use nix::{
-    fcntl::{FcntlArg, OFlag, SealFlag, fcntl},
+    fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
     unistd::ftruncate,
 };
@@ -28,6 +31,8 @@ use std::{
 };
 
 const MEMFD_PREFIX: &[u8] = b"/memfd:";
+/// What the kernel calls the file behind MAP_ANONYMOUS|MAP_HUGETLB.
+const HUGE: &[u8] = b"/anon_hugepage";
 const DELETED: &[u8] = b" (deleted)";
 
 /// A descriptor of a deleted file or memfd.
@@ -46,8 +51,9 @@ pub(crate) fn collect(name: &Path, link: &Path, dev: u64, ino: u64, all: &mut Co
         let meta = file.metadata().context(context)?;
         let bytes: Bytes = name.into();
         let name = bytes.0.strip_suffix(DELETED).unwrap_or(&bytes.0);
+        let page_size = hugetlb::page_size_of(&file).context(context)?.unwrap_or(PAGE);
         let (mode, owner) = (meta.mode() & 0o7777, (meta.uid(), meta.gid()));
-        let kind = if name == b"/dev/zero" {
+        let kind = if name == b"/dev/zero" || name == HUGE && page_size > PAGE {
             SharedMemoryKind::Anonymous
         } else if let Some(name) = name.strip_prefix(MEMFD_PREFIX) {
             let seals = fcntl(&file, FcntlArg::F_GET_SEALS).context(context)? as u32;
@@ -57,13 +63,19 @@ pub(crate) fn collect(name: &Path, link: &Path, dev: u64, ino: u64, all: &mut Co
         } else {
             SharedMemoryKind::DeletedFile { path: name.into(), mode, owner }
         };
-        Ok((SharedMemory { id, size: meta.len(), kind, pages: Vec::new() }, file.into()))
+        Ok((SharedMemory { id, size: meta.len(), kind, pages: Vec::new(), page_size }, file.into()))
     })
 }
 
-/// Ranges of a file that hold data, page aligned (lseek(2) SEEK_DATA).
-pub(crate) fn data_ranges(file: &OwnedFd, size: u64) -> io::Result<Vec<Range>> {
-    data_within(file, Range { start: 0, end: size.next_multiple_of(PAGE) })
+/// Ranges of an object that hold data, page aligned (lseek(2) SEEK_DATA).
+pub(crate) fn data_ranges(file: &OwnedFd, object: &SharedMemory) -> io::Result<Vec<Range>> {
+    let whole = Range { start: 0, end: object.size.next_multiple_of(object.page_size) };
+    if is_huge(object) {
+        // hugetlbfs does not tell where its holes are, but they are read as zeros and nothing is allocated for it.
+        let empty = File::from(file.try_clone()?).metadata()?.blocks() == 0;
+        return Ok(if empty { Vec::new() } else { vec![whole] });
+    }
+    data_within(file, whole)
 }
 
 /// The same of a part of it.
@@ -103,20 +115,25 @@ pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>)
         }
         SharedMemoryKind::Anonymous => {
             let context = || "make shared anonymous memory".to_string();
-            let mapping = Mapping::shared(object.size.max(1).next_multiple_of(PAGE)).context(context)?;
-            let link = format!(
-                "/proc/self/map_files/{:x}-{:x}",
-                mapping.start(),
-                mapping.start() + object.size.next_multiple_of(PAGE)
-            );
+            let length = object.size.max(1).next_multiple_of(object.page_size);
+            let mapping = match is_huge(object) {
+                true => Mapping::shared_huge(length, object.page_size),
+                false => Mapping::shared(length),
+            };
+            let mapping = mapping.context(context)?;
+            let link = format!("/proc/self/map_files/{:x}-{:x}", mapping.start(), mapping.start() + length);
             let file = std::fs::OpenOptions::new().read(true).write(true).open(link).context(context)?;
             Ok(file.into())
         }
         SharedMemoryKind::Memfd { name, mode, owner, .. } => {
             let context = || format!("memfd_create {}", name.lossy());
             let c_name = std::ffi::CString::new(name.0.clone()).map_err(io::Error::other).context(context)?;
-            let fd = memfd_create(c_name.as_c_str(), MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC)
-                .context(context)?;
+            let mut flags = MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC;
+            if is_huge(object) {
+                flags |=
+                    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(hugetlb::size_flag(object.page_size) as u32);
+            }
+            let fd = memfd_create(c_name.as_c_str(), flags).context(context)?;
             ftruncate(&fd, object.size as i64).context(context)?;
             let file = File::from(fd.try_clone().context(context)?);
             file.set_permissions(PermissionsExt::from_mode(*mode)).context(context)?;
@@ -143,6 +160,10 @@ pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>)
                 Err(e) => return Err(e).context(context),
             };
             std::fs::remove_file(&name).context(context)?;
+            if hugetlb::page_size_of(&file).context(context)?.unwrap_or(PAGE) != object.page_size {
+                let reason = format!("was on a file system with pages of {} kB: mount it", object.page_size >> 10);
+                return Err(Error::File { path: path.as_path().into(), reason });
+            }
             file.set_len(object.size).context(context)?;
             file.set_permissions(PermissionsExt::from_mode(*mode)).context(context)?;
             std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1)).context(context)?;
@@ -153,11 +174,30 @@ pub(crate) fn make(object: &SharedMemory, segments: &mut Vec<system_v::Segment>)
 
 /// Writes one run of pages; the last page of a file may reach beyond its end.
 pub(crate) fn fill(fd: &OwnedFd, object: &SharedMemory, offset: u64, pages: &[u8]) -> io::Result<()> {
+    if is_huge(object) {
+        return fill_huge(fd, object.page_size, offset, pages);
+    }
     let room = match object.kind {
         SharedMemoryKind::Anonymous => pages.len(),
         _ => pages.len().min(object.size.saturating_sub(offset) as usize),
     };
     File::from(fd.try_clone()?).write_all_at(&pages[..room], offset)
+}
+
+/// hugetlbfs has no write(2). The pages are allocated before they are mapped: what the machine does not have is an error
+/// (ENOSPC) then, and not a SIGBUS.
+fn fill_huge(fd: &OwnedFd, page_size: u64, offset: u64, pages: &[u8]) -> io::Result<()> {
+    let start = offset / page_size * page_size;
+    let length = (offset + pages.len() as u64).next_multiple_of(page_size) - start;
+    fallocate(fd, FallocateFlags::empty(), start as i64, length as i64)?;
+    let mapping = Mapping::of_file(fd.as_fd(), start, length as usize, libc::PROT_READ | libc::PROT_WRITE)?;
+    mapping.bytes_mut()[(offset - start) as usize..][..pages.len()].copy_from_slice(pages);
+    Ok(())
+}
+
+/// Whether an object is in hugetlbfs.
+fn is_huge(object: &SharedMemory) -> bool {
+    object.page_size > PAGE
 }
 
 /// Seals a memfd as it was, once its content is complete.

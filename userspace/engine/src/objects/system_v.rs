@@ -8,10 +8,7 @@
 
 use crate::{
     error::{Context, Error, Result},
-    kernel::{
-        PAGE,
-        shm::{self, Attached},
-    },
+    kernel::shm::{self, Attached},
     restore::program::Program,
 };
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -71,7 +68,7 @@ pub(crate) fn attached_in_part(
 
 /// Bytes that an attached object takes.
 fn length(object: &SharedMemory) -> u64 {
-    object.size.next_multiple_of(PAGE)
+    object.size.next_multiple_of(object.page_size)
 }
 
 /// Refuses what could not be restored: segments that others have attached, and those attached in part.
@@ -167,7 +164,7 @@ pub(crate) fn make(segment: &SystemV, object: &SharedMemory) -> Result<Segment> 
         }
         Err(_) => {
             fs::write("/proc/sys/kernel/shm_next_id", id.to_string()).context(context)?;
-            let got = match shm::create(segment.key, object.size, segment.mode) {
+            let got = match shm::create(segment.key, object.size, segment.mode, object.page_size) {
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
                     return taken("another segment has this key: remove it with ipcrm");
                 }

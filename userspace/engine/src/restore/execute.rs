@@ -14,7 +14,7 @@ use crate::{
         ptrace::{self, Wait},
         sys::{self, CloneArgs, Mapping},
     },
-    memory::{pages::OpenPages, verify::verify},
+    memory::{huge, pages::OpenPages, verify::verify},
     objects::{shared_memory, system_v::Segment},
     tree::cgroups::{CgroupMode, Placement},
 };
@@ -65,6 +65,8 @@ impl Drop for Execution<'_> {
 /// Creates the whole tree and brings it to [`Stage::Done`], then hands it over: all tasks run when this returns.
 pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()> {
     check_ids_are_free(plan)?;
+    // Those of the dumped tree are free now.
+    huge::check(image)?;
     let layout = Layout::new(plan.base, BLOB.len(), &plan.programs);
     let memory = Mapping::shared_executable_at(plan.base, layout.size()).context(|| "map the restorer".into())?;
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);

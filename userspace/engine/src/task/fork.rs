@@ -75,6 +75,12 @@ impl Fork {
         self.pid
     }
 
+    /// Unmaps a part of its memory.
+    pub(crate) fn unmap(&self, start: u64, length: u64) -> Result<()> {
+        let done = self.syscall(libc::SYS_munmap, [start, length, 0, 0, 0, 0]);
+        done.context(|| self.doing("unmap a part of")).map(drop)
+    }
+
     /// Gives up the descriptors, which it shares with the process until then, so that what that closes is closed. If
     /// memory runs out it is the first to go.
     pub(crate) fn let_go(&self) -> Result<()> {

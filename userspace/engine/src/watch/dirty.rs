@@ -9,7 +9,7 @@ use super::processes::Seen;
 use crate::{
     dump::Watcher,
     error::Result,
-    kernel::{pagemap::Range, proc},
+    kernel::pagemap::Range,
     memory::{area::Area, private, tracking::Tracking},
 };
 use nix::{
@@ -163,9 +163,8 @@ impl Tracked {
     fn look(&mut self, pid: i32) -> Result<Option<Written>> {
         let Some(tracking) = &mut self.tracking else { return Ok(None) };
         let last = self.looked.replace(Instant::now());
-        let maps =
-            proc::maps(pid).map_err(|source| crate::Error::System { call: "read the mappings".into(), source })?;
-        let areas: Vec<Area> = maps.iter().map(Area::from).collect();
+        let areas = Area::of_running(pid)
+            .map_err(|source| crate::Error::System { call: "read the mappings".into(), source })?;
         let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
         tracking.known.keep(found.unchanged);
         tracking.known.learn(&found.ranges, Vec::new());

@@ -209,7 +209,7 @@ fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> 
     found.costs.scan_mapping = each((looking - scan * pages as f64).max(0.0), mappings);
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
-        let ranges = shared_memory::data_ranges(source, object.size).context(|| "look for shared memory".into())?;
+        let ranges = shared_memory::data_ranges(source, object).context(|| "look for shared memory".into())?;
         shared += ranges::size(&ranges) / PAGE;
     }
     Ok((spaces, shared))

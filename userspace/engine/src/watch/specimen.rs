@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, pagemap::Range, proc, sys::Mapping},
+    kernel::{PAGE, pagemap::Range, sys::Mapping},
     memory::{
         area::{Area, Kind},
         private,
@@ -273,8 +273,7 @@ fn mean(values: &[f64]) -> f64 {
 fn tracking(specimen: &Specimen, small: Range) -> Result<(f64, f64)> {
     let failed = || format!("track process {}", specimen.pid);
     let mut tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
-    let maps = proc::maps(specimen.pid).context(failed)?;
-    let areas: Vec<Area> = maps.iter().map(Area::from).collect();
+    let areas = Area::of_running(specimen.pid).context(failed)?;
     // As after a pre-copy: all of it is known.
     let (found, _) = private::look(specimen.pid, &areas, Some(&tracking), true, 1)?;
     tracking.known.learn(&found.ranges, Vec::new());

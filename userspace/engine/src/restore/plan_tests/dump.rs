@@ -81,7 +81,8 @@ impl Store {
             } else {
                 SharedMemoryKind::Anonymous
             };
-            writer.push(&SharedMemory { id: id as u32, size: 64 * PAGE, kind, pages: Vec::new() }).unwrap();
+            let object = SharedMemory { id: id as u32, size: 64 * PAGE, kind, pages: Vec::new(), page_size: PAGE };
+            writer.push(&object).unwrap();
         }
         dump.records.iter().for_each(|file| writer.push(file).unwrap());
         std::fs::write(self.dir.path().join(MANIFEST), writer.finish()).unwrap();
