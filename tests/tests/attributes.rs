@@ -34,14 +34,14 @@ fn of_prctl_and_scheduling_without_ebpf() {
     twice(&["--members"], |run| run.args(["--reader", "procfs"]));
 }
 
-/// Needs CAP_SYS_RESOURCE.
 #[test]
+#[ignore = "needs CAP_SYS_RESOURCE, which root has not everywhere: by hand"]
 fn an_io_flusher() {
     twice(&["--member", "IO_FLUSHER"], |run| run);
 }
 
-/// Needs a processor that is affected, and lets threads choose.
 #[test]
+#[ignore = "needs a processor that speculates wrongly and lets threads choose: by hand"]
 fn a_speculation_control() {
     twice(&["--member", "speculation"], |run| run);
 }
