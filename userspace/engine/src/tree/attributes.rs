@@ -103,11 +103,14 @@ fn ask(tid: i32, remote: &mut Remote, option: i32) -> Result<u32> {
     }
 }
 
-/// Reads those of a thread: what the observer saw of it, or the `status` of the thread and what itself says.
+/// Reads those of a thread: what the observer saw of it, or the `status` of the thread and what itself says. `strict`: it is in
+/// the strict mode of seccomp, which forbids the time stamp counter by itself. It is not asked about that: should we be
+/// killed meanwhile, then the kernel would kill the thread for its answer.
 pub(crate) fn collect_thread(
     tid: i32,
     seen: Option<&ThreadState>,
     status: Option<&Status>,
+    strict: bool,
     remote: &mut Remote,
 ) -> Result<ThreadAttributes> {
     let (flags, speculation) = match (seen, status) {
@@ -118,7 +121,7 @@ pub(crate) fn collect_thread(
         }
     };
     let mut all = ThreadAttributes { tid, speculation, ..of_flags(flags) };
-    if seen.is_none_or(|t| t.tsc_faults) {
+    if !strict && seen.is_none_or(|t| t.tsc_faults) {
         let out = remote.scratch()?;
         remote.syscall(tid, libc::SYS_prctl, [libc::PR_GET_TSC as u64, out, 0, 0, 0, 0])?;
         let mut mode = [0; 4];

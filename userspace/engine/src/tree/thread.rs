@@ -51,7 +51,8 @@ pub(crate) fn collect(
         Some(sched) => sched,
         None => sched::collect(tid)?,
     };
-    let mut attributes = attributes::collect_thread(tid, seen, status.as_ref(), remote)?;
+    let mut attributes =
+        attributes::collect_thread(tid, seen, status.as_ref(), mode == libc::SECCOMP_MODE_STRICT, remote)?;
     attributes.deadline = sched::deadline(tid, &sched)?;
     let blocked = match seen.and_then(|t| t.blocked) {
         Some(mask) => mask,

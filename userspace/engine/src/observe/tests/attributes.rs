@@ -233,8 +233,8 @@ fn settled(tids: &[i32]) {
 /// What a thread says itself.
 fn check_asked(pid: i32, seen: &ThreadState, remote: &mut Remote) {
     let status = proc::status(pid, seen.tid).unwrap();
-    let asked = attributes::collect_thread(seen.tid, None, Some(&status), remote).unwrap();
-    let told = attributes::collect_thread(seen.tid, Some(seen), None, remote).unwrap();
+    let asked = attributes::collect_thread(seen.tid, None, Some(&status), false, remote).unwrap();
+    let told = attributes::collect_thread(seen.tid, Some(seen), None, false, remote).unwrap();
     assert_eq!(told, asked);
     assert_eq!(seen.memory_policy, asked.memory_policy.is_some());
 }
