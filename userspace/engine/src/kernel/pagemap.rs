@@ -114,10 +114,10 @@ pub(crate) struct Pagemap {
 /// Parts begin at multiples of this, which no page reaches over.
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// Addresses from which on a thread of its own is worth while, in bytes.
+/// Mapped bytes from which on a thread of its own is worth while.
 const WORTH_A_THREAD: u64 = 256 << 20;
 
-/// The same for mappings, each of which takes as long as hundreds of pages.
+/// The same for mappings, each of which takes as long as tens of pages.
 const MAPPINGS_WORTH_A_THREAD: usize = 1000;
 
 /// Threads for a scan at most.
@@ -133,6 +133,25 @@ pub(crate) fn parts(threads: usize, mappings: usize) -> usize {
     threads.min(mappings / MAPPINGS_WORTH_A_THREAD).max(1)
 }
 
+/// Where a range is cut so that the parts take about as long, one for each of `threads` at most.
+fn edges(range: Range, mapped: &[Range], threads: usize) -> Vec<u64> {
+    const MAPPING: u64 = WORTH_A_THREAD / MAPPINGS_WORTH_A_THREAD as u64;
+    let work = |m: &Range| m.end - m.start + MAPPING;
+    let all: u64 = mapped.iter().map(work).sum();
+    let parts = (threads as u64).min(all / WORTH_A_THREAD).max(1);
+    let mut edges = vec![range.start];
+    let mut done = 0;
+    for m in mapped {
+        while (edges.len() as u64) < parts && all * edges.len() as u64 / parts < done + work(m) {
+            let within = (all * edges.len() as u64 / parts).saturating_sub(done);
+            edges.push((m.start + within).next_multiple_of(HUGE_PAGE).min(m.end));
+        }
+        done += work(m);
+    }
+    edges.push(range.end);
+    edges
+}
+
 impl Pagemap {
     /// `/proc/<pid>/pagemap`.
     pub(crate) fn open(pid: i32) -> io::Result<Self> {
@@ -145,34 +164,33 @@ impl Pagemap {
         Self { threads, ..self }
     }
 
-    /// Scans the parts of a large range, or of one with many mappings, at the same time. `starts`: where mappings in it
-    /// begin, ascending.
+    /// Scans the parts of a range that holds much memory or many mappings at the same time. `mapped`: the mappings in it,
+    /// ascending; none if it is one itself.
     fn in_parts<T: Send>(
         &self,
         range: Range,
-        starts: &[u64],
+        mapped: &[Range],
         found: &mut Vec<T>,
         scan: impl Fn(Range, &mut Vec<T>) -> io::Result<()> + Sync,
     ) -> io::Result<()> {
-        let by_mappings = parts(self.threads, starts.len());
-        let by_length = (self.threads as u64).min((range.end - range.start) / WORTH_A_THREAD) as usize;
-        let parts = if by_mappings > 1 { by_mappings } else { by_length };
+        let edges = edges(range, if mapped.is_empty() { std::slice::from_ref(&range) } else { mapped }, self.threads);
+        let parts = edges.len() - 1;
         if parts < 2 {
             return scan(range, found);
         }
-        let length = (range.end - range.start).div_ceil(parts as u64);
-        let edge = |n: usize| match n {
-            0 => range.start,
-            n if n == parts => range.end,
-            n if by_mappings > 1 => starts[n * starts.len() / parts],
-            n => (range.start + n as u64 * length).next_multiple_of(HUGE_PAGE).min(range.end),
-        };
         let part = |n: usize| {
             let mut found = Vec::new();
-            scan(Range { start: edge(n), end: edge(n + 1) }, &mut found).map(|()| found)
+            scan(Range { start: edges[n], end: edges[n + 1] }, &mut found).map(|()| found)
         };
         thread::scope(|scope| {
-            let others: Vec<_> = (1..parts).map(|n| scope.spawn(move || part(n))).collect();
+            let others: Vec<_> = (1..parts)
+                .map(|n| {
+                    scope.spawn({
+                        let part = &part;
+                        move || part(n)
+                    })
+                })
+                .collect();
             let first = part(0);
             for result in std::iter::once(first).chain(others.into_iter().map(|other| other.join().expect("no panic")))
             {
@@ -185,10 +203,10 @@ impl Pagemap {
     /// Pages of a range that exist nowhere but in this address space (anonymous, present or swapped, not the zero page),
     /// and those guarded with MADV_GUARD_INSTALL; ascending, without regard to where mappings begin and end.
     ///
-    /// Kernels before 6.16 do not tell guards apart: there they are private pages. `starts`: where mappings in the range
-    /// begin, ascending, if there may be many.
-    pub(crate) fn private(&self, range: Range, starts: &[u64], found: &mut Vec<Region>) -> io::Result<()> {
-        self.in_parts(range, starts, found, |range, found| self.private_part(range, found))
+    /// Kernels before 6.16 do not tell guards apart: there they are private pages. `mapped`: the mappings
+    /// in the range, ascending; none if it is one itself.
+    pub(crate) fn private(&self, range: Range, mapped: &[Range], found: &mut Vec<Region>) -> io::Result<()> {
+        self.in_parts(range, mapped, found, |range, found| self.private_part(range, found))
     }
 
     fn private_part(&self, range: Range, found: &mut Vec<Region>) -> io::Result<()> {
@@ -218,18 +236,19 @@ impl Pagemap {
     }
 
     /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
-    /// nothing but a page table. `starts`: where mappings in the range begin, ascending, if there may be many.
+    /// nothing but a page table. `mapped`: the mappings in the range, ascending; none if
+    /// it is one itself.
     pub(crate) fn written(
         &self,
         range: Range,
-        starts: &[u64],
+        mapped: &[Range],
         writes: Writes,
         found: &mut Vec<Range>,
     ) -> io::Result<()> {
         // The kernel has a shorter way for exactly this question.
         let wanted =
             Wanted { flags: writes.flags(), all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
-        self.in_parts(range, starts, found, |range, found| {
+        self.in_parts(range, mapped, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
     }
@@ -418,6 +437,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn work_is_cut_where_it_is() {
+        let range = |start: u64, end: u64| Range { start: start << 20, end: end << 20 };
+        let cut = |mapped: &[Range], threads| {
+            edges(range(0, 1 << 20), mapped, threads).iter().map(|e| e >> 20).collect::<Vec<_>>()
+        };
+        // Gaps are no work: no thread is started for the length of the range alone.
+        assert_eq!(cut(&[range(1, 2), range(900_000, 900_100)], 8), [0, 1 << 20]);
+        assert_eq!(cut(&[range(1, 2), range(900_000, 901_000)], 2), [0, 900_500, 1 << 20]);
+        assert_eq!(cut(&[range(0, 1 << 20)], 4), [0, 262_146, 524_290, 786_434, 1 << 20]);
+        assert_eq!(cut(&[range(0, 400), range(500, 900)], 8), [0, 268, 634, 1 << 20]);
+    }
+
     /// Most mappings are far away from the middle of the range.
     #[test]
     fn several_threads_find_the_same_in_many_mappings() {
@@ -425,20 +457,22 @@ mod tests {
         let gap = 4 << 30;
         let area = crate::kernel::sys::Mapping::anonymous(gap + pages * PAGE).unwrap();
         let at = |page: u64| area.start() + page * PAGE;
-        let starts: Vec<u64> = [area.start()].into_iter().chain((0..pages).map(|page| gap + at(page))).collect();
-        for (page, start) in starts.iter().enumerate().skip(1) {
+        let mapped: Vec<Range> = (0..pages).map(|p| Range { start: gap + at(p), end: gap + at(p + 1) }).collect();
+        for (page, mapping) in mapped.iter().enumerate() {
             let protection = libc::PROT_READ | if page % 2 == 0 { libc::PROT_WRITE } else { 0 };
             // SAFETY: the page is part of the mapping just made.
-            unsafe { *(*start as *mut u8) = u8::from(page % 5 != 0) };
+            unsafe { *(mapping.start as *mut u8) = u8::from(page % 5 != 0) };
             // SAFETY: the same.
-            assert_eq!(unsafe { libc::mprotect(*start as *mut _, PAGE as usize, protection) }, 0);
+            assert_eq!(unsafe { libc::mprotect(mapping.start as *mut _, PAGE as usize, protection) }, 0);
         }
+        let cuts = edges(Range { start: area.start(), end: gap + at(pages) }, &mapped, 2);
+        assert!(cuts.len() == 3 && cuts[1] > gap + at(pages / 3) && cuts[1] < gap + at(pages), "{cuts:x?}");
         let range = Range { start: area.start(), end: gap + at(pages) };
         let find = |threads: usize| {
             let map = Pagemap::open(std::process::id() as i32).unwrap().with_threads(threads);
             let (mut found, mut written) = (Vec::new(), Vec::new());
-            map.private(range, &starts, &mut found).unwrap();
-            map.written(range, &starts, Writes::Seen, &mut written).unwrap();
+            map.private(range, &mapped, &mut found).unwrap();
+            map.written(range, &mapped, Writes::Seen, &mut written).unwrap();
             (crate::memory::ranges::joined(found.iter().map(|r| r.range)), crate::memory::ranges::joined(written))
         };
         assert_eq!(find(1).0, [Range { start: at(0) + gap, end: range.end }]);

@@ -96,8 +96,8 @@ fn present(pagemap: &Pagemap, areas: &[Area]) -> io::Result<(Vec<Range>, Vec<Ran
             continue;
         }
         let at = |address: u64| areas.partition_point(|area| area.range.start < address);
-        let starts: Vec<u64> = areas[at(span.start)..at(span.end)].iter().map(|area| area.range.start).collect();
-        pagemap.private(span, &starts, &mut full)?;
+        let mapped: Vec<Range> = areas[at(span.start)..at(span.end)].iter().map(|area| area.range).collect();
+        pagemap.private(span, &mapped, &mut full)?;
     }
     let set = |regions: &[Region], guard: Option<bool>| {
         ranges::joined(regions.iter().filter(|r| guard.is_none_or(|guard| guard == r.guard)).map(|r| r.range))

@@ -162,8 +162,8 @@ impl Look<'_> {
         match span[0].kind {
             Kind::File => self.pagemap.written_over_files(whole(span), writes, &mut self.written),
             _ => {
-                let starts: Vec<u64> = span.iter().map(|area| area.range.start).collect();
-                self.pagemap.written(whole(span), &starts, writes, &mut self.written)
+                let mapped: Vec<Range> = span.iter().map(|area| area.range).collect();
+                self.pagemap.written(whole(span), &mapped, writes, &mut self.written)
             }
         }
     }
