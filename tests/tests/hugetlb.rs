@@ -4,9 +4,8 @@
 
 use standstill_tests::harness::left::{expect_no_process, expect_refused, expect_well};
 use standstill_tests::harness::{
-    HugePages, Hugetlbfs, Target, Tool, Turn, kept, say, standstill, take_back, take_back_at,
+    HugePages, Hugetlbfs, Target, Tool, Turn, say, snapshots_and_back, standstill, take_back,
 };
-use standstill_tests::workload::Random;
 
 const SMALL: usize = 2 << 20;
 const LARGE: usize = 1 << 30;
@@ -132,17 +131,7 @@ fn every_snapshot_restores() {
     let Some(_pages) = HugePages::take(SMALL, PAGES) else { return };
     let mount = Hugetlbfs::new(SMALL);
     let mut target = start(&mount, &["--nameless", "--heap", "16"]);
-    let store = target.images("store");
-    let mut random = Random::new(17);
-    for _ in 0..2 {
-        tool.snapshot(target.pid(), &store, "80ms").args(["--keep", "6", "--count", "10"]).run().expect_success();
-        expect_well(&mut target);
-        for _ in 0..3 {
-            let kept = kept(&store);
-            let number = kept[random.below(kept.len())].to_string();
-            take_back_at(&tool, &mut target, &store, &number);
-        }
-    }
+    snapshots_and_back(&tool, &mut target, "80ms", 10, 17);
     target.finish(0);
 }
 

@@ -9,8 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use standstill_tests::harness::left::expect_well;
-use standstill_tests::harness::{Target, Tool, Turn, kept, standstill, take_back, take_back_at, wait_until};
-use standstill_tests::workload::Random;
+use standstill_tests::harness::{Target, Tool, Turn, kept, snapshots_and_back, standstill, take_back, wait_until};
 
 /// Pages of 16 MiB.
 const PAGES: u64 = 4096;
@@ -100,19 +99,7 @@ fn hunt(tricks: &str, times: u32) {
         tool.restore(&images).arg("-d").run().expect_success();
         expect_well(&mut target);
     }
-    // Increments, some of which know of what happened long before.
-    let mut random = Random::new(times.into());
-    let store = target.images("store");
-    for _ in 0..2 {
-        let run = tool.snapshot(target.pid(), &store, "60ms").args(["--keep", "6", "--count", "12"]);
-        run.run().expect_success();
-        expect_well(&mut target);
-        for _ in 0..3 {
-            let kept = kept(&store);
-            let number = kept[random.below(kept.len())].to_string();
-            take_back_at(&tool, &mut target, &store, &number);
-        }
-    }
+    snapshots_and_back(&tool, &mut target, "60ms", 12, times.into());
     target.finish(0);
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::left::expect_well;
 use super::{Memory, Outcome, Run, Snapshot, Target, Tool, proc, wait_until};
+use crate::workload::Random;
 
 /// Dumps a running target so that it is gone, restores it, and checks from outside that it is the same again. Returns
 /// the directory of the images.
@@ -71,6 +72,24 @@ pub fn take_back(tool: &Tool, target: &mut Target, images: &Path) {
 #[track_caller]
 pub fn take_back_at(tool: &Tool, target: &mut Target, store: &Path, which: &str) {
     take_back_by(tool.restore_at(store, which), target);
+}
+
+/// Makes snapshots, twice, and takes the target back to random ones that are kept, some of which know of what happened long
+/// before.
+#[track_caller]
+pub fn snapshots_and_back(tool: &Tool, target: &mut Target, every: &str, count: u32, seed: u64) {
+    let store = target.images("store");
+    let mut random = Random::new(seed);
+    for _ in 0..2 {
+        let run = tool.snapshot(target.pid(), &store, every).args(["--keep", "6", "--count", &count.to_string()]);
+        run.run().expect_success();
+        expect_well(target);
+        for _ in 0..3 {
+            let kept = kept(&store);
+            let number = kept[random.below(kept.len())].to_string();
+            take_back_at(tool, target, &store, &number);
+        }
+    }
 }
 
 /// Numbers of the complete snapshots that a store has: the folders in it that are called by a number.

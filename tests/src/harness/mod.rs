@@ -18,7 +18,8 @@ mod tool;
 mod turn;
 
 pub use cycle::{
-    dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, kept, take_back, take_back_at,
+    dump_and_restore, dump_and_restore_stopped, dump_and_restore_twice, full_cycle, kept, snapshots_and_back,
+    take_back, take_back_at,
 };
 pub use huge::{HugePages, Hugetlbfs};
 pub use occupy::Occupier;
