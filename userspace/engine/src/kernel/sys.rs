@@ -48,6 +48,14 @@ pub(crate) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd>
     }
 }
 
+/// What threads of a process have in common, for clone(2).
+pub(crate) const CLONE_AS_THREAD: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM;
+
 /// What two tasks may share, for [`kcmp`].
 #[derive(Clone, Copy, Debug)]
 #[repr(i32)]

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     image::Image,
-    kernel::{PAGE, arch},
+    kernel::{PAGE, arch, sys::CLONE_AS_THREAD},
     memory::{
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
@@ -395,12 +395,6 @@ impl<'a> Planner<'a> {
 
     /// Starts the threads. `filters`: how many seccomp filters they inherit.
     fn threads(&mut self, live: &LiveTask, filters: usize, program: &mut Program) -> Vec<PlannedThread> {
-        let flags = libc::CLONE_VM
-            | libc::CLONE_FS
-            | libc::CLONE_FILES
-            | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD
-            | libc::CLONE_SYSVSEM;
         let pid = live.threads[0].tid;
         let unusual = self.unusual(pid);
         live.threads[1..]
@@ -415,7 +409,7 @@ impl<'a> Planner<'a> {
                 thread::restore_pdeath_signal(t, &mut own);
                 let waits = Self::done(t, &mut own);
                 self.programs.push(own);
-                program.clone_task(format!("start thread {}", t.tid), flags as u64, 0, t.tid, index);
+                program.clone_task(format!("start thread {}", t.tid), CLONE_AS_THREAD as u64, 0, t.tid, index);
                 PlannedThread { tid: t.tid, program: index, waits }
             })
             .collect()

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, pagemap::Range, sys::Mapping},
+    kernel::{PAGE, pagemap::Range, sys::CLONE_AS_THREAD, sys::Mapping},
     memory::{
         area::{Area, Kind},
         private,
@@ -120,14 +120,8 @@ impl Plan {
         unsafe {
             libc::close(self.alive);
             for n in 1..=self.threads {
-                let flags = libc::CLONE_VM
-                    | libc::CLONE_FS
-                    | libc::CLONE_FILES
-                    | libc::CLONE_SIGHAND
-                    | libc::CLONE_THREAD
-                    | libc::CLONE_SYSVSEM;
                 let top = (self.stacks + n * STACK) as *mut libc::c_void;
-                if libc::clone(idle, top, flags, std::ptr::null_mut()) < 0 {
+                if libc::clone(idle, top, CLONE_AS_THREAD, std::ptr::null_mut()) < 0 {
                     libc::_exit(1);
                 }
             }
