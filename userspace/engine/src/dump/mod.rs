@@ -19,7 +19,7 @@ pub use observer::Reader;
 pub(crate) use observer::no_reader;
 pub(crate) use rounds::{Foreseen, foresee};
 pub use rounds::{MemorySnapshot, Precopy, PrecopyOptions};
-pub(crate) use target::{check as check_target, resident_bytes};
+pub(crate) use target::{InUse, check as check_target};
 pub(crate) use turn::{Watcher, is_taken};
 
 use crate::{
@@ -284,8 +284,7 @@ impl<'a> Session<'a> {
         } else if !self.chain.stores.is_empty() {
             dir.set_parent(&self.chain.dir)?;
         }
-        let resident = target::resident_bytes(&running);
-        let huge = target::huge_bytes(&running);
+        let InUse { resident, huge } = InUse::by(&running);
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, first);

@@ -41,29 +41,35 @@ pub(crate) fn check(pid: i32) -> Result<()> {
     Ok(())
 }
 
-/// Memory that the processes have in use: a hint. Shared memory counts for the process that has most of it.
-pub(crate) fn resident_bytes(pids: &[i32]) -> u64 {
-    let (mut anonymous, mut shared) = (0, 0);
-    for pid in pids {
-        anonymous += in_status(*pid, "RssAnon");
-        shared = in_status(*pid, "RssShmem").max(shared);
+/// Memory that processes have in use, in bytes: a hint.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct InUse {
+    /// Ordinary memory. Shared memory counts for the process that has most of it.
+    pub resident: u64,
+    /// Huge pages of hugetlbfs, none of which is copied before the freeze.
+    pub huge: u64,
+}
+
+impl InUse {
+    /// That of some processes.
+    pub(crate) fn by(pids: &[i32]) -> Self {
+        let (mut anonymous, mut shared, mut huge) = (0, 0, 0);
+        for &pid in pids {
+            let status = std::fs::read_to_string(proc::path(pid, "status")).unwrap_or_default();
+            anonymous += amount(&status, "RssAnon");
+            shared = amount(&status, "RssShmem").max(shared);
+            huge += amount(&status, "HugetlbPages");
+        }
+        Self { resident: anonymous + shared, huge }
     }
-    anonymous + shared
 }
 
-/// The same of huge pages of hugetlbfs, none of which is copied before the freeze.
-pub(super) fn huge_bytes(pids: &[i32]) -> u64 {
-    pids.iter().map(|pid| in_status(*pid, "HugetlbPages")).sum()
-}
-
-/// An amount of memory in `/proc/pid/status`, in bytes.
-fn in_status(pid: i32, name: &str) -> u64 {
-    let text = std::fs::read_to_string(proc::path(pid, "status")).unwrap_or_default();
-    proc::field(&text, name).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
-}
-
-/// Memory that the machine can spare.
+/// Memory that the machine can spare, in bytes.
 pub(super) fn available_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    proc::field(&text, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
+    amount(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemAvailable")
+}
+
+/// An amount of memory in a file of procfs, in bytes.
+fn amount(text: &str, name: &str) -> u64 {
+    proc::field(text, name).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
 }

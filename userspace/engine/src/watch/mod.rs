@@ -35,9 +35,9 @@ pub use sample::{
 
 use crate::{
     dump::{
-        PrecopyOptions, Reader, check_target,
+        InUse, PrecopyOptions, Reader, check_target,
         history::{self, Amounts},
-        is_kept, is_taken, no_reader, resident_bytes,
+        is_kept, is_taken, no_reader,
     },
     error::{Context, Error, Result},
     kernel::sys,
@@ -327,7 +327,7 @@ impl Viewer {
         };
         let plain = predict(&found.amounts, found.amounts.copied);
         let pids: Vec<i32> = self.processes.keys().copied().collect();
-        let rounds = PrecopyOptions::default().rounds(resident_bytes(&pids));
+        let rounds = PrecopyOptions::default().rounds(InUse::by(&pids).resident);
         if is_kept(self.root) {
             // It looks at the marks of somebody else, all the same.
             let plain = predict(&Amounts { tracked: true, ..found.amounts }, found.amounts.copied);
