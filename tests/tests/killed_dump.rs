@@ -125,6 +125,12 @@ fn filters_of_seccomp_survive_a_killed_dump() {
     kill_dumps("seccomp", &[], 40, 6);
 }
 
+/// Processes with rare attributes make system calls for the dump, and one without its first thread is reached by another.
+#[test]
+fn rare_attributes_survive_a_killed_dump() {
+    kill_dumps("attributes", &["--leaderless"], 30, 7);
+}
+
 #[test]
 fn a_killed_dump_that_kills_leaves_the_target_or_a_complete_image() {
     let _turn = Turn::take();
