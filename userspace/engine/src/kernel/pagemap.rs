@@ -359,6 +359,12 @@ impl Pagemap {
         Ok(self.entries(start, pages)?.into_iter().map(frame).collect())
     }
 
+    /// How many of the `pages` pages from `start` on, up to the first other one, are present and mapped nowhere else.
+    pub(crate) fn exclusive(&self, start: u64, pages: u64) -> io::Result<u64> {
+        const EXCLUSIVE: u64 = 1 << 56;
+        Ok(self.entries(start, pages)?.iter().take_while(|entry| **entry & EXCLUSIVE != 0).count() as u64)
+    }
+
     /// What the file has for `pages` pages from `start`.
     fn entries(&self, start: u64, pages: u64) -> io::Result<Vec<u64>> {
         let mut bytes = vec![0u8; pages as usize * 8];

@@ -1,10 +1,10 @@
 //! Copying the pages of a frozen tree into the page store.
 
-use super::{known, private::PrivatePages, ranges};
+use super::{known, private::PrivatePages, ranges, source::Source};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
-    kernel::{PAGE, hugetlb, pagemap::Pagemap, pagemap::Range, pagemap::Writes, proc},
+    kernel::{PAGE, hugetlb, pagemap::Pagemap, pagemap::Range, pagemap::Writes},
 };
 use standstill_images::{
     store::{Buffer, PageIndex, PageWriter},
@@ -100,30 +100,32 @@ impl<'a> Copier<'a> {
 
     fn each(&mut self, pages: &PrivatePages, parent: Option<Parent<'_>>) -> Result<Copied> {
         let pid = pages.pid;
-        let open = |pid: i32| Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"));
-        let maps = match parent {
-            Some(parent) => Some((open(pid)?, open(parent.pid)?, parent)),
+        let source = Source::open(pid)?;
+        let theirs = match parent {
+            Some(parent) => {
+                let theirs = Pagemap::open(parent.pid).context(|| format!("open the pagemap of {}", parent.pid))?;
+                Some((theirs, parent))
+            }
             None => None,
         };
-        let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
         let mut copied = Copied::default();
         for cluster in clusters(&parts(pages)) {
             let first = cluster[0].0.start;
             let mut inherited = Vec::new();
-            if let Some((own, theirs, parent)) = &maps {
+            if let Some((theirs, parent)) = &theirs {
                 let whole = Range { start: first, end: cluster[cluster.len() - 1].0.end };
-                inherited = self.inherited(own, theirs, *parent, whole)?;
+                inherited = self.inherited(source.pages(), theirs, *parent, whole)?;
             }
             // Neighbours that are alike are read at once, whatever mappings they are in.
             for group in cluster.chunk_by(|a, b| a.0.end == b.0.start && a.1 == b.1) {
                 let range = Range { start: group[0].0.start, end: group[group.len() - 1].0.end };
                 self.zeros = group[0].1;
                 if inherited.is_empty() {
-                    self.range(pid, range, &memory, &mut copied)?;
+                    self.range(pid, range, &source, &mut copied)?;
                     continue;
                 }
                 let at = |address: u64| ((address - first) / PAGE) as usize;
-                self.differing(pid, range, &inherited[at(range.start)..at(range.end)], &memory, &mut copied)?;
+                self.differing(pid, range, &inherited[at(range.start)..at(range.end)], &source, &mut copied)?;
             }
         }
         self.zeros = Zeros::None;
@@ -165,7 +167,7 @@ impl<'a> Copier<'a> {
         pid: i32,
         range: Range,
         inherited: &[Option<PageIndex>],
-        memory: &File,
+        source: &Source,
         copied: &mut Copied,
     ) -> Result<()> {
         let mut n = 0;
@@ -178,18 +180,16 @@ impl<'a> Copier<'a> {
                 self.counts.shared += same.len() as u64;
             } else {
                 let part = Range { start, end: start + same.len() as u64 * PAGE };
-                self.range(pid, part, memory, copied)?;
+                self.range(pid, part, source, copied)?;
             }
             n += same.len();
         }
         Ok(())
     }
 
-    fn range(&mut self, pid: i32, range: Range, memory: &File, copied: &mut Copied) -> Result<()> {
+    fn range(&mut self, pid: i32, range: Range, source: &Source, copied: &mut Copied) -> Result<()> {
         let running = self.running;
-        // Not process_vm_readv(2): it pins pages, for which the kernel gives a process that shares them copy-on-write
-        // copies of its own, and it keeps to the process's own protections.
-        self.copy(range.start, range.end, copied, |at, buffer| match memory.read_at(buffer, at) {
+        self.copy(range.start, range.end, copied, |at, buffer| match source.read(at, buffer) {
             Ok(n) if n >= PAGE as usize => Ok(n),
             Ok(_) => Err(Error::Died(pid)),
             Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
