@@ -10,6 +10,7 @@ mod kernel;
 mod memory;
 mod objects;
 pub mod observe;
+mod parallel;
 mod restore;
 mod snapshot;
 mod task;

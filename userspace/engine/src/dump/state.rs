@@ -112,9 +112,9 @@ pub(super) fn collect(
     if trackings.sharing.objects().next().is_some() {
         state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
     }
-    for ((process, areas), space) in tree.processes().iter().zip(mappings).zip(&mut state.spaces) {
-        let tracking = trackings.of(process.id());
-        let (private, guards) = private::look(process.pid, &areas, tracking, protect, threads)?;
+    let jobs = tree.processes().iter().zip(&mappings).map(|(p, areas)| (p.pid, &areas[..], trackings.of(p.id())));
+    let found = private::look_at_all(&jobs.collect::<Vec<_>>(), protect, threads)?;
+    for ((private, guards), space) in found.into_iter().zip(&mut state.spaces) {
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
         state.private.push(private);
     }

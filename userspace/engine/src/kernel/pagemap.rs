@@ -128,11 +128,6 @@ pub(crate) fn scanners() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS)
 }
 
-/// In how many parts so many mappings are scanned by so many threads.
-pub(crate) fn parts(threads: usize, mappings: usize) -> usize {
-    threads.min(mappings / MAPPINGS_WORTH_A_THREAD).max(1)
-}
-
 /// Where a range is cut so that the parts take about as long, one for each of `threads` at most.
 fn edges(range: Range, mapped: &[Range], threads: usize) -> Vec<u64> {
     const MAPPING: u64 = WORTH_A_THREAD / MAPPINGS_WORTH_A_THREAD as u64;

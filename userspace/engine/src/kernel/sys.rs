@@ -218,6 +218,7 @@ pub(crate) struct Mapping {
 
 impl Mapping {
     /// Private anonymous memory.
+    #[cfg(test)]
     pub(crate) fn anonymous(len: u64) -> io::Result<Self> {
         Self::map(0, len, libc::MAP_PRIVATE)
     }

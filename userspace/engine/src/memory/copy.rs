@@ -100,6 +100,9 @@ impl<'a> Copier<'a> {
 
     fn each(&mut self, pages: &PrivatePages, parent: Option<Parent<'_>>) -> Result<Copied> {
         let pid = pages.pid;
+        if pages.ranges.is_empty() {
+            return Ok(Copied::default());
+        }
         let source = Source::open(pid)?;
         let theirs = match parent {
             Some(parent) => {

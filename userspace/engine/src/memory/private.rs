@@ -11,6 +11,7 @@ use crate::{
         PAGE,
         pagemap::{Pagemap, Range, Region},
     },
+    parallel,
 };
 use std::io;
 
@@ -85,6 +86,14 @@ pub(crate) fn look(
     let huge = area_set(areas, |a| a.huge && a.is_private());
     let ranges = ranges::subtract(&present, &unchanged);
     Ok((PrivatePages { pid, ranges, over_files, unchanged, unforked, huge }, guards))
+}
+
+/// A process whose pages are looked for: its mappings, and what is known of its pages.
+pub(crate) type Job<'a> = (i32, &'a [Area], Option<&'a Tracking>);
+
+/// The same for several processes that do not run, by `threads` threads.
+pub(crate) fn look_at_all(jobs: &[Job<'_>], protect: bool, threads: usize) -> Result<Vec<(PrivatePages, Vec<Range>)>> {
+    parallel::map(jobs, threads, |&(pid, areas, tracking)| look(pid, areas, tracking, protect, threads))
 }
 
 /// Pages that hold something, and guards.

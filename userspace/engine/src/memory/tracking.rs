@@ -159,14 +159,25 @@ impl Look<'_> {
     }
 
     fn scan(&mut self, span: &[Area], writes: Writes) -> io::Result<()> {
-        match span[0].kind {
-            Kind::File => self.pagemap.written_over_files(whole(span), writes, &mut self.written),
-            _ => {
-                let mapped: Vec<Range> = span.iter().map(|area| area.range).collect();
-                self.pagemap.written(whole(span), &mapped, writes, &mut self.written)
-            }
+        scan(self.pagemap, span, writes, &mut self.written)
+    }
+}
+
+fn scan(pagemap: &Pagemap, span: &[Area], writes: Writes, written: &mut Vec<Range>) -> io::Result<()> {
+    match span[0].kind {
+        Kind::File => pagemap.written_over_files(whole(span), writes, written),
+        _ => {
+            let mapped: Vec<Range> = span.iter().map(|area| area.range).collect();
+            pagemap.written(whole(span), &mapped, writes, written)
         }
     }
+}
+
+/// Asks of a process that need not be tracked what is asked of one that is, for what it costs.
+pub(crate) fn rehearse(pid: i32, areas: &[Area], threads: usize) -> io::Result<()> {
+    let pagemap = Pagemap::open(pid)?.with_threads(threads);
+    let mut written = Vec::new();
+    spans(areas).try_for_each(|span| scan(&pagemap, &areas[span], Writes::Seen, &mut written))
 }
 
 /// Addresses of mappings that follow each other.

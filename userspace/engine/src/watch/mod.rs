@@ -293,7 +293,7 @@ impl Viewer {
                     self.costs.clear();
                     self.dump_reader = found.reader;
                 }
-                self.costs.push_back(merge(own, found.costs, found.parts));
+                self.costs.push_back(merge(own, found.costs));
                 if self.costs.len() > MEASURED {
                     self.costs.pop_front();
                 }
@@ -390,9 +390,8 @@ impl Viewer {
 }
 
 /// What was measured with our own processes and what was measured on the tree.
-fn merge(own: Costs, tree: Costs, parts: usize) -> Costs {
+fn merge(own: Costs, tree: Costs) -> Costs {
     Costs {
-        track_mapping: own.track_mapping / parts.max(1) as f64,
         list_process: tree.list_process,
         read_process: tree.read_process,
         read_descriptor: tree.read_descriptor,
@@ -400,6 +399,8 @@ fn merge(own: Costs, tree: Costs, parts: usize) -> Costs {
         mapping: tree.mapping,
         scan_mapping: tree.scan_mapping,
         scan_page: tree.scan_page,
+        track_mapping: tree.track_mapping,
+        track_page: tree.track_page,
         copy_process: tree.copy_process,
         copy_range: tree.copy_range,
         copy_page: tree.copy_page,

@@ -111,7 +111,8 @@ const PHASES: [(&str, Terms); 7] = [
             count(n.counts.ranges) * c.copy_range,
             count(n.copied) * c.copy_page,
             count(n.counts.compared) * c.compare_page,
-            count(n.counts.processes) * c.copy_process,
+            // Those of which nothing is copied are not opened.
+            count(n.counts.processes.min(n.counts.ranges)) * c.copy_process,
         ]
     }),
     ("thaw", |n, c| [count(n.counts.threads) * c.thaw_thread, 0.0, 0.0, 0.0]),

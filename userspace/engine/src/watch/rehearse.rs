@@ -1,22 +1,24 @@
 //! What a dump would find in the running tree, and what finding it costs: the steps that harm nobody are made, each for
 //! itself, with a watch in hand.
 
-use super::{pages::Pages, predict::Costs, writes::Writes};
+use super::{pages::Pages, predict::Costs, writes};
 use crate::{
     dump::history::Amounts,
     error::{Context, Error, Result},
     kernel::{
         PAGE,
-        pagemap::{self, Pagemap, Range},
+        pagemap::{self, Pagemap, Range, Writes},
         proc,
     },
     memory::{
+        area::Area,
         collect,
-        private::{self, PrivatePages},
-        ranges,
+        private::{self, Job, PrivatePages},
+        ranges, tracking,
     },
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
+    parallel,
     task::Family,
 };
 use standstill_images::types::DumpCounts;
@@ -38,13 +40,11 @@ pub(super) struct Found {
     /// Which part of the pages that are read holds only zeros.
     pub zeros: f64,
     /// How many pages are written to within a time.
-    pub writes: Writes,
+    pub writes: writes::Writes,
     /// Those costs that depend on the tree; the others are zero.
     pub costs: Costs,
     /// The descriptors, by the way.
     pub descriptors: Vec<FdEntry>,
-    /// In how many parts the mappings of the process with most of them are scanned at once.
-    pub parts: usize,
     /// Who would read for the dump, by the name that the dump gives it.
     pub reader: &'static str,
 }
@@ -72,10 +72,9 @@ pub(super) fn rehearse(
     let mut found = Found {
         amounts: Amounts::default(),
         zeros: 0.0,
-        writes: Writes::default(),
+        writes: writes::Writes::default(),
         costs: Costs::default(),
         descriptors: Vec::new(),
-        parts: 1,
         reader: "procfs",
     };
     found.costs.list_process = each(list(root, &pids, iterators.as_mut()), pids.len() as u64);
@@ -86,7 +85,7 @@ pub(super) fn rehearse(
     let soon = pages.changed();
     let same = compare(members, &spaces, &mut found.costs)?;
     found.costs.copy_process = open(members)?;
-    found.writes = Writes::new(soon, pages.changed());
+    found.writes = writes::Writes::new(soon, pages.changed());
     let amounts = &mut found.amounts;
     amounts.scanned = amounts.counts.pages;
     amounts.shared = shared;
@@ -182,31 +181,21 @@ fn changed(pid: i32) -> Error {
 /// Address spaces as the dump would record them; also the pages of shared memory objects.
 fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
     let mut all = Collected::new(0);
-    let mut spaces = Vec::with_capacity(members.len());
-    let (mut collecting, mut looking, mut mappings) = (0.0, 0.0, 0);
+    let mut mapped = Vec::with_capacity(members.len());
+    let mut mappings = 0;
+    let begin = Instant::now();
     for (n, member) in members.iter().enumerate() {
         let seen = seen.get(&member.pid);
         let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
         let vmas = seen.map_or(&[][..], |(_, vmas)| vmas.as_slice());
-        let gone = |e| match e {
-            Error::System { source, .. } if proc::is_gone(&source) => changed(member.pid),
-            other => other,
-        };
-        let begin = Instant::now();
-        let (space, areas) = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, tracked).map_err(gone)?;
-        collecting += nanoseconds(begin);
-        let begin = Instant::now();
-        let (pages, _) = private::look(member.pid, &areas, None, false, pagemap::scanners()).map_err(gone)?;
-        looking += nanoseconds(begin);
+        let collected = collect::collect(member.pid, n as u32, 0, state, vmas, &mut all, tracked);
+        let (space, areas) = collected.map_err(|e| gone(member.pid, e))?;
         mappings += space.vmas.len() as u64;
-        found.parts = found.parts.max(pagemap::parts(pagemap::scanners(), areas.len()));
-        spaces.push(pages);
+        mapped.push((member.pid, areas));
     }
     found.amounts.counts.mappings = mappings;
-    let (scan, pages) = scan(&spaces)?;
-    found.costs.scan_page = scan;
-    found.costs.mapping = each(collecting, mappings);
-    found.costs.scan_mapping = each((looking - scan * pages as f64).max(0.0), mappings);
+    found.costs.mapping = each(nanoseconds(begin), mappings);
+    let spaces = scan(&mapped, found)?;
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
         let ranges = shared_memory::data_ranges(source, object).context(|| "look for shared memory".into())?;
@@ -215,19 +204,46 @@ fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> 
     Ok((spaces, shared))
 }
 
-/// What looking at a page costs, from the largest range there is, and how many pages there are.
-fn scan(spaces: &[PrivatePages]) -> Result<(f64, u64)> {
-    let pages = |r: &Range| (r.end - r.start) / PAGE;
-    let all = spaces.iter().flat_map(|s| s.ranges.iter().map(pages)).sum();
-    let largest = spaces.iter().filter_map(|s| Some((s.pid, *s.ranges.iter().max_by_key(|r| pages(r))?)));
-    let Some((pid, range)) = largest.max_by_key(|(_, r)| pages(r)) else { return Ok((0.0, all)) };
-    let failed = || format!("scan the pages of {pid}");
-    let pagemap = Pagemap::open(pid).context(failed)?;
+/// An error of a process that was there when the list was made.
+fn gone(pid: i32, error: Error) -> Error {
+    match error {
+        Error::System { source, .. } if proc::is_gone(&source) => changed(pid),
+        other => other,
+    }
+}
+
+/// Looks for the pages, and asks which have changed, as under the freeze. What both cost for a page is told by the largest
+/// range there is.
+fn scan(mapped: &[(i32, Vec<Area>)], found: &mut Found) -> Result<Vec<PrivatePages>> {
+    let threads = pagemap::scanners();
+    let jobs: Vec<Job<'_>> = mapped.iter().map(|(pid, areas)| (*pid, &areas[..], None)).collect();
+    let failed = |pid: i32| move || format!("scan the pages of {pid}");
     let begin = Instant::now();
-    pagemap.empty(range, &mut Vec::new()).context(failed)?;
+    let looked = private::look_at_all(&jobs, false, threads).map_err(|e| gone(jobs[0].0, e))?;
+    let looking = nanoseconds(begin);
+    let begin = Instant::now();
+    parallel::map(&jobs, threads, |&(pid, areas, _)| tracking::rehearse(pid, areas, threads).context(failed(pid)))
+        .map_err(|e| gone(jobs[0].0, e))?;
+    let tracking = looking + nanoseconds(begin);
+    let spaces: Vec<PrivatePages> = looked.into_iter().map(|(pages, _)| pages).collect();
+    let pages = |r: &Range| (r.end - r.start) / PAGE;
+    let all: u64 = spaces.iter().flat_map(|s| s.ranges.iter().map(pages)).sum();
+    let largest = spaces.iter().filter_map(|s| Some((s.pid, *s.ranges.iter().max_by_key(|r| pages(r))?)));
     // For a small range it is the system call that is measured, which belongs to the mapping.
-    let cost = if pages(&range) < 1024 { 0.0 } else { each(nanoseconds(begin), pages(&range)) };
-    Ok((cost, all))
+    let largest = largest.max_by_key(|(_, r)| pages(r)).filter(|(_, r)| pages(r) >= 1024);
+    if let Some((pid, range)) = largest {
+        let pagemap = Pagemap::open(pid).context(failed(pid))?.with_threads(threads);
+        let begin = Instant::now();
+        pagemap.empty(range, &mut Vec::new()).context(failed(pid))?;
+        found.costs.scan_page = each(nanoseconds(begin), pages(&range));
+        pagemap.written(range, &[], Writes::Seen, &mut Vec::new()).context(failed(pid))?;
+        found.costs.track_page = each(nanoseconds(begin), pages(&range));
+    }
+    let mappings = found.amounts.counts.mappings;
+    let of_mappings = |took: f64, page: f64| each((took - page * all as f64).max(0.0), mappings);
+    found.costs.scan_mapping = of_mappings(looking, found.costs.scan_page);
+    found.costs.track_mapping = of_mappings(tracking, found.costs.track_page);
+    Ok(spaces)
 }
 
 fn count(members: &[Member], spaces: &[PrivatePages], found: &mut Found) {

@@ -7,12 +7,7 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, pagemap::Range, sys::CLONE_AS_THREAD, sys::Mapping},
-    memory::{
-        area::{Area, Kind},
-        private,
-        tracking::Tracking,
-    },
+    kernel::{sys::CLONE_AS_THREAD, sys::Mapping},
     objects::{self, Collected},
     observe::{self, FdEntry, Iterators, ProcessState},
     task::{Family, FrozenTree},
@@ -36,7 +31,6 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
-use tracing::debug;
 
 /// Threads besides the first of the specimen that threads are measured with.
 const THREADS: u64 = 128;
@@ -47,8 +41,6 @@ const FILES: usize = 16;
 /// The middle one of so many measurements counts: something else may run in between.
 const REPEATS: usize = 5;
 const STACK: u64 = 16 << 10;
-/// Neighbouring mappings of a page, which tell what a mapping costs.
-const MAPPINGS: u64 = 1024;
 
 /// A small tree that does nothing. It ends when this is dropped, or when we die: then its pipe is closed.
 pub(super) struct Specimen {
@@ -158,21 +150,6 @@ extern "C" fn idle(_: *mut libc::c_void) -> i32 {
     }
 }
 
-/// Mappings for a specimen to inherit, side by side: every other page is read-only.
-fn many_mappings() -> io::Result<(Mapping, Range)> {
-    let memory = Mapping::anonymous(MAPPINGS * PAGE)?;
-    memory.bytes_mut().fill(1);
-    for page in (0..MAPPINGS).step_by(2) {
-        let start = (memory.start() + page * PAGE) as *mut libc::c_void;
-        // SAFETY: the page is part of the mapping just made, and nobody writes to it any more.
-        if unsafe { libc::mprotect(start, PAGE as usize, libc::PROT_READ) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    let range = Range { start: memory.start(), end: memory.start() + MAPPINGS * PAGE };
-    Ok((memory, range))
-}
-
 /// Files for the specimens to inherit.
 fn files() -> io::Result<(Vec<File>, Vec<OwnedFd>)> {
     let plain = (0..FILES).map(|_| File::open("/proc/self/exe")).collect::<io::Result<_>>()?;
@@ -262,33 +239,6 @@ fn mean(values: &[f64]) -> f64 {
     if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
 }
 
-/// What it costs to see which pages have changed, for a small mapping and for a page of a large one. The memory of a
-/// specimen is a copy of ours.
-fn tracking(specimen: &Specimen, small: Range) -> Result<(f64, f64)> {
-    let failed = || format!("track process {}", specimen.pid);
-    let mut tracking = Tracking::begin(specimen.pid, Duration::from_secs(2))?;
-    let areas = Area::of_running(specimen.pid).context(failed)?;
-    // As after a pre-copy: all of it is known.
-    let (found, _) = private::look(specimen.pid, &areas, Some(&tracking), true, 1)?;
-    tracking.known.learn(&found.ranges, Vec::new());
-    let look = |areas: &[Area]| -> Result<f64> {
-        let one = || -> Result<f64> {
-            let begin = Instant::now();
-            private::look(specimen.pid, areas, Some(&tracking), false, 1)?;
-            Ok(elapsed(begin))
-        };
-        Ok(middle((0..REPEATS).map(|_| one()).collect::<Result<Vec<f64>>>()?))
-    };
-    let size = |a: &Area| a.range.end - a.range.start;
-    let Some(largest) = areas.iter().filter(|a| a.kind == Kind::Anonymous).max_by_key(|a| size(a)) else {
-        return Ok((0.0, 0.0));
-    };
-    let page = look(std::slice::from_ref(largest))? / (size(largest) / PAGE) as f64;
-    let ours = |a: &&Area| a.range.start >= small.start && a.range.end <= small.end;
-    let small: Vec<Area> = areas.iter().filter(ours).copied().collect();
-    Ok((look(&small)? / small.len().max(1) as f64, page))
-}
-
 /// Measures what the steps of a dump that nobody may try on a running tree cost.
 ///
 /// # Errors
@@ -311,13 +261,6 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
     };
     let threads = median(&Specimen::start(THREADS, 0).context(made)?, iterators)?;
     let processes = median(&Specimen::start(0, CHILDREN).context(made)?, iterators)?;
-    let (_mapped, small) = many_mappings().context(made)?;
-    let specimen = Specimen::start(0, 0).context(made)?;
-    // Where nothing can be tracked, nothing is copied before the freeze.
-    let (track_mapping, track_page) = tracking(&specimen, small).unwrap_or_else(|e| {
-        debug!("{e}");
-        (0.0, 0.0)
-    });
     // One equation for each specimen: so many processes and so many threads took so long.
     let solve = |many_threads: f64, each_process: f64| {
         let thread = ((many_threads - each_process) / THREADS as f64).max(0.0);
@@ -334,8 +277,6 @@ pub(super) fn costs(iterators: &mut Option<Iterators>) -> Result<Costs> {
         asked_file: threads.asked,
         thaw_thread: threads.thaw / (THREADS + 1) as f64,
         thread_bytes: threads.thread_bytes,
-        track_mapping,
-        track_page,
         ..Costs::default()
     })
 }
@@ -366,8 +307,7 @@ mod tests {
             // What a thread costs can hide what a process does.
             let process = costs.process + costs.thread;
             let steps = [costs.seize_thread, costs.thread, process, costs.thaw_thread, costs.asked_file];
-            let all = costs.track_mapping > 1.0 && steps.iter().all(|&cost| cost > 100.0);
-            let all = all && steps.iter().chain([&costs.track_mapping]).all(|&cost| cost < 1e8);
+            let all = steps.iter().all(|cost| (100.0..1e8).contains(cost));
             seen.push(costs);
             all
         });
