@@ -9,6 +9,11 @@ use std::{
 /// Items from which on another thread is worth while.
 const WORTH_A_THREAD: usize = 16;
 
+/// How many of `threads` work on so many items.
+pub(crate) fn workers(items: usize, threads: usize) -> usize {
+    threads.min(items / WORTH_A_THREAD).max(1)
+}
+
 /// What `each` makes of the items, in their order; the calling thread is one of at most `threads`.
 ///
 /// # Errors
@@ -18,7 +23,7 @@ pub(crate) fn map<T: Sync, R: Send>(
     threads: usize,
     each: impl Fn(&T) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    let workers = threads.min(items.len() / WORTH_A_THREAD).max(1);
+    let workers = workers(items.len(), threads);
     if workers == 1 {
         return items.iter().map(each).collect();
     }

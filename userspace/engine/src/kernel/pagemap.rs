@@ -128,12 +128,21 @@ pub(crate) fn scanners() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get).min(SCANNERS)
 }
 
+/// What scanning a mapping takes, in bytes.
+fn work(mapping: &Range) -> u64 {
+    mapping.end - mapping.start + WORTH_A_THREAD / MAPPINGS_WORTH_A_THREAD as u64
+}
+
+/// In how many parts mappings are scanned by `threads` threads.
+pub(crate) fn parts(mapped: &[Range], threads: usize) -> usize {
+    let worth = mapped.iter().map(work).sum::<u64>() / WORTH_A_THREAD;
+    threads.min(worth as usize).max(1)
+}
+
 /// Where a range is cut so that the parts take about as long, one for each of `threads` at most.
 fn edges(range: Range, mapped: &[Range], threads: usize) -> Vec<u64> {
-    const MAPPING: u64 = WORTH_A_THREAD / MAPPINGS_WORTH_A_THREAD as u64;
-    let work = |m: &Range| m.end - m.start + MAPPING;
     let all: u64 = mapped.iter().map(work).sum();
-    let parts = (threads as u64).min(all / WORTH_A_THREAD).max(1);
+    let parts = parts(mapped, threads) as u64;
     let mut edges = vec![range.start];
     let mut done = 0;
     for m in mapped {

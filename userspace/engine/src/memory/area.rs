@@ -68,7 +68,7 @@ impl Area {
         Ok(areas)
     }
 
-    pub(super) fn is_private(&self) -> bool {
+    pub(crate) fn is_private(&self) -> bool {
         self.kind != Kind::Other
     }
 

@@ -27,6 +27,7 @@ mod rates;
 mod rehearse;
 mod sample;
 mod specimen;
+mod stopwatch;
 mod writes;
 
 pub use sample::{

@@ -1,6 +1,9 @@
 //! Some of the pages of a running tree: what reading them costs, how many hold only zeros, and how many change.
 
-use super::predict::{Costs, fit};
+use super::{
+    predict::{Costs, fit},
+    stopwatch::Stopwatch,
+};
 use crate::{
     kernel::{PAGE, pagemap::Range, proc},
     memory::{copy::is_zero, private::PrivatePages},
@@ -63,15 +66,15 @@ impl Pages {
             let length = (range.end - range.start) as usize;
             let Some(slice) = self.buffer.get_mut(used..used + length) else { break };
             let Some(file) = memory.of(pid) else { continue };
-            let begin = Instant::now();
+            let (read_at, begin) = (Instant::now(), Stopwatch::start());
             // The page can be gone by now; what is read of the others counts.
             let Ok(n) = file.read_at(slice, range.start) else { continue };
             let pages = slice[..n].chunks_exact(PAGE as usize);
             zeros += pages.clone().filter(|page| is_zero(page)).count();
-            samples.push((1.0, pages.len() as f64, begin.elapsed().as_nanos() as f64));
+            samples.push((1.0, pages.len() as f64, begin.nanoseconds()));
             read += pages.len();
             let length = pages.len() * PAGE as usize;
-            self.slices.push(Slice { pid, start: range.start, length, read: begin });
+            self.slices.push(Slice { pid, start: range.start, length, read: read_at });
             used += length;
         }
         (costs.copy_range, costs.copy_page) = fit(&samples);

@@ -1,7 +1,7 @@
 //! What a dump would find in the running tree, and what finding it costs: the steps that harm nobody are made, each for
 //! itself, with a watch in hand.
 
-use super::{pages::Pages, predict::Costs, writes};
+use super::{pages::Pages, predict::Costs, stopwatch::Stopwatch, writes};
 use crate::{
     dump::history::Amounts,
     error::{Context, Error, Result},
@@ -26,7 +26,6 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
-    time::Instant,
 };
 
 /// So many page frames of a process are compared.
@@ -93,10 +92,6 @@ pub(super) fn rehearse(
     Ok(found)
 }
 
-fn nanoseconds(since: Instant) -> f64 {
-    since.elapsed().as_nanos() as f64
-}
-
 fn each(total: f64, count: u64) -> f64 {
     if count == 0 { 0.0 } else { total / count as f64 }
 }
@@ -104,7 +99,7 @@ fn each(total: f64, count: u64) -> f64 {
 /// How long a freeze takes to list the threads and children of the processes: it looks a second time for new ones.
 pub(super) fn list(root: i32, pids: &[i32], iterators: Option<&mut Iterators>) -> f64 {
     let (mut family, _) = Family::of(root, iterators);
-    let begin = Instant::now();
+    let begin = Stopwatch::start();
     for _ in 0..2 {
         family.look();
         for &pid in pids {
@@ -113,7 +108,7 @@ pub(super) fn list(root: i32, pids: &[i32], iterators: Option<&mut Iterators>) -
             let _ = family.children(pid, &tids);
         }
     }
-    nanoseconds(begin)
+    begin.nanoseconds()
 }
 
 /// State and mappings of each process, if the reader tells.
@@ -128,9 +123,9 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
         other => Error::System { call: "read the tree".into(), source: io::Error::other(other) },
     };
     let Some(iterators) = iterators else {
-        let begin = Instant::now();
+        let begin = Stopwatch::start();
         found.descriptors = observe::procfs::files(pids).map_err(failed)?;
-        found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+        found.costs.read_descriptor = each(begin.nanoseconds(), found.descriptors.len() as u64);
         return Ok(HashMap::new());
     };
     // The dump would take the tree's tracker, too.
@@ -138,28 +133,28 @@ fn read(root: i32, pids: &[i32], iterators: &mut Option<Iterators>, found: &mut 
     if let Ok(Some(mut lease)) = observe::Lease::take(root) {
         found.reader = "tracker";
         lease.iterators().prefetch_paths(pids).map_err(failed)?;
-        let begin = Instant::now();
+        let begin = Stopwatch::start();
         let (processes, fresh) = lease.check(pids).map_err(failed)?;
-        found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
-        let begin = Instant::now();
+        found.costs.read_process = each(begin.nanoseconds(), pids.len() as u64);
+        let begin = Stopwatch::start();
         let mapped = lease.vmas(pids, &fresh).map_err(failed)?;
-        found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
-        let begin = Instant::now();
+        found.costs.read_mapping = each(begin.nanoseconds(), mapped.values().map(|vmas| vmas.len() as u64).sum());
+        let begin = Stopwatch::start();
         found.descriptors = lease.iterators().files(pids).map_err(failed)?;
-        found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
+        found.costs.read_descriptor = each(begin.nanoseconds(), found.descriptors.len() as u64);
         return Ok(join(processes, mapped));
     }
     found.reader = "ebpf";
     iterators.prefetch_paths(pids).map_err(failed)?;
-    let begin = Instant::now();
+    let begin = Stopwatch::start();
     found.descriptors = iterators.files(pids).map_err(failed)?;
-    found.costs.read_descriptor = each(nanoseconds(begin), found.descriptors.len() as u64);
-    let begin = Instant::now();
+    found.costs.read_descriptor = each(begin.nanoseconds(), found.descriptors.len() as u64);
+    let begin = Stopwatch::start();
     let mapped = vmas_by_process(iterators.vmas(pids).map_err(failed)?);
-    found.costs.read_mapping = each(nanoseconds(begin), mapped.values().map(|vmas| vmas.len() as u64).sum());
-    let begin = Instant::now();
+    found.costs.read_mapping = each(begin.nanoseconds(), mapped.values().map(|vmas| vmas.len() as u64).sum());
+    let begin = Stopwatch::start();
     let processes = iterators.processes(pids).map_err(failed)?;
-    found.costs.read_process = each(nanoseconds(begin), pids.len() as u64);
+    found.costs.read_process = each(begin.nanoseconds(), pids.len() as u64);
     Ok(join(processes, mapped))
 }
 
@@ -183,7 +178,7 @@ fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> 
     let mut all = Collected::new(0);
     let mut mapped = Vec::with_capacity(members.len());
     let mut mappings = 0;
-    let begin = Instant::now();
+    let begin = Stopwatch::start();
     for (n, member) in members.iter().enumerate() {
         let seen = seen.get(&member.pid);
         let state = seen.map(|(state, _)| state).filter(|state| state.layout.is_some());
@@ -194,7 +189,7 @@ fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> 
         mapped.push((member.pid, areas));
     }
     found.amounts.counts.mappings = mappings;
-    found.costs.mapping = each(nanoseconds(begin), mappings);
+    found.costs.mapping = each(begin.nanoseconds(), mappings);
     let spaces = scan(&mapped, found)?;
     let mut shared = 0;
     for (object, source) in all.shared.iter().zip(&all.shared_sources) {
@@ -218,13 +213,14 @@ fn scan(mapped: &[(i32, Vec<Area>)], found: &mut Found) -> Result<Vec<PrivatePag
     let threads = pagemap::scanners();
     let jobs: Vec<Job<'_>> = mapped.iter().map(|(pid, areas)| (*pid, &areas[..], None)).collect();
     let failed = |pid: i32| move || format!("scan the pages of {pid}");
-    let begin = Instant::now();
+    let workers = workers(mapped, threads) as f64;
+    let begin = Stopwatch::of_all_threads();
     let looked = private::look_at_all(&jobs, false, threads).map_err(|e| gone(jobs[0].0, e))?;
-    let looking = nanoseconds(begin);
-    let begin = Instant::now();
+    let looking = begin.nanoseconds() / workers;
+    let begin = Stopwatch::of_all_threads();
     parallel::map(&jobs, threads, |&(pid, areas, _)| tracking::rehearse(pid, areas, threads).context(failed(pid)))
         .map_err(|e| gone(jobs[0].0, e))?;
-    let tracking = looking + nanoseconds(begin);
+    let tracking = looking + begin.nanoseconds() / workers;
     let spaces: Vec<PrivatePages> = looked.into_iter().map(|(pages, _)| pages).collect();
     let pages = |r: &Range| (r.end - r.start) / PAGE;
     let all: u64 = spaces.iter().flat_map(|s| s.ranges.iter().map(pages)).sum();
@@ -232,18 +228,27 @@ fn scan(mapped: &[(i32, Vec<Area>)], found: &mut Found) -> Result<Vec<PrivatePag
     // For a small range it is the system call that is measured, which belongs to the mapping.
     let largest = largest.max_by_key(|(_, r)| pages(r)).filter(|(_, r)| pages(r) >= 1024);
     if let Some((pid, range)) = largest {
-        let pagemap = Pagemap::open(pid).context(failed(pid))?.with_threads(threads);
-        let begin = Instant::now();
+        let pagemap = Pagemap::open(pid).context(failed(pid))?;
+        let begin = Stopwatch::start();
         pagemap.empty(range, &mut Vec::new()).context(failed(pid))?;
-        found.costs.scan_page = each(nanoseconds(begin), pages(&range));
+        found.costs.scan_page = each(begin.nanoseconds() / workers, pages(&range));
         pagemap.written(range, &[], Writes::Seen, &mut Vec::new()).context(failed(pid))?;
-        found.costs.track_page = each(nanoseconds(begin), pages(&range));
+        found.costs.track_page = each(begin.nanoseconds() / workers, pages(&range));
     }
     let mappings = found.amounts.counts.mappings;
     let of_mappings = |took: f64, page: f64| each((took - page * all as f64).max(0.0), mappings);
     found.costs.scan_mapping = of_mappings(looking, found.costs.scan_page);
     found.costs.track_mapping = of_mappings(tracking, found.costs.track_page);
     Ok(spaces)
+}
+
+/// How many threads scan at the same time.
+fn workers(mapped: &[(i32, Vec<Area>)], threads: usize) -> usize {
+    let parts = mapped.iter().map(|(_, areas)| {
+        let private: Vec<Range> = areas.iter().filter(|a| a.is_private()).map(|a| a.range).collect();
+        pagemap::parts(&private, threads)
+    });
+    parts.max().unwrap_or(1).max(parallel::workers(mapped.len(), threads))
 }
 
 fn count(members: &[Member], spaces: &[PrivatePages], found: &mut Found) {
@@ -276,13 +281,13 @@ fn related(members: &[Member]) -> HashSet<i32> {
 
 /// What it takes to open the memory of a process.
 fn open(members: &[Member]) -> Result<f64> {
-    let begin = Instant::now();
+    let begin = Stopwatch::start();
     let some = &members[..members.len().min(OPENED)];
     for member in some {
         let opened = File::open(proc::path(member.pid, "mem")).and(Pagemap::open(member.pid));
         opened.context(|| format!("open the memory of {}", member.pid))?;
     }
-    Ok(each(nanoseconds(begin), some.len() as u64))
+    Ok(each(begin.nanoseconds(), some.len() as u64))
 }
 
 /// Which share of the private pages is the parent's too; what comparing one costs.
@@ -299,7 +304,7 @@ fn compare(members: &[Member], spaces: &[PrivatePages], costs: &mut Costs) -> Re
             continue;
         }
         let Ok(pagemap) = Pagemap::open(space.pid) else { continue };
-        let begin = Instant::now();
+        let begin = Stopwatch::start();
         let mut own = HashMap::new();
         let (mut left, mut shared) = (COMPARED, 0);
         for range in &space.ranges {
@@ -316,7 +321,7 @@ fn compare(members: &[Member], spaces: &[PrivatePages], costs: &mut Costs) -> Re
                 break;
             }
         }
-        took += nanoseconds(begin);
+        took += begin.nanoseconds();
         compared += COMPARED - left;
         seen += 1;
         // Of large processes the first pages speak for the others.

@@ -4,6 +4,7 @@
 use super::{
     predict::{Costs, middle},
     rehearse,
+    stopwatch::Stopwatch,
 };
 use crate::{
     error::{Context, Result},
@@ -193,9 +194,9 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
     let mut known = process::Known::default();
     for (n, of) in tree.processes().iter().enumerate() {
         let seen = states.iter().find(|s| s.tgid == of.pid && s.layout.is_some());
-        let begin = Instant::now();
+        let begin = Stopwatch::start();
         let (task, _) = process::collect(of, seen, &mut known, n as u32, n as u32, &[])?;
-        *(if n == 0 { &mut times.first } else { &mut times.others }) += elapsed(begin);
+        *(if n == 0 { &mut times.first } else { &mut times.others }) += begin.nanoseconds();
         if let Some(thread) = task.live.as_ref().and_then(|l| l.threads.first()) {
             let Registers::X86_64 { regs, xstate } = &thread.context;
             times.thread_bytes = (xstate.len() + regs.len() * 5) as f64 + 200.0;
@@ -205,12 +206,12 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
     let mut all = Collected::new(entries.len() as u32);
     let (mut plain, mut asked, mut known) = (Vec::new(), Vec::new(), HashSet::new());
     for entry in entries.iter().filter(first).filter(|e| known.insert(e.file)) {
-        let begin = Instant::now();
+        let begin = Stopwatch::start();
         // Others of our descriptors, as the terminal, may be such as no dump can keep.
         if objects::dump(entry, &entries, &mut all).is_err() {
             continue;
         }
-        let took = elapsed(begin);
+        let took = begin.nanoseconds();
         match all.files.last().is_some_and(|f| objects::is_asked(&f.kind)) {
             true => asked.push(took),
             false => plain.push(took),
