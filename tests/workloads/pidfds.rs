@@ -63,7 +63,7 @@ impl PidFds {
         let second = pidfd_open(exited, NONBLOCK);
         assert_eq!(waitpid(exited, None), Ok(WaitStatus::Exited(exited, 7)));
         let third = dup(&first).expect("dup");
-        let killed = fork_child(|| _ = nix::unistd::pause());
+        let killed = fork_child(nix::unistd::pause);
         let fd = pidfd_open(killed, THREAD);
         kill(killed, Signal::SIGKILL).expect("kill");
         waitpid(killed, None).expect("wait");
