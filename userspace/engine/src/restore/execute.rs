@@ -88,7 +88,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     placement.place_others(root)?;
     [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
-    handover::hand_over(&mut run)?;
+    handover::hand_over(&run)?;
     run.created.clear();
     placement.keep();
     segments.into_iter().for_each(Segment::keep);
