@@ -18,7 +18,7 @@ fn target() -> Target {
 fn relatives_of_every_kind() {
     let _turn = Turn::take();
     let mut target = Target::workload("one_memory", &[]);
-    full_cycle(&Tool::get(), &mut target, &mut |target| target.assert_well());
+    full_cycle(&Tool::get(), &mut target, &mut |target| _ = target.assert_well());
     target.finish(0);
 }
 
