@@ -6,7 +6,7 @@ use crate::{
     kernel::proc,
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
-    tree::timers::timespecs,
+    tree::{clocks::Continued, timers::timespecs},
 };
 use standstill_images::types::FileKind;
 
@@ -14,9 +14,13 @@ use standstill_images::types::FileKind;
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
 /// fdinfo has all of it (proc_pid_fdinfo(5)).
-pub(super) fn dump(entry: &FdEntry, _: &mut Collected) -> Result<FileKind> {
+pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let text = proc::fdinfo(entry.tgid, entry.fd).map_err(|_| refuse(entry, "its fdinfo cannot be read"))?;
-    parse(&text).ok_or_else(|| refuse(entry, "this kernel does not show its state"))
+    let mut kind = parse(&text).ok_or_else(|| refuse(entry, "this kernel does not show its state"))?;
+    if let FileKind::TimerFd { value_ns, .. } = &mut kind {
+        *value_ns = all.moment.left(*value_ns);
+    }
+    Ok(kind)
 }
 
 fn parse(text: &str) -> Option<FileKind> {
@@ -33,7 +37,13 @@ fn parse(text: &str) -> Option<FileKind> {
     })
 }
 
-pub(super) fn create(kind: &FileKind, flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+pub(super) fn create(
+    kind: &FileKind,
+    flags: u32,
+    clocks: Option<&Continued>,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> i32 {
     let FileKind::TimerFd { clock, ticks, settime_flags, value_ns, interval_ns } = *kind else {
         unreachable!("called for timerfds");
     };
@@ -45,7 +55,12 @@ pub(super) fn create(kind: &FileKind, flags: u32, numbers: &mut Numbers, program
     let value_ns = if value_ns == 0 && interval_ns != 0 && ticks != 0 { 1 } else { value_ns };
     if value_ns != 0 {
         // The kernel shows the time that is left, also of timers set to an absolute time.
-        let flags = settime_flags as i32 & !libc::TFD_TIMER_ABSTIME;
+        let mut flags = settime_flags as i32 & !libc::TFD_TIMER_ABSTIME;
+        let due = clocks.and_then(|clocks| clocks.due(clock, value_ns));
+        if due.is_some() {
+            flags |= libc::TFD_TIMER_ABSTIME;
+        }
+        let value_ns = due.unwrap_or(value_ns);
         let spec = program.words(&timespecs(interval_ns, value_ns));
         program.call("start the timerfd", libc::SYS_timerfd_settime, &[fd.into(), flags.into(), spec, 0.into()]);
     }
