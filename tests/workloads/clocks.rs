@@ -1,9 +1,9 @@
 //! Looks at CLOCK_MONOTONIC and CLOCK_BOOTTIME all the time, and waits for absolute times of them in every way that there is.
 //! Both must go on as if the process had been stopped for a short time only.
 //!
-//! Options: `--namespace` (it makes a time namespace of its own and lives in it), `--apart` (its child alone does so).
+//! Options: `--namespace` (it makes a time namespace of its own and lives in it), `--apart` (its child alone does so),
+//! `--unborn` (it makes one for the children that it may have one day).
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
@@ -45,6 +45,11 @@ fn main() {
         child.serve(None, Duration::from_millis(20), |_| clocks.look(&checker));
     });
     control.adopt(pid, "child");
+    if args.flag("unborn") {
+        // SAFETY: the call takes a number only.
+        let made = unsafe { libc::unshare(0x80) };
+        assert_eq!(made, 0, "a time namespace");
+    }
     let timers = Timers::start();
     let waits = Waits::start(&control.checker);
     let mut clocks = Clocks::start();
@@ -295,9 +300,7 @@ fn timerfd_until(_: libc::clockid_t, end: Duration) -> Result<i64, Errno> {
     let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
     let expiration = Expiration::OneShot(TimeSpec::from_duration(end));
     timer.set(expiration, TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
-    let mut count = [0u8; 8];
-    // SAFETY: the kernel writes at most eight bytes.
-    Errno::result(unsafe { libc::syscall(libc::SYS_read, timer.as_raw_fd(), count.as_mut_ptr(), count.len()) })
+    nix::unistd::read(&timer, &mut [0; 8]).map(|count| count as i64)
 }
 
 /// When the process began, which is a time of CLOCK_BOOTTIME in its time namespace, is not in the future.
