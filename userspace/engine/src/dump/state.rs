@@ -13,11 +13,11 @@ use crate::{
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
-    tree::{cgroups, process, sharing::Sharing},
+    tree::{cgroups, clocks::Moment, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory,
-    OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
+    AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind,
+    Inventory, OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -39,6 +39,7 @@ pub(super) struct State {
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
     cgroups: Option<Cgroups>,
+    clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -59,6 +60,7 @@ pub(super) fn collect(
     }
     trackings.part();
     let seen = observer.read(&pids, options.paranoid)?;
+    let moment = Moment::now();
     let sharing = Sharing::of(tree.processes(), &seen.processes)?;
     let together = sharing.of_one_memory(tree.processes());
     trackings.share(together.iter().flat_map(|group| group[1..].iter().map(|p| (p.id(), group[0].id()))));
@@ -77,8 +79,9 @@ pub(super) fn collect(
         shared_actions: sharing.shared_actions(tree.processes()),
         seccomp: None,
         attributes: Vec::new(),
+        clocks: Clocks::default(),
         cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
-        objects: Collected::new(next),
+        objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
     for (key, object) in trackings.sharing.objects() {
@@ -98,7 +101,7 @@ pub(super) fn collect(
         // Memory that several have is told of by the first.
         let first = sharing.memory[n] == n;
         let mapped = seen.vmas.get(&process.pid).filter(|_| first).map_or(&[][..], Vec::as_slice);
-        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped)?;
+        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped, moment)?;
         state.tasks.push(task);
         if first {
             let tracked = trackings.of(process.id()).is_some();
@@ -108,6 +111,7 @@ pub(super) fn collect(
             mappings.push((process, areas));
         }
     }
+    state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();
     state.attributes = known.attributes;
     state.vdso = vdso(pids[0], state.spaces.first())?;
@@ -235,6 +239,7 @@ impl State {
             seccomp: self.seccomp,
             attributes: self.attributes,
             cgroups: self.cgroups,
+            clocks: self.clocks,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,
