@@ -29,6 +29,7 @@ use crate::{
     memory::{copy::Copier, private::PrivatePages},
     objects::regular,
     task::{Family, FrozenTree},
+    tree::cgroups,
 };
 use chain::Chain;
 use contents::{copy_forks, copy_frozen, place_the_childless};
@@ -370,6 +371,7 @@ impl<'a> Session<'a> {
         let counts = copier.finish()?;
         (stats.pages_stored, stats.pages_zero, stats.pages_shared) = (counts.stored, counts.zero, counts.shared);
         regular::check_names(&mut state.objects)?;
+        state.cgroups.as_mut().map_or(Ok(()), cgroups::describe)?;
         place_the_childless(&mut state, &mut self.trackings);
         let dedup = self.dedup(&state)?;
         self.chain.stores.push(pages.finish()?);

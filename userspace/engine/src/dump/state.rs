@@ -37,7 +37,7 @@ pub(super) struct State {
     shared_fs: Vec<SharedFs>,
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
-    cgroups: Option<Cgroups>,
+    pub cgroups: Option<Cgroups>,
     clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
@@ -75,7 +75,7 @@ pub(super) fn collect(
         seccomp: None,
         attributes: Vec::new(),
         clocks: Clocks::default(),
-        cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
+        cgroups: None,
         objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
@@ -89,6 +89,7 @@ pub(super) fn collect(
     }
     phases.end("files");
     let mut known = process::Known::default();
+    known.namespaces.may_have_cgroups(options.cgroups);
     let mut mappings = Vec::with_capacity(pids.len());
     for (n, process) in tree.processes().iter().enumerate() {
         let id = n as u32;
@@ -101,6 +102,9 @@ pub(super) fn collect(
         state.tasks.push(task);
         state.spaces.push(space);
         mappings.push(areas);
+    }
+    if options.cgroups {
+        state.cgroups = Some(cgroups::collect(tree.processes(), known.namespaces.cgroup())?);
     }
     state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();

@@ -16,7 +16,7 @@ use crate::{
     },
     memory::{huge, pages::OpenPages, verify::verify},
     objects::{shared_memory, system_v::Segment},
-    tree::cgroups::{CgroupMode, Placement},
+    tree::cgroups::{CgroupOptions, Placement},
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
@@ -63,7 +63,7 @@ impl Drop for Execution<'_> {
 }
 
 /// Creates the whole tree and brings it to [`Stage::Done`], then hands it over: all tasks run when this returns.
-pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()> {
+pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result<()> {
     check_ids_are_free(plan)?;
     // Those of the dumped tree are free now.
     huge::check(image)?;
@@ -87,6 +87,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     debug!("pages verified");
     placement.place_others(root)?;
     [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
+    placement.place_threads(root)?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     handover::hand_over(&mut run)?;
     run.created.clear();

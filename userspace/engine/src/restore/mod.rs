@@ -17,7 +17,7 @@ use crate::{
     image::Image,
     objects::regular,
     tree::{
-        cgroups::CgroupMode,
+        cgroups::CgroupOptions,
         clocks::{Continued, TimeNamespace},
     },
 };
@@ -29,7 +29,7 @@ pub struct RestoreOptions {
     /// Only make the plan and return it as text.
     pub dry_run: bool,
     /// What to do about recorded cgroups.
-    pub cgroups: CgroupMode,
+    pub cgroups: CgroupOptions,
     /// What to do about the tree's clocks.
     pub time_namespace: TimeNamespace,
 }
@@ -70,7 +70,7 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         }
         return Ok(Restored { root, plan: Some(text), elapsed_us: 0 });
     }
-    execute::run(image, &plan, options.cgroups)?;
+    execute::run(image, &plan, &options.cgroups)?;
     Ok(Restored { root, plan: None, elapsed_us: begin.elapsed().as_micros() as u64 })
 }
 
