@@ -79,6 +79,9 @@ pub(crate) struct DumpArgs {
     pub leave_stopped: bool,
     #[command(flatten)]
     pub how: HowArgs,
+    /// Make a hard link beside the old name of each file that has lost it and has other names; the restore removes it
+    #[arg(long)]
+    pub link_remap: bool,
     /// Compare what the tree's tracker knows with the truth while the tree is frozen
     #[arg(long)]
     pub paranoid: bool,

@@ -79,6 +79,8 @@ pub struct DumpOptions {
     pub afterwards: Afterwards,
     /// The root is the job of a shell that stays outside.
     pub shell_job: bool,
+    /// Files whose name is gone although they have others get a hard link beside it.
+    pub link_remap: bool,
     /// The cgroups of the processes are recorded.
     pub cgroups: bool,
     /// Time limit of the freeze.
@@ -395,7 +397,9 @@ impl<'a> Session<'a> {
             shared_whole: shared.whole,
             ..p
         });
+        let links = std::mem::take(&mut state.objects.links);
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
+        links.keep();
         if let Some(tree) = tree {
             tree.kill();
         } else if !forked {

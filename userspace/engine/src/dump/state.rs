@@ -9,7 +9,7 @@ use crate::{
         self,
         private::{self, PrivatePages},
     },
-    objects::{self, Collected, system_v},
+    objects::{self, Collected, link_remap::Links, system_v},
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
@@ -79,6 +79,7 @@ pub(super) fn collect(
         objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
+    state.objects.links = Links::new(options.link_remap);
     for (key, object) in trackings.sharing.objects() {
         let source = object.source.try_clone().context(|| "duplicate a descriptor".into())?;
         state.objects.known_sources.insert(key, source);

@@ -342,6 +342,7 @@ impl Image {
         let whole = match &file.kind {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::Linked { file, .. } => crate::objects::link_remap::is_link(file.path.as_path()),
             FileKind::PidFd { pid } => self.tasks.contains_key(pid),
             FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),

@@ -13,7 +13,7 @@ pub(crate) mod shares;
 pub(crate) mod vdso;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     image::Image,
     objects::regular,
     tree::{
@@ -77,6 +77,13 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
 fn check_file(file: &OpenFile) -> Result<()> {
     match &file.kind {
         FileKind::Regular(f) => regular::check(f),
+        FileKind::Linked { file, name } => regular::check(file).map_err(|e| match e {
+            Error::File { path, reason } => {
+                let reason = format!("{reason} (a link to what was {}; the first restore removes it)", name.lossy());
+                Error::File { path, reason }
+            }
+            other => other,
+        }),
         _ => Ok(()),
     }
 }
