@@ -32,7 +32,7 @@ fn files_that_have_other_names() {
         let shown = tool.command(["inspect", "-D"]).arg(&images).run().expect_success();
         assert!(shown.stdout.contains("linked to as"), "{shown}");
         tool.restore(&images).arg("-d").run().expect_success();
-        assert_eq!(links(&target), [PathBuf::new(); 0]);
+        assert!(links(&target).is_empty(), "links are left");
         target.assert_well();
         tool.restore(&images).arg("-d").run().expect_error(7, &["the first restore removes it"]);
     }
@@ -45,7 +45,7 @@ fn links_of_a_dump_that_fails() {
     let Some(tool) = standstill() else { return };
     let mut target = Target::workload("unnamed", &["--ring"]);
     expect_refused(&tool, &mut target, &["--link-remap"], 4, &["io_uring"]);
-    assert_eq!(links(&target), [PathBuf::new(); 0]);
+    assert!(links(&target).is_empty(), "links are left");
     target.finish(0);
 }
 
@@ -63,7 +63,7 @@ fn links_of_a_restore_that_fails() {
     assert_eq!(links(&target), made);
     target.kill_tree();
     tool.restore(&images).arg("-d").run().expect_success();
-    assert_eq!(links(&target), [PathBuf::new(); 0]);
+    assert!(links(&target).is_empty(), "links are left");
     target.assert_well();
     target.finish(0);
 }
