@@ -183,7 +183,7 @@ fn an_io_uring() {
 }
 
 #[test]
-fn a_child_that_shares_memory() {
+fn a_grandchild_that_shares_memory() {
     expect_unsupported("CLONE_VM");
 }
 

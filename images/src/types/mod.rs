@@ -226,6 +226,7 @@ records! {
     Cgroups = 14 v 2;
     Attributes = 15 v 1;
     Clocks = 16 v 1;
+    SharedActions = 18 v 1;
 }
 
 #[cfg(test)]

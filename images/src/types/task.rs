@@ -220,6 +220,13 @@ pub struct SharedFs {
     pub pids: Vec<i32>,
 }
 
+/// Processes that share signal actions (CLONE_SIGHAND), and so their memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedActions {
+    /// The processes.
+    pub pids: Vec<i32>,
+}
+
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Thread {

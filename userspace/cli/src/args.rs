@@ -322,6 +322,9 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
         default_missing_value = "new")]
     pub timens: TimensArg,
+    /// Changes nothing: the links of dump --link-remap are always used, and removed
+    #[arg(long)]
+    pub link_remap: bool,
     /// Write the root's pid to this file (in the image directory unless absolute)
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,

@@ -326,7 +326,7 @@ impl<'a> Session<'a> {
         copier.stopped();
         let mut forks = None;
         if options.precopy.snapshot == MemorySnapshot::Fork && afterwards != Afterwards::Kill {
-            forks = Forks::make(&tree, &state);
+            forks = Forks::make(&state);
             phases.end("fork");
         }
         let shared = copy_frozen(&mut state, &mut self.trackings, &mut copier, forks.is_some())

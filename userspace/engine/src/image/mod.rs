@@ -18,8 +18,8 @@ use standstill_images::{
     types::{
         AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
         FdTableId, FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
-        PrecopyStatsV1, Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1,
-        Task, TaskState, Vma,
+        PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
+        SharedMemoryV1, Task, TaskState, Vma,
     },
 };
 use std::{
@@ -34,6 +34,7 @@ pub(crate) struct Records {
     pub spaces: Vec<AddressSpace>,
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
+    pub shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     pub attributes: Vec<Attributes>,
     pub cgroups: Option<Cgroups>,
@@ -67,6 +68,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
+    all(&mut writer, &records.shared_actions)?;
     all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.attributes)?;
     all(&mut writer, &records.cgroups)?;
@@ -97,6 +99,8 @@ pub struct Image {
     pub tables: BTreeMap<FdTableId, FdTable>,
     /// Processes that share their working directory.
     pub shared_fs: Vec<SharedFs>,
+    /// Processes that share signal actions.
+    pub shared_actions: Vec<SharedActions>,
     /// Threads under seccomp.
     pub seccomp: Seccomp,
     /// Unusual attributes of processes, by pid.
@@ -128,7 +132,8 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp, mut attributes) = (Vec::new(), None, BTreeMap::new());
+        let (mut shared_fs, mut shared_actions) = (Vec::new(), Vec::new());
+        let (mut seccomp, mut attributes) = (None, BTreeMap::new());
         let (mut cgroups, mut clocks) = (None, None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
@@ -148,6 +153,7 @@ impl Image {
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
+                SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
                 Cgroups::KIND if record.version() == CgroupsV1::VERSION => {
@@ -180,6 +186,7 @@ impl Image {
             spaces,
             tables,
             shared_fs,
+            shared_actions,
             seccomp: seccomp.unwrap_or_default(),
             attributes,
             cgroups: cgroups.unwrap_or_default(),
@@ -250,6 +257,7 @@ impl Image {
                 ));
             }
         }
+        self.check_shared_actions()?;
         self.check_seccomp(&ids)?;
         self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
         self.check_cgroups(&ids)?;
@@ -334,6 +342,21 @@ impl Image {
         let too_long = |policy: &MemoryPolicy| policy.nodes.len() > 512;
         if !in_order || policies.iter().map(|p| &p.2).chain(threads).any(too_long) {
             return Err(format!("the memory policies of process {pid} are out of order or too long"));
+        }
+        Ok(())
+    }
+
+    /// Who shares signal actions is alive and shares its memory, and nobody is there twice.
+    fn check_shared_actions(&self) -> Result<(), String> {
+        let mut seen = HashSet::new();
+        for SharedActions { pids } in &self.shared_actions {
+            let space = |pid: &i32| self.tasks.get(pid).and_then(|t| Some(t.live.as_ref()?.address_space));
+            let first = pids.first().and_then(space);
+            if let Some(pid) = pids.iter().find(|&pid| first.is_none() || space(pid) != first || !seen.insert(*pid)) {
+                return Err(format!(
+                    "process {pid}, which shares its signal actions, is dead, missing, there twice or has other memory"
+                ));
+            }
         }
         Ok(())
     }

@@ -98,6 +98,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
             guards: Vec::new(),
         }],
         shared_fs: Vec::new(),
+        shared_actions: Vec::new(),
         seccomp: None,
         attributes: Vec::new(),
         cgroups: None,

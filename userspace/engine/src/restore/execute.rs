@@ -91,7 +91,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result
     placement.place_threads(root)?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     links.remove()?;
-    handover::hand_over(&mut run)?;
+    handover::hand_over(&run)?;
     links.done();
     run.created.clear();
     placement.keep();
