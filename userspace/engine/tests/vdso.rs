@@ -81,6 +81,7 @@ fn dump_to(dir: &Path, pid: i32) {
         dir: dir.into(),
         afterwards: Afterwards::Kill,
         shell_job: false,
+        link_remap: false,
         cgroups: false,
         timeout: Duration::from_secs(10),
         compression: Compression::None,

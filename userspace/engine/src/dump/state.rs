@@ -9,7 +9,7 @@ use crate::{
         self,
         private::{self, PrivatePages},
     },
-    objects::{self, Collected, system_v},
+    objects::{self, Collected, link_remap::Links, system_v},
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
@@ -38,7 +38,7 @@ pub(super) struct State {
     shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
-    cgroups: Option<Cgroups>,
+    pub cgroups: Option<Cgroups>,
     clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
@@ -80,10 +80,11 @@ pub(super) fn collect(
         seccomp: None,
         attributes: Vec::new(),
         clocks: Clocks::default(),
-        cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
+        cgroups: None,
         objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
+    state.objects.links = Links::new(options.link_remap);
     for (key, object) in trackings.sharing.objects() {
         let source = object.source.try_clone().context(|| "duplicate a descriptor".into())?;
         state.objects.known_sources.insert(key, source);
@@ -94,6 +95,7 @@ pub(super) fn collect(
     }
     phases.end("files");
     let mut known = process::Known::default();
+    known.namespaces.may_have_cgroups(options.cgroups);
     let mut mappings = Vec::with_capacity(pids.len());
     for (n, process) in tree.processes().iter().enumerate() {
         let id = sharing.memory[n] as u32;
@@ -113,6 +115,9 @@ pub(super) fn collect(
     }
     let firsts: Vec<i32> = mappings.iter().map(|(process, _)| process.pid).collect();
     memory::aio::collect(&firsts, &mut state.spaces, observer.aio.as_mut())?;
+    if options.cgroups {
+        state.cgroups = Some(cgroups::collect(tree.processes(), known.namespaces.cgroup())?);
+    }
     state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();
     state.attributes = known.attributes;

@@ -16,10 +16,10 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, DumpStats, DumpStatsV1, FdTable, FdTableId,
-        FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
-        Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1,
-        Task, TaskState, Vma,
+        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
+        FdTableId, FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
+        PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
+        SharedMemoryV1, Task, TaskState, Vma,
     },
 };
 use std::{
@@ -156,6 +156,9 @@ impl Image {
                 SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
+                Cgroups::KIND if record.version() == CgroupsV1::VERSION => {
+                    twice |= cgroups.replace(record.decode::<CgroupsV1>()?.into()).is_some();
+                }
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
                 Clocks::KIND => twice |= clocks.replace(record.decode::<Clocks>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
@@ -257,13 +260,7 @@ impl Image {
         self.check_shared_actions()?;
         self.check_seccomp(&ids)?;
         self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
-        let Cgroups { sets, processes } = &self.cgroups;
-        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || *set as usize >= sets.len()) {
-            return Err("a cgroup or the process in it is missing".into());
-        }
-        if sets.iter().flatten().any(|c| c.path.as_path().components().any(|part| part == Component::ParentDir)) {
-            return Err("a cgroup has a path that leads upwards".into());
-        }
+        self.check_cgroups(&ids)?;
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {
             if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {
@@ -302,6 +299,25 @@ impl Image {
             };
             if !whole || !ids.contains(&thread.tid) {
                 return Err(format!("thread {}, which is under seccomp, or a filter of it is missing", thread.tid));
+            }
+        }
+        Ok(())
+    }
+
+    /// `ids`: all threads.
+    fn check_cgroups(&self, ids: &HashSet<i32>) -> Result<(), String> {
+        let Cgroups { sets, processes, threads, namespace, directories } = &self.cgroups;
+        let missing = |set: &u32| *set as usize >= sets.len();
+        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || missing(set))
+            || threads.iter().any(|(tid, set)| !ids.contains(tid) || missing(set))
+            || namespace.as_ref().is_some_and(missing)
+        {
+            return Err("a cgroup or the process in it is missing".into());
+        }
+        let paths = sets.iter().flatten().map(|c| &c.path).chain(directories.iter().map(|d| &d.path));
+        for path in paths.map(|path| path.as_path()) {
+            if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+                return Err("a cgroup has a path that leads upwards".into());
             }
         }
         Ok(())
@@ -349,6 +365,7 @@ impl Image {
         let whole = match &file.kind {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::Linked { file, .. } => crate::objects::link_remap::is_link(file.path.as_path()),
             FileKind::PidFd { pid } => self.tasks.contains_key(pid),
             FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),

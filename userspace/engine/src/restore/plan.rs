@@ -306,6 +306,10 @@ impl<'a> Planner<'a> {
         program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
         let rest = arch::TASK_SIZE - end;
         program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
+        if self.image.cgroups.namespace.is_some() {
+            // It was put where the roots of the namespace are to be.
+            program.call("make a cgroup namespace", libc::SYS_unshare, &[libc::CLONE_NEWCGROUP.into()]);
+        }
         if let Some(clocks) = self.clocks {
             let fd = numbers.lowest();
             clocks.restore(fd, program);
