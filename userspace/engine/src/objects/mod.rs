@@ -16,6 +16,7 @@ pub(crate) mod signalfd;
 pub(crate) mod socket;
 pub(crate) mod system_v;
 pub(crate) mod timerfd;
+pub(crate) mod unix;
 
 use crate::{
     error::{Context, Error, Result},
@@ -51,6 +52,7 @@ pub(crate) struct Collected {
     pipe_ids: HashMap<(u64, u64), PipeId>,
     shared_ids: HashMap<(u64, u64), SharedMemoryId>,
     pidfds: HashMap<i32, OwnedFd>,
+    unix_sockets: Option<unix::Known>,
     /// Mapped and executed files by device, inode and access.
     mapped: HashMap<(u64, u64, bool), OpenFileId>,
     /// Executed files by the observer's number.
@@ -145,7 +147,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
         libc::S_IFIFO => pipe::dump(entry, all)?,
-        libc::S_IFSOCK => socket::dump(entry, all)?,
+        libc::S_IFSOCK => socket::dump(entry, entries, all)?,
         _ => match entry.path.to_str().unwrap_or("") {
             "anon_inode:[eventfd]" => eventfd::dump(entry)?,
             "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
