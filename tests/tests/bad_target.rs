@@ -234,6 +234,16 @@ fn a_userfaultfd() {
 }
 
 #[test]
+fn a_pidfd_of_a_process_outside_of_the_tree() {
+    expect_unsupported("pidfd of process");
+}
+
+#[test]
+fn a_pidfd_of_another_thread_than_the_first() {
+    expect_unsupported("pidfd of thread");
+}
+
+#[test]
 fn a_target_that_dies_during_the_dump() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };

@@ -115,6 +115,11 @@ fn a_tree_survives_a_killed_dump() {
 }
 
 #[test]
+fn descriptors_of_processes_survive_a_killed_dump() {
+    kill_dumps("pidfds", &[], 20, 11);
+}
+
+#[test]
 fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
 }

@@ -106,6 +106,11 @@ fn processes_share_descriptors_and_directories() {
 }
 
 #[test]
+fn descriptors_of_processes() {
+    thoroughly("pidfds", &[]);
+}
+
+#[test]
 fn filters_and_strict_mode_of_seccomp() {
     thoroughly("seccomp", &[]);
 }

@@ -2,8 +2,9 @@
 //!
 //! Options: `--kind io_uring`, `--kind userfaultfd` (hold such a descriptor), `--kind vfork` (a thread waits for a child
 //! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a child that shares memory), `--kind
-//! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share), `--kind SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind
-//! "urgent data"` (wait in a socket), `--kind "outside the tree"` (the peer of a socket belongs to an orphan).
+//! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share), `--kind "pidfd of process"` (its parent), `--kind "pidfd
+//! of thread"` (another than the first), `--kind SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind "urgent data"` (wait in a
+//! socket), `--kind "outside the tree"` (the peer of a socket belongs to an orphan).
 
 use std::fs;
 use std::io::IoSlice;
@@ -33,6 +34,17 @@ fn main() {
         "CLONE_VM" => {
             clone_with_memory(0);
             None
+        }
+        "pidfd of process" => Some(pidfd(std::os::unix::process::parent_id().cast_signed(), 0)),
+        "pidfd of thread" => {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                sender.send(nix::unistd::gettid().as_raw()).expect("the main thread waits");
+                loop {
+                    std::thread::park();
+                }
+            });
+            Some(pidfd(receiver.recv().expect("a thread id"), libc::O_EXCL))
         }
         "CLONE_FILES" => go_apart(libc::CLONE_FILES),
         "CLONE_FS" => go_apart(libc::CLONE_FS),
@@ -71,6 +83,11 @@ fn userfaultfd() -> OwnedFd {
     // SAFETY: the call takes flags only.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     own(fd, "userfaultfd")
+}
+
+fn pidfd(pid: i32, flags: i32) -> OwnedFd {
+    // SAFETY: the call takes numbers.
+    own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) }, "pidfd_open")
 }
 
 fn own(fd: i64, call: &str) -> OwnedFd {

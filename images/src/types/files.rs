@@ -122,6 +122,13 @@ pub enum FileKind {
     },
     /// A socket.
     Socket(Socket),
+    /// A pidfd of a process that has been waited for.
+    DeadPidFd {
+        /// The process: descriptors of the same one have the same number.
+        process: u32,
+        /// Its wait status, if the kernel tells it.
+        status: Option<i32>,
+    },
 }
 
 /// A pipe(2) or fifo(7), whatever ends of it are open.

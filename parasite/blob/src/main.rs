@@ -11,7 +11,7 @@ mod arch;
 
 use arch::{clone, syscall, trap};
 use core::sync::atomic::{AtomicU32, Ordering};
-use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task, stage};
+use standstill_parasite_abi::{EXPECT, Kind, LOAD, MAY_FAIL, Op, Task, stage};
 
 const EBADFD: u64 = 77;
 const ENODATA: u64 = 61;
@@ -54,7 +54,10 @@ unsafe extern "C" fn interpret(task: *mut Task) -> ! {
 }
 
 fn run(op: &Op) -> Result<(), u64> {
-    let args = op.args;
+    let mut args = op.args;
+    if op.flags & LOAD != 0 {
+        args[0] = word(args[0]).load(Ordering::Relaxed).into();
+    }
     let result = match op.kind {
         k if k == Kind::Syscall as u32 => syscall(op.nr, args),
         k if k == Kind::Trap as u32 => {
@@ -75,7 +78,7 @@ fn run(op: &Op) -> Result<(), u64> {
     if op.flags & EXPECT != 0 && result as u64 != op.expected { Err(EBADFD) } else { Ok(()) }
 }
 
-/// A word that tasks wait for.
+/// A word that tasks wait for, or that the kernel has written.
 fn word(address: u64) -> &'static AtomicU32 {
     // SAFETY: the engine placed the word, aligned, in the memory of the restorer, which outlives every program; all
     // accesses to it are atomic.

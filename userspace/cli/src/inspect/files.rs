@@ -157,6 +157,9 @@ fn describe(kind: &FileKind, image: &Image) -> (&'static str, String, Value) {
             ("timerfd", format!("{armed}, {ticks} expirations not read"), details)
         }
         FileKind::PidFd { pid, .. } => ("pidfd", format!("process {pid}"), json!({ "pid": pid })),
+        FileKind::DeadPidFd { process, status } => {
+            ("pidfd", "a process that is gone".into(), json!({ "process": process, "status": status }))
+        }
         FileKind::SignalFd { mask, .. } => ("signalfd", format!("signals {mask:#x}"), json!({ "mask": mask })),
         FileKind::Epoll { targets, .. } => {
             ("epoll", format!("watches {}", targets.len()), json!({ "targets": targets }))

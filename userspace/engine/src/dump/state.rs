@@ -148,11 +148,12 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
         if let FileKind::PidFd { pid } = file.kind
             && !by_pid.contains_key(&pid)
         {
-            return Err(Error::unsupported(
-                options.pid,
-                format!("a pidfd of process {pid}, outside the tree,"),
-                "close it before the dump",
-            ));
+            let mut threads = state.tasks.iter().filter_map(|t| t.live.as_ref()).flat_map(|live| &live.threads);
+            let whose = match threads.any(|t| t.tid == pid) {
+                true => format!("a pidfd of thread {pid}, which is not the first of its process,"),
+                false => format!("a pidfd of process {pid}, outside the tree,"),
+            };
+            return Err(Error::unsupported(options.pid, whose, "close it before the dump"));
         }
     }
     let births = births::order(&by_pid, &state.shared_fs, options.pid)?;

@@ -19,7 +19,8 @@ use standstill_images::{
     types::{
         AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId,
         FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
-        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task, Vma,
+        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task,
+        TaskState, Vma,
     },
 };
 use std::{
@@ -213,6 +214,11 @@ impl Image {
             if pid <= 0 || !ids.insert(pid) {
                 return Err(format!("pid {pid} is there twice or no pid"));
             }
+            if let TaskState::Zombie(status) = task.state
+                && stops(status)
+            {
+                return Err(format!("process {pid} has ended by a signal that ends nobody"));
+            }
             let Some(live) = &task.live else { continue };
             if live.threads.first().is_none_or(|t| t.tid != pid) {
                 return Err(format!("process {pid} has no leader"));
@@ -315,6 +321,7 @@ impl Image {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
             FileKind::PidFd { pid } => self.tasks.contains_key(pid),
+            FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
             FileKind::Socket(s) => {
                 let whole = s.local.is_empty()
@@ -412,6 +419,11 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether a wait status has a signal that stops instead of ending: nobody may be made to wait for such an end.
+fn stops(status: i32) -> bool {
+    [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&(status & 0x7f))
 }
 
 /// Whether huge pages can be of this size.

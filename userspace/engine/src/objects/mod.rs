@@ -53,6 +53,8 @@ pub(crate) struct Collected {
     shared_ids: HashMap<(u64, u64), SharedMemoryId>,
     pidfds: HashMap<i32, OwnedFd>,
     unix_sockets: Option<unix::Known>,
+    /// Numbers of dead processes by the inodes of their pidfds.
+    dead: HashMap<u64, u32>,
     /// Mapped and executed files by device, inode and access.
     mapped: HashMap<(u64, u64, bool), OpenFileId>,
     /// Executed files by the observer's number.
@@ -142,7 +144,7 @@ impl Collected {
 pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<()> {
     let kind = match entry.mode & libc::S_IFMT {
         // Linux 6.9 and later: pidfds are files of a file system of their own.
-        libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry)?,
+        libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry, all)?,
         libc::S_IFREG => regular::dump(entry, all)?,
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
@@ -152,7 +154,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
             "anon_inode:[eventfd]" => eventfd::dump(entry)?,
             "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
             "anon_inode:[timerfd]" => timerfd::dump(entry, all)?,
-            "anon_inode:[pidfd]" => pidfd::dump(entry)?,
+            "anon_inode:[pidfd]" => pidfd::dump(entry, all)?,
             "anon_inode:[signalfd]" => signalfd::dump(entry)?,
             "anon_inode:[io_uring]" => return Err(refuse(entry, "close the io_uring before the dump")),
             "anon_inode:[userfaultfd]" => return Err(refuse(entry, "end the use of userfaultfd before the dump")),
@@ -192,9 +194,12 @@ pub(crate) struct Referenced<'a> {
     pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+    /// Programs of processes that end, by the number of the dead one that they stand for.
+    pub ends: &'a HashMap<u32, usize>,
 }
 
-/// Emits the creation of `files`: one open file description, or all ends of one pipe or socket pair. Each gets the
+/// Emits the creation of `files`: one open file description, all ends of one pipe or socket pair, or all pidfds of a dead
+/// process. Each gets the
 /// number `numbers` hands out; they are returned in order.
 pub(crate) fn create(
     files: &[&OpenFile],
@@ -206,6 +211,7 @@ pub(crate) fn create(
     let made = match &file.kind {
         FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
         FileKind::Socket(_) => socket::create(files, numbers, program),
+        FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),
             FileKind::Directory { path, removed } => directory::create(path, *removed, file.flags, numbers, program),
@@ -219,7 +225,7 @@ pub(crate) fn create(
             FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, numbers, program),
             FileKind::SignalFd { mask } => signalfd::create(*mask, file.flags, numbers, program),
             FileKind::Epoll { .. } => epoll::create(numbers, program),
-            FileKind::Pipe { .. } | FileKind::Socket(_) => unreachable!("handled above"),
+            FileKind::Pipe { .. } | FileKind::Socket(_) | FileKind::DeadPidFd { .. } => unreachable!("handled above"),
         }],
     };
     for (file, &fd) in files.iter().zip(&made) {

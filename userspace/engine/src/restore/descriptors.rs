@@ -54,10 +54,12 @@ impl HighNumbers {
     }
 }
 
-/// Files that must be made together: the ends of one pipe, the ends of one socket pair, or one file.
+/// Files that must be made together: the ends of one pipe, the ends of one socket pair, the pidfds of one dead process, or
+/// one file.
 fn group_key(file: &OpenFile) -> (u8, u32) {
     match &file.kind {
         FileKind::Pipe { pipe } => (1, *pipe),
+        FileKind::DeadPidFd { process, .. } => (3, *process),
         FileKind::Socket(s) => match s.pair.as_ref().and_then(|p| p.peer) {
             Some(peer) => (2, peer.min(file.id)),
             None => (0, file.id),
@@ -132,7 +134,9 @@ impl<'a> Distribution<'a> {
         for (key, group) in &groups {
             // A pidfd needs its process, which the root comes before: each table has one of its own.
             let anywhere = !matches!(group[0].kind, FileKind::PidFd { .. });
-            if users[key].len() > 1 && anywhere {
+            // One that has to end is made before it could take an id of the tree.
+            let early = matches!(group[0].kind, FileKind::DeadPidFd { .. });
+            if users[key].len() > 1 && anywhere || early {
                 for file in group {
                     inherited.insert(file.id, high.take()?);
                 }

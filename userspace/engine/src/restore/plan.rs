@@ -21,10 +21,12 @@ use crate::{
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
-    objects::{self, Referenced, shared_memory},
+    objects::{self, Referenced, pidfd, shared_memory},
     tree::{attributes, creds, limits, process, seccomp, signals, thread, timers},
 };
-use standstill_images::types::{AddressSpace, Attributes, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
+use standstill_images::types::{
+    AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
@@ -95,6 +97,8 @@ struct Planner<'a> {
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
+    /// Programs of processes whose pidfds outlive them.
+    ends: HashMap<u32, usize>,
     pages: PageFiles,
     /// All numbers above the tree's own.
     high: BTreeSet<i32>,
@@ -145,6 +149,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         files,
         shared_fds,
         first_writers,
+        ends: HashMap::new(),
         pages,
         high,
         vdso: Vdso::plan(image, env, base + programs_size)?,
@@ -214,7 +219,10 @@ impl<'a> Planner<'a> {
         let space = &self.image.spaces[&live.address_space];
         let mut numbers = Numbers::new(self.high.iter().copied());
         match parent {
-            None => self.root_begin(&mut numbers, &mut program)?,
+            None => {
+                self.ends();
+                self.root_begin(&mut numbers, &mut program)?;
+            }
             Some((parent, _)) => {
                 for &fd in self.files.inherited.values() {
                     numbers.occupy(fd);
@@ -274,19 +282,7 @@ impl<'a> Planner<'a> {
         let name = program.string(&task.comm.0);
         program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
         let TaskState::Zombie(status) = task.state else { return };
-        let signal = status & 0x7f;
-        if signal != 0 {
-            let none = program.words(&[0, 0]);
-            program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
-            let mask = program.words(&[0]);
-            program.call(
-                "unblock signals",
-                libc::SYS_rt_sigprocmask,
-                &[libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()],
-            );
-            program.call("die by the signal", libc::SYS_kill, &[task.pid.into(), signal.into()]);
-        }
-        program.exit(status >> 8 & 0xff);
+        process::end(status, task.pid, program);
     }
 
     /// The root begins as a copy of this process: everything of it goes, and what all share is made.
@@ -301,8 +297,25 @@ impl<'a> Planner<'a> {
         self.files.make_inherited(&self.references(), numbers, program)
     }
 
+    /// Makes the programs of processes that only end.
+    fn ends(&mut self) {
+        for file in self.image.files.values() {
+            if let FileKind::DeadPidFd { process, status } = file.kind
+                && !self.ends.contains_key(&process)
+            {
+                self.ends.insert(process, self.programs.len());
+                self.programs.push(pidfd::end(status));
+            }
+        }
+    }
+
     fn references(&self) -> Referenced<'_> {
-        Referenced { pipes: &self.image.pipes, first_writers: &self.first_writers, shared_fds: &self.shared_fds }
+        Referenced {
+            pipes: &self.image.pipes,
+            first_writers: &self.first_writers,
+            shared_fds: &self.shared_fds,
+            ends: &self.ends,
+        }
     }
 
     fn memory(

@@ -282,6 +282,20 @@ fn foreign_namespace(pid: i32) -> Option<&'static str> {
     NAMESPACES.into_iter().zip(&*OWN).find(|(name, ours)| ours.is_some() && its(name) != **ours).map(|(name, _)| name)
 }
 
+/// Ends the process with a wait status. `pid`: its number, or 0 if it is alone in its process group.
+pub(crate) fn end(status: i32, pid: i32, program: &mut Program) {
+    let signal = status & 0x7f;
+    if signal != 0 {
+        let none = program.words(&[0, 0]);
+        program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
+        let mask = program.words(&[0]);
+        let args = [libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()];
+        program.call("unblock signals", libc::SYS_rt_sigprocmask, &args);
+        program.call("die by the signal", libc::SYS_kill, &[pid.into(), signal.into()]);
+    }
+    program.exit(status >> 8 & 0xff);
+}
+
 /// Sets the login uid, which only the task itself may do, by way of the lowest free descriptor `fd`.
 pub(crate) fn restore_loginuid(live: &LiveTask, own: u32, fd: i32, program: &mut Program) {
     if live.loginuid == own {

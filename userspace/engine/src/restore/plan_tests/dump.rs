@@ -54,7 +54,7 @@ impl Store {
             history.world.processes.keys().flat_map(|pid| history.world.fds(*pid).values().map(|f| f.0)).collect();
         for &id in &opened {
             let file = &history.world.files[id];
-            dump.records.push(open_file(id as u32, file));
+            dump.records.push(open_file(id as u32, file, &history.world.gone));
             if let What::Pipe(pipe) = file.what {
                 dump.pipe(pipe, &mut writer);
             }
@@ -185,12 +185,13 @@ fn regular(path: &str) -> FileKind {
     FileKind::Regular(RegularFile { path: path.as_bytes().into(), size: 0, mtime: (0, 0), mode: libc::S_IFREG })
 }
 
-fn open_file(id: u32, file: &File) -> OpenFile {
+fn open_file(id: u32, file: &File, gone: &[i32]) -> OpenFile {
     let kind = match &file.what {
         What::Path(path) => regular(path),
         What::Memory(object) => FileKind::SharedMemory { object: *object },
         What::Pipe(pipe) => FileKind::Pipe { pipe: *pipe as u32 },
         What::PidFd(pid) => FileKind::PidFd { pid: *pid },
+        What::DeadPidFd(process) => FileKind::DeadPidFd { process: *process, status: Some(gone[*process as usize]) },
         What::EventFd(count) => FileKind::EventFd { count: *count, semaphore: false },
         What::Epoll(targets) => {
             let target = |&(fd, file): &(i32, usize)| EpollTarget { fd, file: file as u32, events: 1, data: 0 };

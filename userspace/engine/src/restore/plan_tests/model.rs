@@ -20,6 +20,8 @@ pub(super) enum What {
     Pipe(usize),
     EventFd(u64),
     PidFd(i32),
+    /// Of a process that is gone.
+    DeadPidFd(u32),
     /// Registrations by number and file.
     Epoll(BTreeSet<(i32, usize)>),
     /// A file with pages: the one at its offset 0, and which of them it has.
@@ -112,6 +114,8 @@ pub(super) struct World {
     pub files: Vec<File>,
     /// Contents of pipes.
     pub pipes: Vec<Vec<u8>>,
+    /// Wait statuses of processes that are gone.
+    pub gone: Vec<i32>,
 }
 
 impl World {
@@ -225,12 +229,10 @@ impl World {
     pub(super) fn wait(&mut self, parent: i32, pid: i32) -> Outcome {
         match self.processes.get(&pid) {
             Some(p) if p.ppid == parent && p.dead.is_some() => {
-                self.processes.remove(&pid);
-                // Who watched it knows now.
-                for table in &mut self.tables {
-                    table.retain(|_, fd| self.files[fd.0].what != What::PidFd(pid));
+                self.gone.extend(self.processes.remove(&pid).and_then(|p| p.dead));
+                for file in self.files.iter_mut().filter(|f| f.what == What::PidFd(pid)) {
+                    file.what = What::DeadPidFd(self.gone.len() as u32 - 1);
                 }
-                self.forget_closed();
                 Ok(pid.into())
             }
             _ => Err(libc::ECHILD),
@@ -303,7 +305,7 @@ impl World {
 
     pub(super) fn epoll_add(&mut self, pid: i32, epoll: i32, fd: i32) -> Outcome {
         let &(target, _) = self.table(pid).get(&fd).ok_or(libc::EBADF)?;
-        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_)) {
+        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_) | What::DeadPidFd(_)) {
             return Err(libc::EPERM);
         }
         match &mut self.file(pid, epoll)?.what {
@@ -412,7 +414,7 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
         return Err(format!("processes {:?} instead of {:?}", pids(found), pids(wanted)));
     }
     let mut files = BTreeMap::new();
-    let mut pipes = BTreeMap::new();
+    let (mut pipes, mut dead) = (BTreeMap::new(), BTreeMap::new());
     for (pid, a) in wanted.processes.iter().filter(|p| *p.0 != OUTSIDE) {
         let b = &found.processes[pid];
         let facts = |p: &Process| (p.ppid, p.pgid, p.sid, p.dead, p.tids.clone(), p.exe.clone());
@@ -465,6 +467,9 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
             (What::Pipe(a), What::Pipe(b)) => {
                 *pipes.entry(*a).or_insert(*b) == *b && wanted.pipes[*a] == found.pipes[*b]
             }
+            (What::DeadPidFd(a), What::DeadPidFd(b)) => {
+                *dead.entry(*a).or_insert(*b) == *b && wanted.gone[*a as usize] == found.gone[*b as usize]
+            }
             (What::Epoll(a), What::Epoll(b)) => {
                 let target = |world: &World, file: usize, same: usize| match world.files[file].what {
                     What::PidFd(pid) => Err(pid),
@@ -482,6 +487,9 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
     }
     if pipes.values().collect::<BTreeSet<_>>().len() != pipes.len() {
         return Err("different pipes have become one".into());
+    }
+    if dead.values().collect::<BTreeSet<_>>().len() != dead.len() {
+        return Err("pidfds of different processes have become those of one".into());
     }
     Ok(())
 }
