@@ -1,5 +1,6 @@
 //! Connected unix sockets, with all that may wait in them.
 
+mod named;
 mod pair;
 
 use std::io::{ErrorKind, Read, Write};
@@ -10,6 +11,7 @@ use std::time::Duration;
 use nix::sys::socket::SockType;
 use standstill_tests::workload::{Args, Checker, Control, Meter, Pattern, SelfState, fork_child};
 
+use named::Named;
 use pair::{End, Pair};
 
 const EVERY: Duration = Duration::from_millis(50);
@@ -18,7 +20,7 @@ fn main() {
     let args = Args::parse();
     let mut control = Control::new("sockets", &args);
     let checker = Arc::clone(&control.checker);
-    let mut pairs = pairs();
+    let (mut pairs, mut named) = (pairs(), vec![Named::new(&args.dir(), "shared")]);
     let shared = Pair::new(SockType::Stream).with(End::B, vec![bytes(20, 3000)]).with(End::A, vec![bytes(21, 7)]);
     let (mut here, there) = UnixStream::pair().expect("socketpair");
     let child = control.for_child("echo");
@@ -34,6 +36,7 @@ fn main() {
         }
     });
     control.adopt(pid, "echo");
+    named.push(Named::new(&args.dir(), "own"));
     here.set_read_timeout(Some(Duration::from_secs(10))).expect("set a timeout");
     let meter = Meter::start(Duration::from_millis(1));
     let before = SelfState::of_process().without(&["parent"]);
@@ -44,8 +47,10 @@ fn main() {
         for pair in pairs.iter().chain([&shared]) {
             pair.look(&checker);
         }
+        named.iter().for_each(|named| named.look(&checker));
         if request.thorough() {
             pairs.iter_mut().for_each(|pair| pair.exercise(&checker));
+            named.iter_mut().for_each(|named| named.exercise(&checker));
             number += 1;
             let mut answer = [0; 4];
             checker.works("write to the child", here.write_all(&number.to_ne_bytes()));

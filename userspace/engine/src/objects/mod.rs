@@ -28,7 +28,7 @@ use standstill_images::types::{
     FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -194,6 +194,8 @@ pub(crate) struct Referenced<'a> {
     pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+    /// Abstract names of several unix sockets.
+    pub shared_names: &'a HashSet<Vec<u8>>,
     /// Programs of processes that end, by the number of the dead one that they stand for.
     pub ends: &'a HashMap<u32, usize>,
 }
@@ -210,7 +212,7 @@ pub(crate) fn create(
     let file = files[0];
     let made = match &file.kind {
         FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
-        FileKind::Socket(_) => socket::create(files, numbers, program),
+        FileKind::Socket(_) => socket::create(files, refs.shared_names, numbers, program),
         FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),

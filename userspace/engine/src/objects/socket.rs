@@ -8,6 +8,7 @@ use crate::{
 };
 use standstill_images::types::{FileKind, OpenFile, Socket};
 use std::{
+    collections::HashSet,
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -105,7 +106,8 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
     // An internet socket that is not bound has port 0.
     let bound = if family == libc::AF_UNIX { local.len() > bare } else { local[2..4] != [0, 0] };
     let local = if bound { local } else { Vec::new() };
-    if pair.is_some() && (bound || peer.is_some_and(|p| p.len() > bare)) {
+    let peer = peer.filter(|name| name.len() > bare).unwrap_or_default();
+    if kind == libc::SOCK_DGRAM && pair.is_some() && (bound || !peer.is_empty()) {
         return Err(refuse(entry, "the socket is connected by a name: close the connection before the dump"));
     }
     let mut options = Vec::new();
@@ -122,7 +124,8 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         let value = number(&fd, name).context(context)? / 2;
         options.push((libc::SOL_SOCKET, force, value.to_ne_bytes().to_vec()));
     }
-    let path = unix_path(&local);
+    // The name of a connection is of no use to others.
+    let path = unix_path(&local).filter(|_| pair.is_none());
     let bound_file = match path.as_deref().map(|p| bound_path(p, entry.tgid)) {
         Some(p) => {
             let meta = std::fs::metadata(&p).map_err(|_| refuse(entry, "its name was removed from the file system"))?;
@@ -135,7 +138,8 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         kind,
         protocol,
         local,
-        peer: Vec::new(),
+        // Otherwise it is that of another file.
+        peer: if pair.as_ref().is_some_and(|p| p.peer.is_none()) { peer } else { Vec::new() },
         backlog: if listening { Some(backlog(entry, family)) } else { None },
         options,
         bound_file,
@@ -143,7 +147,7 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
     }))
 }
 
-fn unix_path(address: &[u8]) -> Option<PathBuf> {
+pub(super) fn unix_path(address: &[u8]) -> Option<PathBuf> {
     let name =
         address.get(2..).filter(|n| address.starts_with(&(libc::AF_UNIX as u16).to_ne_bytes()) && !n.is_empty())?;
     if name[0] == 0 {
@@ -165,9 +169,14 @@ fn backlog(_: &FdEntry, _: i32) -> u32 {
 }
 
 /// Makes the sockets of one group.
-pub(super) fn create(files: &[&OpenFile], numbers: &mut Numbers, program: &mut Program) -> Vec<i32> {
+pub(super) fn create(
+    files: &[&OpenFile],
+    shared_names: &HashSet<Vec<u8>>,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> Vec<i32> {
     if unix::end(files[0]).is_some() {
-        return unix::create(files, numbers, program);
+        return unix::create(files, shared_names, numbers, program);
     }
     files
         .iter()
@@ -218,7 +227,7 @@ pub(super) fn set_options(socket: &Socket, fd: i32, program: &mut Program) {
 }
 
 /// An address for people.
-fn describe(address: &[u8]) -> String {
+pub(super) fn describe(address: &[u8]) -> String {
     let family = i32::from(u16::from_ne_bytes([address[0], address[1]]));
     let port = || u16::from_be_bytes([address[2], address[3]]);
     match family {

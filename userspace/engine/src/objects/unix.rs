@@ -1,5 +1,7 @@
 //! Connections of unix sockets: socketpair(2), unix(7).
 //!
+//! Names come from bind(2), or from the listening socket that a connection was accepted from.
+//!
 //! Both ends must belong to the tree, or the other one be closed. What waits in an end is read with MSG_PEEK
 //! ([`peek`]), who is connected to whom by sock_diag(7).
 
@@ -18,7 +20,10 @@ use standstill_images::types::{FileKind, OpenFile, OpenFileId, Socket, SocketPai
 use std::{
     collections::{HashMap, HashSet},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
 };
 
 // Bits of `SocketPair::shutdown`.
@@ -119,14 +124,27 @@ fn waiting(entry: &FdEntry, fd: &OwnedFd, kind: i32) -> Result<(Vec<Vec<u8>>, bo
     Ok((queue, reset))
 }
 
-/// Makes the ends of one connection that `files` are. One that is not among them is closed again.
-pub(super) fn create(files: &[&OpenFile], numbers: &mut Numbers, program: &mut Program) -> Vec<i32> {
+/// Makes the ends of one connection that `files` are. One that is not among them is closed again. `shared_names`: see
+/// [`shared_names`].
+pub(super) fn create(
+    files: &[&OpenFile],
+    shared_names: &HashSet<Vec<u8>>,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> Vec<i32> {
     let ends: Vec<(&Socket, &SocketPair)> = files.iter().filter_map(|file| end(file)).collect();
     let kind = ends[0].0.kind;
-    let made = [numbers.lowest(), numbers.lowest()];
-    let out = program.data(&[0; 8]);
-    let args = [libc::AF_UNIX.into(), (kind | libc::SOCK_NONBLOCK).into(), 0.into(), out];
-    program.call("socketpair", libc::SYS_socketpair, &args);
+    let names = [&ends[0].0.local, ends.get(1).map_or(&ends[0].0.peer, |(other, _)| &other.local)];
+    let accepted = names.iter().position(|name| shared_names.contains(*name));
+    let made = match accepted {
+        Some(end) => connect(kind, names[end], end, numbers, program),
+        None => pair(kind, numbers, program),
+    };
+    for (n, (name, fd)) in names.iter().zip(made).enumerate() {
+        if !name.is_empty() && accepted != Some(n) {
+            bind(name, fd, program);
+        }
+    }
     for ((_, pair), from) in ends.iter().zip([made[1], made[0]]) {
         if !pair.queue.is_empty() {
             send_all(&pair.queue, kind, from, program);
@@ -155,6 +173,114 @@ pub(super) fn create(files: &[&OpenFile], numbers: &mut Numbers, program: &mut P
         }
     }
     made[..ends.len()].to_vec()
+}
+
+fn pair(kind: i32, numbers: &mut Numbers, program: &mut Program) -> [i32; 2] {
+    let made = [numbers.lowest(), numbers.lowest()];
+    let out = program.data(&[0; 8]);
+    let args = [libc::AF_UNIX.into(), (kind | libc::SOCK_NONBLOCK).into(), 0.into(), out];
+    program.call("socketpair", libc::SYS_socketpair, &args);
+    made
+}
+
+/// Both ends of a connection, of which number `accepted` has its name from a listening socket, as others have: a name that
+/// is in use cannot be given by bind(2). Somebody else may connect at the same moment, which is noticed.
+fn connect(kind: i32, name: &[u8], accepted: usize, numbers: &mut Numbers, program: &mut Program) -> [i32; 2] {
+    const TOKEN: &[u8] = &[0x5a; 61];
+    let [listener, client, server] = [0; 3].map(|_| numbers.lowest());
+    let address = program.data(name);
+    let name_args = |fd: i32| [fd.into(), address, name.len().into()];
+    let socket = |program: &mut Program, fd: i32| {
+        let args = [libc::AF_UNIX.into(), (kind | libc::SOCK_NONBLOCK).into(), 0.into()];
+        program.call_expecting("socket", libc::SYS_socket, &args, fd);
+    };
+    socket(program, listener);
+    program.call(format!("bind to {}", socket::describe(name)), libc::SYS_bind, &name_args(listener));
+    program.call("listen", libc::SYS_listen, &[listener.into(), 1.into()]);
+    socket(program, client);
+    program.call("connect", libc::SYS_connect, &name_args(client));
+    let args = [listener.into(), 0.into(), 0.into(), libc::SOCK_NONBLOCK.into()];
+    program.call_expecting("accept", libc::SYS_accept4, &args, server);
+    program.write_full("send a token", client, TOKEN);
+    let room = program.data(&[0; 64]);
+    let args = [server.into(), room, 64.into(), 0.into(), 0.into(), 0.into()];
+    program.call_expecting("receive the token", libc::SYS_recvfrom, &args, TOKEN.len());
+    program.call("close the listening socket", libc::SYS_close, &[listener.into()]);
+    numbers.release(listener);
+    if accepted == 0 { [server, client] } else { [client, server] }
+}
+
+/// Gives a socket its name. One in the file system leaves nothing there: see [`apart`].
+fn bind(name: &[u8], fd: i32, program: &mut Program) {
+    let address = program.data(name);
+    let path = socket::unix_path(name);
+    for dir in path.iter().flat_map(|path| path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev()) {
+        let dir = program.string(dir.as_os_str().as_bytes());
+        program.try_call("make a directory for a name", libc::SYS_mkdir, &[dir, 0o700.into()]);
+    }
+    program.call(
+        format!("bind to {}", socket::describe(name)),
+        libc::SYS_bind,
+        &[fd.into(), address, name.len().into()],
+    );
+    if let Some(path) = path {
+        let path = program.string(path.as_os_str().as_bytes());
+        program.call("remove the name", libc::SYS_unlink, &[path]);
+    }
+}
+
+/// Abstract names that several sockets have: a listening one, and those that were accepted from it.
+pub(crate) fn shared_names<'a>(files: impl Iterator<Item = &'a OpenFile>) -> HashSet<Vec<u8>> {
+    let (mut once, mut shared) = (HashSet::new(), HashSet::new());
+    for file in files {
+        let FileKind::Socket(socket) = &file.kind else { continue };
+        for name in [&socket.local, &socket.peer] {
+            if name.get(2) == Some(&0) && socket.family == libc::AF_UNIX && !once.insert(name) {
+                shared.insert(name.clone());
+            }
+        }
+    }
+    shared
+}
+
+/// Whether a connection has a name, and has to be made [`apart`], before anybody else may use the name.
+pub(crate) fn is_named(group: &[&OpenFile]) -> bool {
+    group.iter().filter_map(|file| end(file)).any(|(s, _)| !s.local.is_empty() || !s.peer.is_empty())
+}
+
+/// Emits steps of a process that is alone in a file system that is empty and that nobody else sees (fsmount(2), Linux
+/// 5.2): names of sockets can be anything there. The sockets keep it until they are closed.
+pub(crate) fn apart(
+    numbers: &mut Numbers,
+    program: &mut Program,
+    steps: impl FnOnce(&mut Numbers, &mut Program) -> Result<()>,
+) -> Result<()> {
+    const FSCONFIG_CMD_CREATE: i32 = 6;
+    let [root, cwd, context, mount] = [0; 4].map(|_| numbers.lowest());
+    let chroot = |program: &mut Program, to: i32| {
+        let here = program.string(b".");
+        program.call("go to a root directory", libc::SYS_fchdir, &[to.into()]);
+        program.call("change the root directory", libc::SYS_chroot, &[here]);
+    };
+    for (fd, path) in [(root, &b"/"[..]), (cwd, b".")] {
+        let path = program.string(path);
+        let args = [libc::AT_FDCWD.into(), path, (libc::O_PATH | libc::O_DIRECTORY).into(), 0.into()];
+        program.call_expecting("remember a directory", libc::SYS_openat, &args, fd);
+    }
+    let name = program.string(b"tmpfs");
+    program.call_expecting("open a file system", libc::SYS_fsopen, &[name, 0.into()], context);
+    let args = [context.into(), FSCONFIG_CMD_CREATE.into(), 0.into(), 0.into(), 0.into()];
+    program.call("make the file system", libc::SYS_fsconfig, &args);
+    program.call_expecting("mount it", libc::SYS_fsmount, &[context.into(), 0.into(), 0.into()], mount);
+    chroot(program, mount);
+    steps(numbers, program)?;
+    chroot(program, root);
+    program.call("go back", libc::SYS_fchdir, &[cwd.into()]);
+    for fd in [root, cwd, context, mount] {
+        program.call("close", libc::SYS_close, &[fd.into()]);
+        numbers.release(fd);
+    }
+    Ok(())
 }
 
 /// A connected socket, with its connection.
