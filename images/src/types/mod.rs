@@ -224,6 +224,7 @@ records! {
     Seccomp = 13 v 1;
     Cgroups = 14 v 1;
     Attributes = 15 v 1;
+    Clocks = 16 v 1;
 }
 
 #[cfg(test)]

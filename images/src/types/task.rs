@@ -76,6 +76,17 @@ pub struct LiveTask {
     pub loginuid: u32,
 }
 
+/// The clocks of the tree at the freeze, as it saw them itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// CLOCK_MONOTONIC, in nanoseconds.
+    pub monotonic_ns: u64,
+    /// CLOCK_BOOTTIME, in nanoseconds.
+    pub boottime_ns: u64,
+    /// The tree lived in another time namespace than whoever dumped it.
+    pub namespace: bool,
+}
+
 /// The cgroups that processes are in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroups {

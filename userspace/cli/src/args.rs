@@ -2,7 +2,9 @@
 
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{At, CgroupMode, MemorySnapshot, Precopy, PrecopyOptions, Reader, observe::Scope};
+use standstill_engine::{
+    At, CgroupMode, MemorySnapshot, Precopy, PrecopyOptions, Reader, TimeNamespace, observe::Scope,
+};
 use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -110,6 +112,28 @@ impl From<CgroupsArg> for CgroupMode {
             CgroupsArg::Ignore => Self::Ignore,
             CgroupsArg::None => Self::Exist,
             CgroupsArg::Soft => Self::Create,
+        }
+    }
+}
+
+/// What to do about the tree's clocks
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum TimensArg {
+    /// As `new` if the tree had a time namespace of its own, otherwise as `none`
+    #[default]
+    Auto,
+    /// They go on, in a new time namespace
+    New,
+    /// They are those of this machine
+    None,
+}
+
+impl From<TimensArg> for TimeNamespace {
+    fn from(arg: TimensArg) -> Self {
+        match arg {
+            TimensArg::Auto => Self::AsBefore,
+            TimensArg::New => Self::New,
+            TimensArg::None => Self::None,
         }
     }
 }
@@ -264,6 +288,11 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
         default_missing_value = "soft")]
     pub manage_cgroups: CgroupsArg,
+    /// A time namespace in which CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from where they were at the dump: `new`, the default
+    /// where the tree had one that whoever dumped it was not in; `none`, the clocks are those of this machine
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
+        default_missing_value = "new")]
+    pub timens: TimensArg,
     /// Write the root's pid to this file (in the image directory unless absolute)
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,

@@ -13,11 +13,11 @@ use crate::{
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
-    tree::{cgroups, process, sharing::Sharing},
+    tree::{cgroups, clocks::Moment, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Attributes, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId,
-    Seccomp, SharedFs, Task, Vma,
+    AddressSpace, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind, Inventory,
+    OpenFileId, Seccomp, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -38,6 +38,7 @@ pub(super) struct State {
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
     cgroups: Option<Cgroups>,
+    clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -57,6 +58,7 @@ pub(super) fn collect(
         observer.use_procfs(pid);
     }
     let seen = observer.read(&pids, options.paranoid)?;
+    let moment = Moment::now();
     let sharing = Sharing::of(tree.processes(), &seen.processes)?;
     phases.end("descriptors");
     let entries = &seen.files;
@@ -72,8 +74,9 @@ pub(super) fn collect(
         shared_fs: sharing.shared_fs(tree.processes()),
         seccomp: None,
         attributes: Vec::new(),
+        clocks: Clocks::default(),
         cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
-        objects: Collected::new(next),
+        objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
     for (key, object) in trackings.sharing.objects() {
@@ -91,7 +94,7 @@ pub(super) fn collect(
         let id = n as u32;
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
         let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped)?;
+        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped, moment)?;
         let tracked = trackings.of(process.id()).is_some();
         let (space, areas) =
             memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
@@ -99,6 +102,7 @@ pub(super) fn collect(
         state.spaces.push(space);
         mappings.push(areas);
     }
+    state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();
     state.attributes = known.attributes;
     state.vdso = vdso(pids[0], state.spaces.first())?;
@@ -218,6 +222,7 @@ impl State {
             seccomp: self.seccomp,
             attributes: self.attributes,
             cgroups: self.cgroups,
+            clocks: self.clocks,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,

@@ -17,7 +17,7 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId,
+        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, DumpStats, DumpStatsV1, FdTable, FdTableId,
         FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
         Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task,
         TaskState, Vma,
@@ -38,6 +38,7 @@ pub(crate) struct Records {
     pub seccomp: Option<Seccomp>,
     pub attributes: Vec<Attributes>,
     pub cgroups: Option<Cgroups>,
+    pub clocks: Clocks,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
     pub shared: Vec<SharedMemory>,
@@ -70,6 +71,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.attributes)?;
     all(&mut writer, &records.cgroups)?;
+    writer.push(&records.clocks)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
@@ -102,6 +104,8 @@ pub struct Image {
     pub attributes: BTreeMap<i32, Attributes>,
     /// Cgroups, if they were recorded.
     pub cgroups: Cgroups,
+    /// Clocks at the freeze; `None`: it is an old image.
+    pub clocks: Option<Clocks>,
     /// Open file descriptions, and files that are mapped or executed.
     pub files: BTreeMap<OpenFileId, OpenFile>,
     /// Pipes.
@@ -125,7 +129,8 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp, mut attributes, mut cgroups) = (Vec::new(), None, BTreeMap::new(), None);
+        let (mut shared_fs, mut seccomp, mut attributes) = (Vec::new(), None, BTreeMap::new());
+        let (mut cgroups, mut clocks) = (None, None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -147,6 +152,7 @@ impl Image {
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
+                Clocks::KIND => twice |= clocks.replace(record.decode::<Clocks>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
                 SharedMemory::KIND if record.version() == SharedMemoryV1::VERSION => {
@@ -175,6 +181,7 @@ impl Image {
             seccomp: seccomp.unwrap_or_default(),
             attributes,
             cgroups: cgroups.unwrap_or_default(),
+            clocks,
             files,
             pipes,
             shared,

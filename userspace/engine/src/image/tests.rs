@@ -101,6 +101,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
         seccomp: None,
         attributes: Vec::new(),
         cgroups: None,
+        clocks: Clocks::default(),
         tables: vec![FdTable { id: 0, fds: Vec::new() }],
         files: vec![OpenFile { id: 0, flags: 0, pos: 0, owner: None, kind: FileKind::Regular(regular) }],
         pipes: Vec::new(),

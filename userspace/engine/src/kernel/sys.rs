@@ -25,6 +25,15 @@ pub(crate) fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Into::into)
 }
 
+/// timerfd_gettime(2): interval and time left.
+pub(crate) fn timerfd_gettime(timer: BorrowedFd<'_>) -> io::Result<libc::itimerspec> {
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut spec = libc::itimerspec { it_interval: none, it_value: none };
+    // SAFETY: the kernel writes one itimerspec.
+    check(unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &raw mut spec) }.into())?;
+    Ok(spec)
+}
+
 /// pidfd_open(2) of a process, Linux 5.3.
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     open_pidfd(pid, 0)

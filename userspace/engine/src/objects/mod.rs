@@ -23,6 +23,7 @@ use crate::{
     kernel::sys,
     observe::{FdEntry, SharedId},
     restore::{files::Numbers, program::Program},
+    tree::clocks::{Continued, Moment},
 };
 use standstill_images::types::{
     FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
@@ -39,8 +40,9 @@ const F_SETOWN_EX: i32 = 15;
 const F_GETOWN_EX: i32 = 16;
 
 /// Everything the dump has learnt of the tree's open files.
-#[derive(Default)]
 pub(crate) struct Collected {
+    /// For which timers are recorded.
+    moment: Moment,
     pub files: Vec<OpenFile>,
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Contents are copied later, with the memory.
@@ -66,8 +68,24 @@ pub(crate) struct Collected {
 
 impl Collected {
     /// Ids below `first` belong to descriptors.
-    pub(crate) fn new(first: OpenFileId) -> Self {
-        Self { next_file: first, ..Default::default() }
+    pub(crate) fn new(first: OpenFileId, moment: Moment) -> Self {
+        Self {
+            moment,
+            files: Vec::new(),
+            pipes: BTreeMap::new(),
+            shared: Vec::new(),
+            shared_sources: Vec::new(),
+            known_sources: HashMap::new(),
+            pipe_ids: HashMap::new(),
+            shared_ids: HashMap::new(),
+            pidfds: HashMap::new(),
+            unix_sockets: None,
+            dead: HashMap::new(),
+            mapped: HashMap::new(),
+            executables: HashMap::new(),
+            next_file: first,
+            names: Vec::new(),
+        }
     }
 
     /// A duplicate of a descriptor of the target.
@@ -196,6 +214,8 @@ pub(crate) struct Referenced<'a> {
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
     /// Abstract names of several unix sockets.
     pub shared_names: &'a HashSet<Vec<u8>>,
+    /// How the clocks go on, if they do.
+    pub clocks: Option<&'a Continued>,
     /// Programs of processes that end, by the number of the dead one that they stand for.
     pub ends: &'a HashMap<u32, usize>,
 }
@@ -224,7 +244,7 @@ pub(crate) fn create(
             }
             FileKind::PidFd { pid } => pidfd::create(*pid, file.flags, numbers, program),
             FileKind::EventFd { count, semaphore } => eventfd::create(*count, *semaphore, file.flags, numbers, program),
-            FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, numbers, program),
+            FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, refs.clocks, numbers, program),
             FileKind::SignalFd { mask } => signalfd::create(*mask, file.flags, numbers, program),
             FileKind::Epoll { .. } => epoll::create(numbers, program),
             FileKind::Pipe { .. } | FileKind::Socket(_) | FileKind::DeadPidFd { .. } => unreachable!("handled above"),

@@ -262,8 +262,8 @@ pub struct ProcessState {
     pub sid: i32,
     /// Its threads by number, the leader first.
     pub threads: Vec<ThreadState>,
-    /// A namespace in which it is and the reader is not, by its name in `/proc/pid/ns`.
-    pub foreign_namespace: Option<&'static str>,
+    /// The namespaces in which it is and the reader is not, by their names in `/proc/pid/ns`.
+    pub foreign_namespaces: Vec<&'static str>,
     /// Status for wait(2) if the leader has exited.
     pub exited: Option<i32>,
     /// If it is stopped by job control: whether its parent has waited for that.

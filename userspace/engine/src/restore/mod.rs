@@ -12,7 +12,15 @@ pub(crate) mod program;
 pub(crate) mod shares;
 pub(crate) mod vdso;
 
-use crate::{error::Result, image::Image, objects::regular, tree::cgroups::CgroupMode};
+use crate::{
+    error::Result,
+    image::Image,
+    objects::regular,
+    tree::{
+        cgroups::CgroupMode,
+        clocks::{Continued, TimeNamespace},
+    },
+};
 use standstill_images::types::{FileKind, OpenFile};
 
 /// A restore to carry out.
@@ -22,6 +30,8 @@ pub struct RestoreOptions {
     pub dry_run: bool,
     /// What to do about recorded cgroups.
     pub cgroups: CgroupMode,
+    /// What to do about the tree's clocks.
+    pub time_namespace: TimeNamespace,
 }
 
 /// What a restore did.
@@ -45,7 +55,8 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         check_file(file)?;
     }
     let env = environment::Environment::current()?;
-    let plan = plan::plan(image, &env, execute::BLOB.len())?;
+    let clocks = Continued::choose(image.clocks, options.time_namespace)?;
+    let plan = plan::plan(image, &env, clocks.as_ref(), execute::BLOB.len())?;
     let root = image.inventory.root;
     if options.dry_run {
         let mut text = String::new();

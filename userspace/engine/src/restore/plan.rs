@@ -22,7 +22,7 @@ use crate::{
         pages::PageFiles,
     },
     objects::{self, Referenced, pidfd, shared_memory, unix},
-    tree::{attributes, creds, limits, process, seccomp, signals, thread, timers},
+    tree::{attributes, clocks::Continued, creds, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{
     AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
@@ -84,6 +84,7 @@ pub(crate) struct Plan {
 struct Planner<'a> {
     image: &'a Image,
     env: &'a Environment,
+    clocks: Option<&'a Continued>,
     births: HashMap<i32, Vec<Step>>,
     /// Who shares a descriptor table, and who a working directory.
     tables: HashMap<i32, Share>,
@@ -110,17 +111,22 @@ struct Planner<'a> {
     tasks: Vec<PlannedTask>,
 }
 
-/// Makes the plan for an image. `blob` is the size of the restorer's code.
-pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan> {
+/// Makes the plan for an image. `clocks`: how those of the tree go on, if they do. `blob` is the size of the restorer's code.
+pub(crate) fn plan(image: &Image, env: &Environment, clocks: Option<&Continued>, blob: usize) -> Result<Plan> {
     machine::check(image, env)?;
     // The size of the programs does not depend on their addresses: lay everything out at zero, then for good.
-    let draft = build(image, env, 0, 0)?;
+    let draft = build(image, env, clocks, (0, 0))?;
     let size = Layout::size_for(blob, &draft.programs);
     let base = find_gap(image, env, size + Vdso::parking_size(env))?;
-    build(image, env, base, size)
+    build(image, env, clocks, (base, size))
 }
 
-fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
+fn build(
+    image: &Image,
+    env: &Environment,
+    clocks: Option<&Continued>,
+    (base, programs_size): (u64, u64),
+) -> Result<Plan> {
     let births = births::order(&image.tasks, &image.shared_fs, image.inventory.root)?;
     let orphaned = births.values().flatten().filter_map(|step| match step {
         Step::StandIn { sid, .. } => Some(*sid),
@@ -141,6 +147,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     let mut planner = Planner {
         image,
         env,
+        clocks,
         births,
         tables,
         directories,
@@ -296,6 +303,11 @@ impl<'a> Planner<'a> {
         program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
         let rest = arch::TASK_SIZE - end;
         program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
+        if let Some(clocks) = self.clocks {
+            let fd = numbers.lowest();
+            clocks.restore(fd, program);
+            numbers.release(fd);
+        }
         self.files.make_inherited(&self.references(), numbers, program)
     }
 
@@ -318,6 +330,7 @@ impl<'a> Planner<'a> {
             shared_fds: &self.shared_fds,
             shared_names: &self.shared_names,
             ends: &self.ends,
+            clocks: self.clocks,
         }
     }
 
@@ -459,7 +472,7 @@ impl<'a> Planner<'a> {
             Share::pass(directory, "working directory", program);
         }
         process::restore(live, self.env.personality, program);
-        timers::restore_posix_timers(&live.posix_timers, program);
+        timers::restore_posix_timers(&live.posix_timers, self.clocks, program);
         timers::restore_itimers(&live.itimers, program);
         signals::restore_pending(task.pid, None, &live.pending, program);
         signals::restore_pending(task.pid, Some(task.pid), &leader.pending, program);

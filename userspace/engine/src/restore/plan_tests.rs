@@ -67,7 +67,7 @@ fn own_memory(env: &Environment) -> BTreeMap<u64, Page> {
 /// Whether the tree could be restored; an error if it could not be, or comes out otherwise than it was.
 fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Result<bool, String> {
     let image = store.image(history, &env.vdso);
-    let plan = match plan(&image, env, BLOB) {
+    let plan = match plan(&image, env, None, BLOB) {
         Ok(plan) => plan,
         Err(e) if is_expected(&e.to_string()) => return Ok(false),
         Err(e) => return Err(e.to_string()),

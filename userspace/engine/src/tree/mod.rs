@@ -3,8 +3,10 @@
 
 pub(crate) mod attributes;
 pub(crate) mod cgroups;
+pub(crate) mod clocks;
 pub(crate) mod creds;
 pub(crate) mod limits;
+pub(crate) mod namespaces;
 pub(crate) mod process;
 pub(crate) mod sched;
 pub(crate) mod seccomp;

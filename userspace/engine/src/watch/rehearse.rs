@@ -18,6 +18,7 @@ use crate::{
     objects::{Collected, shared_memory},
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
     task::Family,
+    tree::clocks::Moment,
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -181,7 +182,7 @@ fn changed(pid: i32) -> Error {
 
 /// Address spaces as the dump would record them; also the pages of shared memory objects.
 fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
-    let mut all = Collected::new(0);
+    let mut all = Collected::new(0, Moment::now());
     let mut spaces = Vec::with_capacity(members.len());
     let (mut collecting, mut looking, mut mappings) = (0.0, 0.0, 0);
     for (n, member) in members.iter().enumerate() {
