@@ -203,7 +203,7 @@ fn a_socket_with_a_peer_elsewhere() {
 }
 
 #[test]
-fn a_child_that_shares_memory() {
+fn a_grandchild_that_shares_memory() {
     expect_unsupported("CLONE_VM");
 }
 

@@ -120,6 +120,11 @@ fn descriptors_of_processes_survive_a_killed_dump() {
 }
 
 #[test]
+fn processes_with_one_memory_survive_a_killed_dump() {
+    kill_dumps("one_memory", &["--mib", "32"], 30, 12);
+}
+
+#[test]
 fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
 }

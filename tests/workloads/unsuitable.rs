@@ -1,7 +1,7 @@
 //! Processes that cannot be checkpointed, and must be none the worse for an attempt.
 //!
 //! Options: `--kind io_uring`, `--kind userfaultfd` (hold such a descriptor), `--kind vfork` (a thread waits for a child
-//! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a child that shares memory), `--kind
+//! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a grandchild that shares memory, whose parent does not), `--kind
 //! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share), `--kind "pidfd of process"` (its parent), `--kind "pidfd
 //! of thread"` (another than the first), `--kind SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind "urgent data"` (wait in a
 //! socket), `--kind "outside the tree"` (the peer of a socket belongs to an orphan).
@@ -27,12 +27,13 @@ fn main() {
         "io_uring" => Some(io_uring()),
         "userfaultfd" => Some(userfaultfd()),
         "vfork" => {
-            std::thread::spawn(|| clone_with_memory(libc::CLONE_VFORK));
+            std::thread::spawn(|| clone_with_memory(wait_for_ever, libc::CLONE_VFORK));
             std::thread::sleep(Duration::from_millis(200));
             None
         }
         "CLONE_VM" => {
-            clone_with_memory(0);
+            clone_with_memory(go_between, 0);
+            std::thread::sleep(Duration::from_millis(300));
             None
         }
         "pidfd of process" => Some(pidfd(std::os::unix::process::parent_id().cast_signed(), 0)),
@@ -136,14 +137,25 @@ extern "C" fn wait_for_ever(_: *mut libc::c_void) -> i32 {
     }
 }
 
+/// Has a child that shares the memory, and another program for itself.
+extern "C" fn go_between(stack: *mut libc::c_void) -> i32 {
+    let arguments = [c"sleep".as_ptr(), c"900".as_ptr(), std::ptr::null()];
+    // SAFETY: the child has the lower half of the stack for itself; execve takes over nothing of this memory.
+    unsafe {
+        let half = stack.wrapping_byte_sub(32 << 10);
+        libc::clone(wait_for_ever, half, libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut());
+        libc::execv(c"/bin/sleep".as_ptr(), arguments.as_ptr())
+    }
+}
+
 /// Makes a child that shares the memory, with a stack of its own. With CLONE_VFORK, as vfork(2) does, the kernel keeps
 /// this thread waiting until the child ends.
-fn clone_with_memory(flags: i32) {
+fn clone_with_memory(body: extern "C" fn(*mut libc::c_void) -> i32, flags: i32) {
     let stack = Mapping::private(64 << 10).expect("map a stack");
     let top = (stack.start() + stack.length()) as *mut libc::c_void;
     let flags = flags | libc::CLONE_VM | libc::SIGCHLD;
-    // SAFETY: the child runs on its own stack and only calls pause; it is killed by the test.
-    let child = unsafe { libc::clone(wait_for_ever, top, flags, std::ptr::null_mut()) };
+    // SAFETY: the child runs on its own stack and makes system calls only; it is killed by the test.
+    let child = unsafe { libc::clone(body, top, flags, top) };
     assert!(child > 0, "clone");
 }
 

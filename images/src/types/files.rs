@@ -129,6 +129,13 @@ pub enum FileKind {
         /// Its wait status, if the kernel tells it.
         status: Option<i32>,
     },
+    /// A file whose name was gone although it had others: found by a hard link that the dump made, and the restore removes.
+    Linked {
+        /// The file under the name of the link.
+        file: RegularFile,
+        /// The name that it had.
+        name: Bytes,
+    },
 }
 
 /// A pipe(2) or fifo(7), whatever ends of it are open.

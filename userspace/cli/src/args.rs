@@ -79,6 +79,9 @@ pub(crate) struct DumpArgs {
     pub leave_stopped: bool,
     #[command(flatten)]
     pub how: HowArgs,
+    /// Make a hard link beside the old name of each file that has lost it and has other names; the restore removes it
+    #[arg(long)]
+    pub link_remap: bool,
     /// Compare what the tree's tracker knows with the truth while the tree is frozen
     #[arg(long)]
     pub paranoid: bool,
@@ -100,20 +103,42 @@ pub(crate) enum CgroupsArg {
     /// Nothing
     #[default]
     Ignore,
-    /// They must exist
+    /// They must exist, and stay as they are
     None,
-    /// Those that are missing are made, without limits
+    /// They must exist, and get the properties that they had
+    Props,
+    /// Those that are missing are made, with their properties
     Soft,
+    /// As soft, and those that exist get the properties that they had
+    Full,
+    /// All are made, and none may exist
+    Strict,
 }
 
 impl From<CgroupsArg> for CgroupMode {
     fn from(arg: CgroupsArg) -> Self {
         match arg {
             CgroupsArg::Ignore => Self::Ignore,
-            CgroupsArg::None => Self::Exist,
-            CgroupsArg::Soft => Self::Create,
+            CgroupsArg::None => Self::None,
+            CgroupsArg::Props => Self::Props,
+            CgroupsArg::Soft => Self::Soft,
+            CgroupsArg::Full => Self::Full,
+            CgroupsArg::Strict => Self::Strict,
         }
     }
+}
+
+/// `[CONTROLLER:]/PATH`
+fn cgroup_root(text: &str) -> Result<(Option<String>, PathBuf), String> {
+    let (controller, path) = match text.rsplit_once(":/") {
+        Some((controller, _)) => (Some(controller.to_owned()), &text[controller.len() + 1..]),
+        None => (None, text),
+    };
+    let path = PathBuf::from(path);
+    if !path.is_absolute() || path.components().any(|part| part == std::path::Component::ParentDir) {
+        return Err("a path from the root of the hierarchy, as /a/b or cpu:/a/b".into());
+    }
+    Ok((controller, path))
 }
 
 /// What to do about the tree's clocks
@@ -288,11 +313,18 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
         default_missing_value = "soft")]
     pub manage_cgroups: CgroupsArg,
+    /// What takes the place of the cgroup that the root was in; those below it move along. Can be given for several
+    /// controllers, and without one for all others
+    #[arg(long, value_name = "[CONTROLLER:]/PATH", value_parser = cgroup_root)]
+    pub cgroup_root: Vec<(Option<String>, PathBuf)>,
     /// A time namespace in which CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from where they were at the dump: `new`, the default
     /// where the tree had one that whoever dumped it was not in; `none`, the clocks are those of this machine
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
         default_missing_value = "new")]
     pub timens: TimensArg,
+    /// Changes nothing: the links of dump --link-remap are always used, and removed
+    #[arg(long)]
+    pub link_remap: bool,
     /// Write the root's pid to this file (in the image directory unless absolute)
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
@@ -476,6 +508,15 @@ mod tests {
         assert!(time("-1s").is_err());
         for text in ["", "s", "0", "1ms", "-1s", "1d", "inf", "nan", "99999999h", "ä"] {
             assert!(interval(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cgroup_roots() {
+        assert_eq!(cgroup_root("/a"), Ok((None, "/a".into())));
+        assert_eq!(cgroup_root("name=x:/a/b"), Ok((Some("name=x".into()), "/a/b".into())));
+        for text in ["", "a", "cpu:a", "/a/../b"] {
+            assert!(cgroup_root(text).is_err(), "{text}");
         }
     }
 

@@ -163,6 +163,7 @@ fn object_of(file: OpenFileId, image: &Image) -> Option<&SharedMemory> {
 fn path(file: OpenFileId, image: &Image) -> Option<String> {
     match &image.files.get(&file)?.kind {
         FileKind::Regular(regular) => Some(text(&regular.path.0)),
+        FileKind::Linked { name, .. } => Some(text(&name.0)),
         FileKind::Device { path, .. } => Some(text(&path.0)),
         _ => object_of(file, image).and_then(|o| SharedObject::new(o).name),
     }

@@ -9,15 +9,15 @@ use crate::{
         self,
         private::{self, PrivatePages},
     },
-    objects::{self, Collected, system_v},
+    objects::{self, Collected, link_remap::Links, system_v},
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
     tree::{cgroups, clocks::Moment, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind, Inventory,
-    OpenFileId, Seccomp, SharedFs, Task, Vma,
+    AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind,
+    Inventory, OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -28,16 +28,17 @@ use std::{
 pub(super) struct State {
     root: i32,
     pub tasks: Vec<Task>,
-    /// In the order of the frozen processes, as `private` is.
+    /// In the order of the frozen processes that are the first to have them, as `private` is.
     pub spaces: Vec<AddressSpace>,
     pub private: Vec<PrivatePages>,
     /// Of shared memory, what need not be copied.
     pub shared: Unchanged,
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
+    shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
-    cgroups: Option<Cgroups>,
+    pub cgroups: Option<Cgroups>,
     clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
@@ -57,9 +58,12 @@ pub(super) fn collect(
     if let Some(pid) = tree.processes().iter().find_map(|p| p.dead_leader) {
         observer.use_procfs(pid);
     }
+    trackings.part();
     let seen = observer.read(&pids, options.paranoid)?;
     let moment = Moment::now();
     let sharing = Sharing::of(tree.processes(), &seen.processes)?;
+    let together = sharing.of_one_memory(tree.processes());
+    trackings.share(together.iter().flat_map(|group| group[1..].iter().map(|p| (p.id(), group[0].id()))));
     phases.end("descriptors");
     let entries = &seen.files;
     trackings.refuse_direct_io(entries);
@@ -72,13 +76,15 @@ pub(super) fn collect(
         shared: Unchanged::new(),
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
+        shared_actions: sharing.shared_actions(tree.processes()),
         seccomp: None,
         attributes: Vec::new(),
         clocks: Clocks::default(),
-        cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
+        cgroups: None,
         objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
+    state.objects.links = Links::new(options.link_remap);
     for (key, object) in trackings.sharing.objects() {
         let source = object.source.try_clone().context(|| "duplicate a descriptor".into())?;
         state.objects.known_sources.insert(key, source);
@@ -89,18 +95,26 @@ pub(super) fn collect(
     }
     phases.end("files");
     let mut known = process::Known::default();
+    known.namespaces.may_have_cgroups(options.cgroups);
     let mut mappings = Vec::with_capacity(pids.len());
     for (n, process) in tree.processes().iter().enumerate() {
-        let id = n as u32;
+        let id = sharing.memory[n] as u32;
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
-        let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
+        // Memory that several have is told of by the first.
+        let first = sharing.memory[n] == n;
+        let mapped = seen.vmas.get(&process.pid).filter(|_| first).map_or(&[][..], Vec::as_slice);
         let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped, moment)?;
-        let tracked = trackings.of(process.id()).is_some();
-        let (space, areas) =
-            memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
         state.tasks.push(task);
-        state.spaces.push(space);
-        mappings.push(areas);
+        if first {
+            let tracked = trackings.of(process.id()).is_some();
+            let (space, areas) =
+                memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
+            state.spaces.push(space);
+            mappings.push((process, areas));
+        }
+    }
+    if options.cgroups {
+        state.cgroups = Some(cgroups::collect(tree.processes(), known.namespaces.cgroup())?);
     }
     state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();
@@ -114,9 +128,10 @@ pub(super) fn collect(
     // Nobody else in the tree needs the processors now.
     let threads = pagemap::scanners();
     if trackings.sharing.objects().next().is_some() {
-        state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
+        let firsts: Vec<i32> = mappings.iter().map(|(process, _)| process.pid).collect();
+        state.shared = trackings.look_at_shared(&firsts, observer.iterators(), protect, threads);
     }
-    for ((process, areas), space) in tree.processes().iter().zip(mappings).zip(&mut state.spaces) {
+    for ((process, areas), space) in mappings.into_iter().zip(&mut state.spaces) {
         let tracking = trackings.of(process.id());
         let (private, guards) = private::look(process.pid, &areas, tracking, protect, threads)?;
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
@@ -160,7 +175,7 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
             return Err(Error::unsupported(options.pid, whose, "close it before the dump"));
         }
     }
-    let births = births::order(&by_pid, &state.shared_fs, options.pid)?;
+    let births = births::order(&by_pid, &state.shared_fs, &state.shared_actions, options.pid)?;
     for step in births.values().flatten() {
         if let births::Step::StandIn { sid, .. } = step
             && proc::stat(*sid).is_ok()
@@ -174,6 +189,12 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
 }
 
 impl State {
+    /// Where among the spaces the memory of each living process is.
+    pub(super) fn homes(&self) -> HashMap<i32, usize> {
+        let places: HashMap<AddressSpaceId, usize> = self.spaces.iter().map(|s| s.id).zip(0..).collect();
+        self.tasks.iter().filter_map(|t| Some((t.pid, places[&t.live.as_ref()?.address_space]))).collect()
+    }
+
     /// Parents by pid.
     pub(super) fn parents(&self) -> HashMap<i32, i32> {
         self.tasks.iter().map(|t| (t.pid, t.ppid)).collect()
@@ -219,6 +240,7 @@ impl State {
             spaces: self.spaces,
             tables: self.tables,
             shared_fs: self.shared_fs,
+            shared_actions: self.shared_actions,
             seccomp: self.seccomp,
             attributes: self.attributes,
             cgroups: self.cgroups,

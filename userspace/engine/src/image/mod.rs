@@ -17,10 +17,10 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, DumpStats, DumpStatsV1, FdTable, FdTableId,
-        FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
-        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task,
-        TaskState, Vma,
+        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
+        FdTableId, FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
+        PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
+        SharedMemoryV1, Task, TaskState, Vma,
     },
 };
 use std::{
@@ -35,6 +35,7 @@ pub(crate) struct Records {
     pub spaces: Vec<AddressSpace>,
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
+    pub shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     pub attributes: Vec<Attributes>,
     pub cgroups: Option<Cgroups>,
@@ -68,6 +69,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
+    all(&mut writer, &records.shared_actions)?;
     all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.attributes)?;
     all(&mut writer, &records.cgroups)?;
@@ -98,6 +100,8 @@ pub struct Image {
     pub tables: BTreeMap<FdTableId, FdTable>,
     /// Processes that share their working directory.
     pub shared_fs: Vec<SharedFs>,
+    /// Processes that share signal actions.
+    pub shared_actions: Vec<SharedActions>,
     /// Threads under seccomp.
     pub seccomp: Seccomp,
     /// Unusual attributes of processes, by pid.
@@ -129,7 +133,8 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp, mut attributes) = (Vec::new(), None, BTreeMap::new());
+        let (mut shared_fs, mut shared_actions) = (Vec::new(), Vec::new());
+        let (mut seccomp, mut attributes) = (None, BTreeMap::new());
         let (mut cgroups, mut clocks) = (None, None);
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
@@ -149,8 +154,12 @@ impl Image {
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
+                SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
+                Cgroups::KIND if record.version() == CgroupsV1::VERSION => {
+                    twice |= cgroups.replace(record.decode::<CgroupsV1>()?.into()).is_some();
+                }
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
                 Clocks::KIND => twice |= clocks.replace(record.decode::<Clocks>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
@@ -178,6 +187,7 @@ impl Image {
             spaces,
             tables,
             shared_fs,
+            shared_actions,
             seccomp: seccomp.unwrap_or_default(),
             attributes,
             cgroups: cgroups.unwrap_or_default(),
@@ -248,15 +258,10 @@ impl Image {
                 ));
             }
         }
+        self.check_shared_actions()?;
         self.check_seccomp(&ids)?;
         self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
-        let Cgroups { sets, processes } = &self.cgroups;
-        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || *set as usize >= sets.len()) {
-            return Err("a cgroup or the process in it is missing".into());
-        }
-        if sets.iter().flatten().any(|c| c.path.as_path().components().any(|part| part == Component::ParentDir)) {
-            return Err("a cgroup has a path that leads upwards".into());
-        }
+        self.check_cgroups(&ids)?;
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {
             if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {
@@ -300,6 +305,25 @@ impl Image {
         Ok(())
     }
 
+    /// `ids`: all threads.
+    fn check_cgroups(&self, ids: &HashSet<i32>) -> Result<(), String> {
+        let Cgroups { sets, processes, threads, namespace, directories } = &self.cgroups;
+        let missing = |set: &u32| *set as usize >= sets.len();
+        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || missing(set))
+            || threads.iter().any(|(tid, set)| !ids.contains(tid) || missing(set))
+            || namespace.as_ref().is_some_and(missing)
+        {
+            return Err("a cgroup or the process in it is missing".into());
+        }
+        let paths = sets.iter().flatten().map(|c| &c.path).chain(directories.iter().map(|d| &d.path));
+        for path in paths.map(|path| path.as_path()) {
+            if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+                return Err("a cgroup has a path that leads upwards".into());
+            }
+        }
+        Ok(())
+    }
+
     fn check_attributes(&self, attributes: &Attributes) -> Result<(), String> {
         let pid = attributes.pid;
         let live = self.tasks.get(&pid).and_then(|t| t.live.as_ref());
@@ -323,10 +347,26 @@ impl Image {
         Ok(())
     }
 
+    /// Who shares signal actions is alive and shares its memory, and nobody is there twice.
+    fn check_shared_actions(&self) -> Result<(), String> {
+        let mut seen = HashSet::new();
+        for SharedActions { pids } in &self.shared_actions {
+            let space = |pid: &i32| self.tasks.get(pid).and_then(|t| Some(t.live.as_ref()?.address_space));
+            let first = pids.first().and_then(space);
+            if let Some(pid) = pids.iter().find(|&pid| first.is_none() || space(pid) != first || !seen.insert(*pid)) {
+                return Err(format!(
+                    "process {pid}, which shares its signal actions, is dead, missing, there twice or has other memory"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check_file(&self, file: &OpenFile) -> Result<(), String> {
         let whole = match &file.kind {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::Linked { file, .. } => crate::objects::link_remap::is_link(file.path.as_path()),
             FileKind::PidFd { pid } => self.tasks.contains_key(pid),
             FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),

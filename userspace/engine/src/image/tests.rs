@@ -98,6 +98,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
             guards: Vec::new(),
         }],
         shared_fs: Vec::new(),
+        shared_actions: Vec::new(),
         seccomp: None,
         attributes: Vec::new(),
         cgroups: None,
@@ -435,7 +436,8 @@ fn records_about_processes_that_are_not_there_are_refused() {
     let inside = |pid: i32, set: u32, path: &'static [u8]| {
         move |records: &mut Records| {
             let cgroup = Cgroup { path: path.into(), ..Cgroup::default() };
-            records.cgroups = Some(Cgroups { sets: vec![vec![cgroup]], processes: vec![(pid, set)] });
+            records.cgroups =
+                Some(Cgroups { sets: vec![vec![cgroup]], processes: vec![(pid, set)], ..Cgroups::default() });
         }
     };
     assert_eq!(refusal(|_| {}), "");

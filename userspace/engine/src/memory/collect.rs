@@ -7,7 +7,7 @@ use super::{
 use crate::{
     error::{Context, Error, Result},
     kernel::{hugetlb, proc},
-    objects::{Collected, regular, shared_memory},
+    objects::{Collected, link_remap, regular, shared_memory},
     observe::{ProcessState, SharedId, VmaEntry},
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
@@ -106,8 +106,15 @@ fn mapped_file(
             return Ok(standstill_images::types::FileKind::SharedMemory { object });
         }
         let mtime = (meta.mtime(), meta.mtime_nsec() as u32);
-        regular::describe(name, meta.size(), mtime, meta.mode(), meta.dev(), meta.ino())
-            .ok_or_else(|| refuse("its name is gone or leads elsewhere: give the file its name back"))
+        if let Some(kind) = regular::describe(name, meta.size(), mtime, meta.mode(), meta.dev(), meta.ino()) {
+            return Ok(kind);
+        }
+        if !name.as_os_str().as_encoded_bytes().ends_with(b" (deleted)") {
+            return Err(refuse("its name leads elsewhere: give the file its name back"));
+        }
+        let linked =
+            all.links.record(name, &link).context(|| format!("link {} beside its old name", name.display()))?;
+        linked.ok_or_else(|| refuse(link_remap::REMEDY))
     })
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod device;
 pub(crate) mod directory;
 pub(crate) mod epoll;
 pub(crate) mod eventfd;
+pub(crate) mod link_remap;
 pub(crate) mod pidfd;
 pub(crate) mod pipe;
 pub(crate) mod regular;
@@ -64,6 +65,8 @@ pub(crate) struct Collected {
     next_file: OpenFileId,
     /// Names of regular files, to be checked when there is time.
     names: Vec<regular::Name>,
+    /// Of files whose names are gone.
+    pub links: link_remap::Links,
 }
 
 impl Collected {
@@ -85,6 +88,7 @@ impl Collected {
             executables: HashMap::new(),
             next_file: first,
             names: Vec::new(),
+            links: link_remap::Links::default(),
         }
     }
 
@@ -186,7 +190,10 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
 
 /// Whether the record of such a file took a question of its own: what the reader lists does not say enough.
 pub(crate) fn is_asked(kind: &FileKind) -> bool {
-    !matches!(kind, FileKind::Regular(_) | FileKind::Directory { .. } | FileKind::Device { .. })
+    !matches!(
+        kind,
+        FileKind::Regular(_) | FileKind::Linked { .. } | FileKind::Directory { .. } | FileKind::Device { .. }
+    )
 }
 
 fn owner(entry: &FdEntry, all: &mut Collected) -> Result<FileOwner> {
@@ -235,7 +242,7 @@ pub(crate) fn create(
         FileKind::Socket(_) => socket::create(files, refs.shared_names, numbers, program),
         FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
-            FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),
+            FileKind::Regular(f) | FileKind::Linked { file: f, .. } => regular::create(f, file.flags, numbers, program),
             FileKind::Directory { path, removed } => directory::create(path, *removed, file.flags, numbers, program),
             FileKind::Device { path, .. } => device::create(path, file.flags, numbers, program),
             FileKind::SharedMemory { object } => {
@@ -251,8 +258,10 @@ pub(crate) fn create(
         }],
     };
     for (file, &fd) in files.iter().zip(&made) {
-        let seekable =
-            matches!(file.kind, FileKind::Regular(_) | FileKind::SharedMemory { .. } | FileKind::Directory { .. });
+        let seekable = matches!(
+            file.kind,
+            FileKind::Regular(_) | FileKind::Linked { .. } | FileKind::SharedMemory { .. } | FileKind::Directory { .. }
+        );
         if seekable && file.pos != 0 && file.flags & libc::O_PATH as u32 == 0 {
             program.call_expecting(
                 "set the file offset",

@@ -15,8 +15,8 @@ use crate::{
         sys::{self, CloneArgs, Mapping},
     },
     memory::{huge, pages::OpenPages, verify::verify},
-    objects::{shared_memory, system_v::Segment},
-    tree::cgroups::{CgroupMode, Placement},
+    objects::{link_remap, shared_memory, system_v::Segment},
+    tree::cgroups::{CgroupOptions, Placement},
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
@@ -63,7 +63,7 @@ impl Drop for Execution<'_> {
 }
 
 /// Creates the whole tree and brings it to [`Stage::Done`], then hands it over: all tasks run when this returns.
-pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()> {
+pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result<()> {
     check_ids_are_free(plan)?;
     // Those of the dumped tree are free now.
     huge::check(image)?;
@@ -72,6 +72,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = OpenPages::open(image, &plan.pages)?;
     let (shared, segments) = make_shared(image, &pages)?;
+    let mut links = link_remap::Removal::prepare(image)?;
     let mut placement = Placement::new(&image.cgroups, cgroups);
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
     let root = run.create_root(pages.descriptors(), &shared, &mut placement)?;
@@ -87,8 +88,11 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     debug!("pages verified");
     placement.place_others(root)?;
     [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
+    placement.place_threads(root)?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
-    handover::hand_over(&mut run)?;
+    links.remove()?;
+    handover::hand_over(&run)?;
+    links.done();
     run.created.clear();
     placement.keep();
     segments.into_iter().for_each(Segment::keep);

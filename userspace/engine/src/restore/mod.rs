@@ -13,11 +13,11 @@ pub(crate) mod shares;
 pub(crate) mod vdso;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     image::Image,
     objects::regular,
     tree::{
-        cgroups::CgroupMode,
+        cgroups::CgroupOptions,
         clocks::{Continued, TimeNamespace},
     },
 };
@@ -29,7 +29,7 @@ pub struct RestoreOptions {
     /// Only make the plan and return it as text.
     pub dry_run: bool,
     /// What to do about recorded cgroups.
-    pub cgroups: CgroupMode,
+    pub cgroups: CgroupOptions,
     /// What to do about the tree's clocks.
     pub time_namespace: TimeNamespace,
 }
@@ -70,13 +70,20 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         }
         return Ok(Restored { root, plan: Some(text), elapsed_us: 0 });
     }
-    execute::run(image, &plan, options.cgroups)?;
+    execute::run(image, &plan, &options.cgroups)?;
     Ok(Restored { root, plan: None, elapsed_us: begin.elapsed().as_micros() as u64 })
 }
 
 fn check_file(file: &OpenFile) -> Result<()> {
     match &file.kind {
         FileKind::Regular(f) => regular::check(f),
+        FileKind::Linked { file, name } => regular::check(file).map_err(|e| match e {
+            Error::File { path, reason } => {
+                let reason = format!("{reason} (a link to what was {}; the first restore removes it)", name.lossy());
+                Error::File { path, reason }
+            }
+            other => other,
+        }),
         _ => Ok(()),
     }
 }

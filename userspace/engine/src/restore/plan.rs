@@ -64,8 +64,22 @@ pub(crate) struct PlannedTask {
     pub stops: bool,
     /// Threads, the leader first.
     pub threads: Vec<PlannedThread>,
+    /// It shares the memory of another task, which is before it in the plan.
+    pub shares_memory: bool,
     /// Address of a `syscall` instruction in its final memory.
     pub syscall_at: u64,
+}
+
+/// What a process begins with.
+#[derive(Clone, Copy)]
+struct Begin<'a, 'b> {
+    /// The memory of who makes it.
+    space: &'a AddressSpace,
+    prots: &'b Prots,
+    /// Attributes of that memory.
+    attributes: &'a Attributes,
+    /// It shares that memory (CLONE_VM).
+    shares: bool,
 }
 
 /// A complete plan.
@@ -127,7 +141,7 @@ fn build(
     clocks: Option<&Continued>,
     (base, programs_size): (u64, u64),
 ) -> Result<Plan> {
-    let births = births::order(&image.tasks, &image.shared_fs, image.inventory.root)?;
+    let births = births::order(&image.tasks, &image.shared_fs, &image.shared_actions, image.inventory.root)?;
     let orphaned = births.values().flatten().filter_map(|step| match step {
         Step::StandIn { sid, .. } => Some(*sid),
         _ => None,
@@ -205,12 +219,7 @@ fn find_gap(image: &Image, env: &Environment, size: u64) -> Result<u64> {
 impl<'a> Planner<'a> {
     /// Plans a process and all its descendants; the index of its program. `waiting`: the word that its parent waits for
     /// until the table that they share is as it was.
-    fn process(
-        &mut self,
-        task: &'a Task,
-        parent: Option<(&'a AddressSpace, &Prots)>,
-        waiting: Option<usize>,
-    ) -> Result<usize> {
+    fn process(&mut self, task: &'a Task, begin: Option<Begin<'a, '_>>, waiting: Option<usize>) -> Result<usize> {
         let index = self.programs.len();
         self.programs.push(Program::default());
         let mut program = Program::default();
@@ -218,7 +227,8 @@ impl<'a> Planner<'a> {
         let slot = self.tasks.len();
         let stops = self.stops(task);
         let ends = task.live.is_none();
-        self.tasks.push(PlannedTask { pid: task.pid, ends, stops, threads: Vec::new(), syscall_at: 0 });
+        let shares_memory = begin.is_some_and(|b| b.shares);
+        self.tasks.push(PlannedTask { pid: task.pid, ends, stops, threads: Vec::new(), shares_memory, syscall_at: 0 });
         let Some(live) = &task.live else {
             self.zombie(task, &births, &mut program);
             self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits: false });
@@ -227,30 +237,19 @@ impl<'a> Planner<'a> {
         };
         let space = &self.image.spaces[&live.address_space];
         let mut numbers = Numbers::new(self.high.iter().copied());
-        match parent {
+        match begin {
             None => {
                 self.ends();
                 self.root_begin(&mut numbers, &mut program)?;
             }
-            Some((parent, _)) => {
-                for &fd in self.files.inherited.values() {
-                    numbers.occupy(fd);
-                }
-                for (start, end) in map::to_unmap(space, parent) {
-                    program.call(
-                        "unmap what only the parent has",
-                        libc::SYS_munmap,
-                        &[start.into(), (end - start).into()],
-                    );
-                }
-            }
+            Some(_) => self.files.inherited.values().for_each(|&fd| numbers.occupy(fd)),
         }
         let unusual = self.unusual(task.pid);
-        let theirs = if parent.is_some() { self.unusual(task.ppid) } else { &self.env.attributes };
-        attributes::restore_first(unusual, theirs, &mut program);
-        let inherited = parent.map(|(space, prots)| Inherited { space, prots, policies: &theirs.memory_policies });
-        let prots = self.memory((space, &unusual.memory_policies), inherited, &mut numbers, &mut program)?;
-        self.births(&births, (space, &prots), &mut program)?;
+        let (prots, attributes) = match begin {
+            Some(Begin { prots, attributes, shares: true, .. }) => (prots.clone(), attributes),
+            begin => (self.own_memory((space, unusual), begin, &mut numbers, &mut program)?, unusual),
+        };
+        self.births(&births, Begin { space, prots: &prots, attributes, shares: false }, &mut program)?;
         if let Some(word) = waiting {
             program.post("let the parent go on", word);
         }
@@ -260,10 +259,15 @@ impl<'a> Planner<'a> {
             program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pid);
         }
         self.take_stops(task.pid, &mut program);
-        self.vdso.restore(task.pid, space, &mut program);
+        if !shares_memory {
+            // All processes exist: nobody is made a copy of it any more.
+            self.vdso.restore(task.pid, space, &mut program);
+        }
         Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
-        self.finish_memory(space, &prots, &mut numbers, &mut program)?;
-        attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
+        if !shares_memory {
+            self.finish_memory(space, &prots, &mut numbers, &mut program)?;
+            attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
+        }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
@@ -303,6 +307,10 @@ impl<'a> Planner<'a> {
         program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
         let rest = arch::TASK_SIZE - end;
         program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
+        if self.image.cgroups.namespace.is_some() {
+            // It was put where the roots of the namespace are to be.
+            program.call("make a cgroup namespace", libc::SYS_unshare, &[libc::CLONE_NEWCGROUP.into()]);
+        }
         if let Some(clocks) = self.clocks {
             let fd = numbers.lowest();
             clocks.restore(fd, program);
@@ -332,6 +340,24 @@ impl<'a> Planner<'a> {
             ends: &self.ends,
             clocks: self.clocks,
         }
+    }
+
+    /// Makes the memory of a process that shares it with nobody who is there already.
+    fn own_memory(
+        &self,
+        (space, unusual): (&AddressSpace, &Attributes),
+        begin: Option<Begin<'_, '_>>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<Prots> {
+        for (start, end) in begin.map_or(Vec::new(), |b| map::to_unmap(space, b.space)) {
+            let args = [start.into(), (end - start).into()];
+            program.call("unmap what only the parent has", libc::SYS_munmap, &args);
+        }
+        let theirs = begin.map_or(&self.env.attributes, |b| b.attributes);
+        attributes::restore_first(unusual, theirs, program);
+        let inherited = begin.map(|b| Inherited { space: b.space, prots: b.prots, policies: &theirs.memory_policies });
+        self.memory((space, &unusual.memory_policies), inherited, numbers, program)
     }
 
     fn memory(

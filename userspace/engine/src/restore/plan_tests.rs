@@ -79,7 +79,7 @@ fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Re
     let mut run = Interpreter::new(&plan, &image, own_memory(env), env, seed);
     run.run()?;
     for task in plan.tasks.iter().filter(|t| !t.ends) {
-        let page = &run.world.processes[&task.pid].memory.get(&(task.syscall_at & !(PAGE - 1)));
+        let page = run.world.space(task.pid).pages.get(&(task.syscall_at & !(PAGE - 1)));
         if page.is_none_or(|p| p.from != Origin::Kernel { name: "[vdso]".into(), offset: 0 }) {
             return Err(format!("process {} leaves the restorer from {:x}", task.pid, task.syscall_at));
         }
@@ -95,6 +95,7 @@ fn is_expected(refusal: &str) -> bool {
         "have another parent or exit signal",
         "are in the session around the tree",
         "whose leader is dead, and shares",
+        "but neither with its parent nor with a child of it",
         "between them has others",
         "no order of forks brings about",
         "has left the process group",

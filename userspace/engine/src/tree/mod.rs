@@ -2,6 +2,7 @@
 //! operations that bring it back.
 
 pub(crate) mod attributes;
+pub(crate) mod cgroup_properties;
 pub(crate) mod cgroups;
 pub(crate) mod clocks;
 pub(crate) mod creds;

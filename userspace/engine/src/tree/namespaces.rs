@@ -1,5 +1,5 @@
-//! Namespaces (namespaces(7)). A tree lives in those of this process. Only a time namespace may be its own, if all of it is
-//! in the same one: see [`super::clocks`].
+//! Namespaces (namespaces(7)). A tree lives in those of this process. Only a time namespace and a cgroup namespace may be its
+//! own, if all of it is in the same ones: see [`super::clocks`] and [`super::cgroups`].
 
 use crate::{
     error::{Error, Result},
@@ -14,39 +14,58 @@ const NAMES: [&str; 10] =
 /// The namespaces of the processes looked at so far.
 #[derive(Default)]
 pub(crate) struct Collected {
-    /// The first process, and its time namespace if that is not ours.
-    time: Option<(i32, Option<PathBuf>)>,
+    /// Whether cgroups are recorded.
+    cgroups: bool,
+    /// The first process, with its time and cgroup namespace where they are not ours.
+    first: Option<(i32, [Option<PathBuf>; 2])>,
 }
 
+/// The namespaces that a tree can have of its own.
+const OWN: [&str; 2] = ["time", "cgroup"];
+
 impl Collected {
+    /// Whether cgroups are recorded, without which a cgroup namespace would be nothing.
+    pub(crate) fn may_have_cgroups(&mut self, recorded: bool) {
+        self.cgroups = recorded;
+    }
+
     /// Refuses a process in a namespace that a restore could not give it.
     pub(crate) fn process(&mut self, pid: i32, seen: Option<&ProcessState>) -> Result<()> {
         let foreign = seen.map_or_else(|| foreign(pid), |p| p.foreign_namespaces.clone());
-        if let Some(name) = foreign.iter().find(|name| !matches!(**name, "time" | "time_for_children")) {
-            return Err(refuse(pid, &format!("a process in another {name} namespace")));
-        }
-        let mut time = None;
-        if !foreign.is_empty() {
-            time = link(pid, "time");
-            if time != link(pid, "time_for_children") {
-                return Err(refuse(pid, "a process whose children will be in another time namespace than itself"));
+        for name in &foreign {
+            match *name {
+                "time" | "time_for_children" if link(pid, "time") == link(pid, "time_for_children") => {}
+                "time" | "time_for_children" => {
+                    return Err(refuse(pid, "a process whose children will be in another time namespace than itself"));
+                }
+                "cgroup" if self.cgroups => {}
+                "cgroup" => {
+                    let object = "a process in another cgroup namespace";
+                    return Err(Error::unsupported(pid, object, "dump it with --manage-cgroups"));
+                }
+                name => return Err(refuse(pid, &format!("a process in another {name} namespace"))),
             }
         }
-        match &self.time {
-            Some((first, theirs)) if *theirs != time => {
-                Err(refuse(pid, &format!("a process in another time namespace than process {first}")))
-            }
-            Some(_) => Ok(()),
-            None => {
-                self.time = Some((pid, time));
-                Ok(())
-            }
+        let own = OWN.map(|name| if foreign.contains(&name) { link(pid, name) } else { None });
+        let (first, firsts) = self.first.get_or_insert_with(|| (pid, own.clone()));
+        match OWN.iter().zip(own.iter().zip(&*firsts)).find(|(_, (own, firsts))| own != firsts) {
+            Some((name, _)) => Err(refuse(pid, &format!("a process in another {name} namespace than process {first}"))),
+            None => Ok(()),
         }
     }
 
     /// A process of the tree if that has a time namespace of its own.
     pub(crate) fn time(&self) -> Option<i32> {
-        self.time.as_ref().filter(|(_, namespace)| namespace.is_some()).map(|(pid, _)| *pid)
+        self.with(0)
+    }
+
+    /// A process of the tree if that has a cgroup namespace of its own.
+    pub(crate) fn cgroup(&self) -> Option<i32> {
+        self.with(1)
+    }
+
+    fn with(&self, which: usize) -> Option<i32> {
+        self.first.as_ref().filter(|(_, own)| own[which].is_some()).map(|(pid, _)| *pid)
     }
 }
 
@@ -61,11 +80,11 @@ fn link(pid: i32, name: &str) -> Option<PathBuf> {
 
 /// The namespaces of a process that are not ours.
 fn foreign(pid: i32) -> Vec<&'static str> {
-    static OWN: LazyLock<[Option<PathBuf>; 10]> = LazyLock::new(|| {
+    static OURS: LazyLock<[Option<PathBuf>; 10]> = LazyLock::new(|| {
         NAMES.map(|name| std::fs::read_link(format!("/proc/self/ns/{}", name.trim_end_matches("_for_children"))).ok())
     });
     let differs = |(name, ours): &(&'static str, &Option<PathBuf>)| ours.is_some() && link(pid, name) != **ours;
-    NAMES.into_iter().zip(&*OWN).filter(differs).map(|(name, _)| name).collect()
+    NAMES.into_iter().zip(&*OURS).filter(differs).map(|(name, _)| name).collect()
 }
 
 /// Whether this process's time namespace is that of its children too.
@@ -85,6 +104,6 @@ mod tests {
         assert_eq!(foreign(own), Vec::<&str>::new());
         collected.process(own, None).unwrap();
         collected.process(own, None).unwrap();
-        assert_eq!(collected.time(), None);
+        assert_eq!((collected.time(), collected.cgroup()), (None, None));
     }
 }

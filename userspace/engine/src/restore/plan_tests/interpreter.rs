@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     image::Image,
+    kernel::sys::CLONE_CLEAR_SIGHAND,
     restore::{
         environment::Environment,
         plan::{Plan, Stage},
@@ -71,11 +72,11 @@ impl<'a> Interpreter<'a> {
         let root = image.inventory.root;
         let mut world = World::new();
         world.fork(OUTSIDE, root, 0).expect("the number is free");
-        let process = world.process(root);
-        process.memory = memory;
+        let pages = &mut world.space_mut(root).pages;
+        *pages = memory;
         let size = Layout::size_for(BLOB, &plan.programs);
         for at in (plan.base..plan.base + size).step_by(PAGE as usize) {
-            process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
+            pages.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
         }
         let whole = |fd| (fd, What::Pages(0, 0..image.pages()));
         let mut handed: Vec<_> = plan.pages.gathered.map(whole).into_iter().collect();
@@ -245,6 +246,9 @@ impl<'a> Interpreter<'a> {
             self.world.thread(pid, tid)?;
             pid
         } else {
+            if flags & libc::CLONE_SIGHAND as u64 != 0 && flags & CLONE_CLEAR_SIGHAND != 0 {
+                return Err(libc::EINVAL);
+            }
             self.world.fork(pid, tid, flags as i32)?;
             if flags & libc::CLONE_PARENT as u64 != 0 {
                 if word(program, block + 32) != 0 {
@@ -329,7 +333,7 @@ impl<'a> Interpreter<'a> {
                 let fd = (word(program, block + 96) >> 32) as i32;
                 match world.file(pid, fd).map(|f| f.what.clone()) {
                     Ok(What::Path(path)) => {
-                        world.process(pid).exe = path;
+                        world.space_mut(pid).exe = path;
                         Ok(0)
                     }
                     _ => Err(libc::EBADF),
