@@ -10,6 +10,7 @@ pub(crate) use stores::{locate, pages_of, push_run, split};
 use crate::{
     error::{Error, Result},
     kernel::hugetlb,
+    objects::unix,
 };
 use standstill_images::{
     frame::{Record, RecordReader, RecordWriter},
@@ -379,13 +380,24 @@ impl Image {
             FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
             FileKind::Socket(s) => {
-                s.local.is_empty()
+                let whole = s.local.is_empty()
                     || (8..=128).contains(&s.local.len())
-                    || s.family == libc::AF_UNIX && s.local.len() > 2
+                    || s.family == libc::AF_UNIX && s.local.len() > 2;
+                whole && self.is_mutual(file)
             }
             _ => true,
         };
         if whole { Ok(()) } else { Err(format!("what open file {} refers to is missing", file.id)) }
+    }
+
+    /// Whether the peer of a connected socket is connected to it, by the same kind of socket.
+    fn is_mutual(&self, file: &OpenFile) -> bool {
+        let Some((socket, pair)) = unix::end(file) else { return true };
+        let Some(peer) = pair.peer else { return socket.family == libc::AF_UNIX };
+        let other = self.files.get(&peer).and_then(unix::end);
+        other.is_some_and(|(other, back)| {
+            socket.family == libc::AF_UNIX && socket.kind == other.kind && back.peer == Some(file.id) && peer != file.id
+        })
     }
 
     fn check_space(&self, space: &AddressSpace) -> Result<(), String> {

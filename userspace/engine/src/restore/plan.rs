@@ -21,13 +21,13 @@ use crate::{
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
-    objects::{self, Referenced, pidfd, shared_memory},
+    objects::{self, Referenced, pidfd, shared_memory, unix},
     tree::{attributes, clocks::Continued, creds, labels, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{
     AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
 };
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,6 +112,7 @@ struct Planner<'a> {
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
+    shared_names: HashSet<Vec<u8>>,
     /// Programs of processes whose pidfds outlive them.
     ends: HashMap<u32, usize>,
     pages: PageFiles,
@@ -170,6 +171,7 @@ fn build(
         files,
         shared_fds,
         first_writers,
+        shared_names: unix::shared_names(image.files.values()),
         ends: HashMap::new(),
         pages,
         high,
@@ -339,6 +341,7 @@ impl<'a> Planner<'a> {
             pipes: &self.image.pipes,
             first_writers: &self.first_writers,
             shared_fds: &self.shared_fds,
+            shared_names: &self.shared_names,
             ends: &self.ends,
             clocks: self.clocks,
         }
