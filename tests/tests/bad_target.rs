@@ -183,6 +183,26 @@ fn an_io_uring() {
 }
 
 #[test]
+fn descriptors_in_a_socket() {
+    expect_unsupported("SCM_RIGHTS");
+}
+
+#[test]
+fn credentials_in_a_socket() {
+    expect_unsupported("SCM_CREDENTIALS");
+}
+
+#[test]
+fn urgent_data_in_a_socket() {
+    expect_unsupported("urgent data");
+}
+
+#[test]
+fn a_socket_with_a_peer_elsewhere() {
+    expect_unsupported("outside the tree");
+}
+
+#[test]
 fn a_grandchild_that_shares_memory() {
     expect_unsupported("CLONE_VM");
 }

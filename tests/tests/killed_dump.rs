@@ -134,6 +134,12 @@ fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
 }
 
+/// What waits in them is read with an option of theirs.
+#[test]
+fn sockets_survive_a_killed_dump() {
+    kill_dumps("sockets", &[], 60, 8);
+}
+
 /// Their filters are suspended only while they are stopped.
 #[test]
 fn filters_of_seccomp_survive_a_killed_dump() {

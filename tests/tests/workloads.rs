@@ -81,6 +81,16 @@ fn listening_sockets() {
 }
 
 #[test]
+fn connected_sockets() {
+    thoroughly("sockets", &[]);
+}
+
+#[test]
+fn connected_sockets_without_ebpf() {
+    twice("sockets", &[], |run| run.args(["--reader", "procfs"]));
+}
+
+#[test]
 fn another_root_directory() {
     twice("fds", &["--chroot"], |run| run);
 }

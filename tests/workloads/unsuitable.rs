@@ -3,14 +3,21 @@
 //! Options: `--kind io_uring`, `--kind userfaultfd` (hold such a descriptor), `--kind vfork` (a thread waits for a child
 //! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a grandchild that shares memory, whose parent does not), `--kind
 //! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share), `--kind "pidfd of process"` (its parent), `--kind "pidfd
-//! of thread"` (another than the first), `--kind "requests in flight"` (of io_submit, for what never happens).
+//! of thread"` (another than the first), `--kind "requests in flight"` (of io_submit, for what never happens), `--kind
+//! SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind "urgent data"` (wait in a socket), `--kind "outside the tree"` (the peer of
+//! a socket belongs to an orphan).
 
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use standstill_tests::workload::{Args, Control, Mapping, Meter, SelfState};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, setsockopt, socketpair, sockopt,
+};
+use nix::sys::wait::waitpid;
+use standstill_tests::workload::{Args, Control, Mapping, Meter, SelfState, fork_child};
 
 fn main() {
     let args = Args::parse();
@@ -44,6 +51,16 @@ fn main() {
         "requests in flight" => Some(requests_in_flight()),
         "CLONE_FILES" => go_apart(libc::CLONE_FILES),
         "CLONE_FS" => go_apart(libc::CLONE_FS),
+        "SCM_RIGHTS" => Some(socket(|from, _| {
+            let fds = [from];
+            say(from, &[ControlMessage::ScmRights(&fds)], MsgFlags::empty());
+        })),
+        "SCM_CREDENTIALS" => Some(socket(|from, to| {
+            setsockopt(to, sockopt::PassCred, &true).expect("SO_PASSCRED");
+            say(from, &[], MsgFlags::empty());
+        })),
+        "urgent data" => Some(socket(|from, _| say(from, &[], MsgFlags::MSG_OOB))),
+        "outside the tree" => Some(with_a_peer_outside()),
         other => panic!("--kind {other:?} is unknown"),
     };
     let link = |fd: &OwnedFd| fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok();
@@ -101,6 +118,35 @@ fn own(fd: i64, call: &str) -> OwnedFd {
     }
     // SAFETY: the descriptor was just made and belongs to nobody else.
     unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("a descriptor")) }
+}
+
+/// One end of a socket pair, of which the other one stays open. `prepare` gets both.
+fn socket(prepare: impl FnOnce(RawFd, &OwnedFd)) -> OwnedFd {
+    let (held, other) = pair();
+    prepare(other.into_raw_fd(), &held);
+    held
+}
+
+fn pair() -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).expect("socketpair")
+}
+
+fn say(from: RawFd, control: &[ControlMessage<'_>], flags: MsgFlags) {
+    sendmsg::<()>(from, &[IoSlice::new(b"x")], control, flags, None).expect("send");
+}
+
+/// One end of a socket pair, of which an orphan has the other one. It ends when ours is closed.
+fn with_a_peer_outside() -> OwnedFd {
+    let (held, other) = pair();
+    let child = fork_child(|| {
+        _ = fork_child(|| {
+            // SAFETY: the descriptor is a copy of the parent's and not used here.
+            unsafe { libc::close(held.as_raw_fd()) };
+            _ = recv(other.as_raw_fd(), &mut [0], MsgFlags::empty());
+        });
+    });
+    waitpid(child, None).expect("wait for the orphan's parent");
+    held
 }
 
 extern "C" fn wait_for_ever(_: *mut libc::c_void) -> i32 {

@@ -209,6 +209,7 @@ pub struct SocketPair {
     pub peer: Option<OpenFileId>,
     /// Data waiting to be read here: messages, or one run of bytes for streams.
     pub queue: Vec<Vec<u8>>,
-    /// Bit 0: shut down for reading; bit 1: for writing.
+    /// Bit 0: shut down for reading; bit 1: for writing; bit 2: the peer was closed before it had read everything, and
+    /// nobody has been told yet (ECONNRESET).
     pub shutdown: u8,
 }

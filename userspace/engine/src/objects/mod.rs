@@ -17,6 +17,7 @@ pub(crate) mod signalfd;
 pub(crate) mod socket;
 pub(crate) mod system_v;
 pub(crate) mod timerfd;
+pub(crate) mod unix;
 
 use crate::{
     error::{Context, Error, Result},
@@ -29,7 +30,7 @@ use standstill_images::types::{
     FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -54,6 +55,7 @@ pub(crate) struct Collected {
     pipe_ids: HashMap<(u64, u64), PipeId>,
     shared_ids: HashMap<(u64, u64), SharedMemoryId>,
     pidfds: HashMap<i32, OwnedFd>,
+    unix_sockets: Option<unix::Known>,
     /// Numbers of dead processes by the inodes of their pidfds.
     dead: HashMap<u64, u32>,
     /// Mapped and executed files by device, inode and access.
@@ -80,6 +82,7 @@ impl Collected {
             pipe_ids: HashMap::new(),
             shared_ids: HashMap::new(),
             pidfds: HashMap::new(),
+            unix_sockets: None,
             dead: HashMap::new(),
             mapped: HashMap::new(),
             executables: HashMap::new(),
@@ -168,7 +171,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
         libc::S_IFIFO => pipe::dump(entry, all)?,
-        libc::S_IFSOCK => socket::dump(entry, all)?,
+        libc::S_IFSOCK => socket::dump(entry, entries, all)?,
         _ => match entry.path.to_str().unwrap_or("") {
             "anon_inode:[eventfd]" => eventfd::dump(entry)?,
             "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
@@ -216,6 +219,8 @@ pub(crate) struct Referenced<'a> {
     pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+    /// Abstract names of several unix sockets.
+    pub shared_names: &'a HashSet<Vec<u8>>,
     /// How the clocks go on, if they do.
     pub clocks: Option<&'a Continued>,
     /// Programs of processes that end, by the number of the dead one that they stand for.
@@ -234,7 +239,7 @@ pub(crate) fn create(
     let file = files[0];
     let made = match &file.kind {
         FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
-        FileKind::Socket(_) => socket::create(files, numbers, program),
+        FileKind::Socket(_) => socket::create(files, refs.shared_names, numbers, program),
         FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) | FileKind::Linked { file: f, .. } => regular::create(f, file.flags, numbers, program),

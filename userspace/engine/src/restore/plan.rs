@@ -22,13 +22,13 @@ use crate::{
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
-    objects::{self, Referenced, pidfd, shared_memory},
-    tree::{attributes, clocks::Continued, creds, limits, process, seccomp, signals, thread, timers},
+    objects::{self, Referenced, pidfd, shared_memory, unix},
+    tree::{attributes, clocks::Continued, creds, labels, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{
     AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
 };
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,6 +113,7 @@ struct Planner<'a> {
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
+    shared_names: HashSet<Vec<u8>>,
     /// Programs of processes whose pidfds outlive them.
     ends: HashMap<u32, usize>,
     pages: PageFiles,
@@ -171,6 +172,7 @@ fn build(
         files,
         shared_fds,
         first_writers,
+        shared_names: unix::shared_names(image.files.values()),
         ends: HashMap::new(),
         pages,
         high,
@@ -268,6 +270,11 @@ impl<'a> Planner<'a> {
             attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
         }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
+        if let Some(label) = self.image.labels.get(&task.pid) {
+            let fd = numbers.lowest();
+            labels::restore(label, self.env.label.as_ref(), fd, &mut program)?;
+            numbers.release(fd);
+        }
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
         let filters = seccomp::common(&self.image.seccomp, live.threads.iter().map(|t| t.tid));
@@ -335,6 +342,7 @@ impl<'a> Planner<'a> {
             pipes: &self.image.pipes,
             first_writers: &self.first_writers,
             shared_fds: &self.shared_fds,
+            shared_names: &self.shared_names,
             ends: &self.ends,
             clocks: self.clocks,
         }
