@@ -5,5 +5,6 @@
 //! can be seen from outside. [`verdict`] is the file both sides share.
 
 pub mod harness;
+pub mod time_namespace;
 pub mod verdict;
 pub mod workload;

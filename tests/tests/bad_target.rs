@@ -183,7 +183,27 @@ fn an_io_uring() {
 }
 
 #[test]
-fn a_child_that_shares_memory() {
+fn descriptors_in_a_socket() {
+    expect_unsupported("SCM_RIGHTS");
+}
+
+#[test]
+fn credentials_in_a_socket() {
+    expect_unsupported("SCM_CREDENTIALS");
+}
+
+#[test]
+fn urgent_data_in_a_socket() {
+    expect_unsupported("urgent data");
+}
+
+#[test]
+fn a_socket_with_a_peer_elsewhere() {
+    expect_unsupported("outside the tree");
+}
+
+#[test]
+fn a_grandchild_that_shares_memory() {
     expect_unsupported("CLONE_VM");
 }
 
@@ -211,6 +231,21 @@ fn a_seccomp_filter_with_a_supervisor() {
 #[test]
 fn a_userfaultfd() {
     expect_unsupported("userfaultfd");
+}
+
+#[test]
+fn a_pidfd_of_a_process_outside_of_the_tree() {
+    expect_unsupported("pidfd of process");
+}
+
+#[test]
+fn asynchronous_io_that_is_under_way() {
+    expect_unsupported("requests in flight");
+}
+
+#[test]
+fn a_pidfd_of_another_thread_than_the_first() {
+    expect_unsupported("pidfd of thread");
 }
 
 #[test]

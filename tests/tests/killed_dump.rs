@@ -115,8 +115,29 @@ fn a_tree_survives_a_killed_dump() {
 }
 
 #[test]
+fn descriptors_of_processes_survive_a_killed_dump() {
+    kill_dumps("pidfds", &[], 20, 11);
+}
+
+#[test]
+fn processes_with_one_memory_survive_a_killed_dump() {
+    kill_dumps("one_memory", &["--mib", "32"], 30, 12);
+}
+
+#[test]
+fn rings_of_asynchronous_io_survive_a_killed_dump() {
+    kill_dumps("aio", &[], 20, 13);
+}
+
+#[test]
 fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
+}
+
+/// What waits in them is read with an option of theirs.
+#[test]
+fn sockets_survive_a_killed_dump() {
+    kill_dumps("sockets", &[], 60, 8);
 }
 
 /// Their filters are suspended only while they are stopped.

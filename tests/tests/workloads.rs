@@ -81,6 +81,16 @@ fn listening_sockets() {
 }
 
 #[test]
+fn connected_sockets() {
+    thoroughly("sockets", &[]);
+}
+
+#[test]
+fn connected_sockets_without_ebpf() {
+    twice("sockets", &[], |run| run.args(["--reader", "procfs"]));
+}
+
+#[test]
 fn another_root_directory() {
     twice("fds", &["--chroot"], |run| run);
 }
@@ -93,6 +103,16 @@ fn tree_with_sessions_groups_and_zombies() {
 #[test]
 fn processes_share_descriptors_and_directories() {
     thoroughly("sharing", &[]);
+}
+
+#[test]
+fn descriptors_of_processes() {
+    thoroughly("pidfds", &[]);
+}
+
+#[test]
+fn rings_of_asynchronous_io() {
+    thoroughly("aio", &[]);
 }
 
 #[test]

@@ -122,6 +122,20 @@ pub enum FileKind {
     },
     /// A socket.
     Socket(Socket),
+    /// A pidfd of a process that has been waited for.
+    DeadPidFd {
+        /// The process: descriptors of the same one have the same number.
+        process: u32,
+        /// Its wait status, if the kernel tells it.
+        status: Option<i32>,
+    },
+    /// A file whose name was gone although it had others: found by a hard link that the dump made, and the restore removes.
+    Linked {
+        /// The file under the name of the link.
+        file: RegularFile,
+        /// The name that it had.
+        name: Bytes,
+    },
 }
 
 /// A pipe(2) or fifo(7), whatever ends of it are open.
@@ -195,6 +209,7 @@ pub struct SocketPair {
     pub peer: Option<OpenFileId>,
     /// Data waiting to be read here: messages, or one run of bytes for streams.
     pub queue: Vec<Vec<u8>>,
-    /// Bit 0: shut down for reading; bit 1: for writing.
+    /// Bit 0: shut down for reading; bit 1: for writing; bit 2: the peer was closed before it had read everything, and
+    /// nobody has been told yet (ECONNRESET).
     pub shutdown: u8,
 }

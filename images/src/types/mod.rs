@@ -222,8 +222,12 @@ records! {
     PrecopyStats = 10 v 2;
     SharedFs = 12 v 1;
     Seccomp = 13 v 1;
-    Cgroups = 14 v 1;
+    CgroupsV1 = 14 v 1;
+    Cgroups = 14 v 2;
     Attributes = 15 v 1;
+    Clocks = 16 v 1;
+    SharedActions = 18 v 1;
+    Label = 20 v 1;
 }
 
 #[cfg(test)]
@@ -257,6 +261,20 @@ mod tests {
         assert_eq!((record.kind(), record.version()), (SharedMemory::KIND, 1));
         let new = SharedMemory::from(record.decode::<SharedMemoryV1>().unwrap());
         assert_eq!(new, SharedMemory { id: 3, size: 12288, kind, pages, page_size: 4096 });
+    }
+
+    #[test]
+    fn old_cgroups_have_permissions_only() {
+        // As version 1 wrote it: one set of one cgroup with a mode, and a process in it.
+        type Old = (Vec<Vec<(Bytes, Bytes, Vec<CgroupAccess>)>>, Vec<(i32, u32)>);
+        let (hierarchy, path) = (Bytes(b"cpu".to_vec()), Bytes(b"/a".to_vec()));
+        let access = vec![CgroupAccess { file: Bytes::default(), mode: 0o755, owner: (1, 2) }];
+        let old: Old = (vec![vec![(hierarchy.clone(), path.clone(), access.clone())]], vec![(7, 0)]);
+        let bytes = postcard::to_allocvec(&old).unwrap();
+        let new = Cgroups::from(postcard::from_bytes::<CgroupsV1>(&bytes).unwrap());
+        assert_eq!(new.sets, [[Cgroup { hierarchy: hierarchy.clone(), path: path.clone() }]]);
+        assert_eq!((new.processes, new.threads, new.namespace), (vec![(7, 0)], Vec::new(), None));
+        assert_eq!(new.directories, [CgroupDirectory { hierarchy, path, access, properties: Vec::new() }]);
     }
 
     #[test]

@@ -76,24 +76,81 @@ pub struct LiveTask {
     pub loginuid: u32,
 }
 
-/// The cgroups that processes are in.
+/// The clocks of the tree at the freeze, as it saw them itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// CLOCK_MONOTONIC, in nanoseconds.
+    pub monotonic_ns: u64,
+    /// CLOCK_BOOTTIME, in nanoseconds.
+    pub boottime_ns: u64,
+    /// The tree lived in another time namespace than whoever dumped it.
+    pub namespace: bool,
+}
+
+/// The cgroups that processes and threads are in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroups {
     /// Sets of cgroups, one of each hierarchy; each set once.
     pub sets: Vec<Vec<Cgroup>>,
     /// Processes, with the number of their set.
     pub processes: Vec<(i32, u32)>,
+    /// Threads that are elsewhere than their process, with the number of their set.
+    pub threads: Vec<(i32, u32)>,
+    /// If the tree has a cgroup namespace of its own: the set of its root directories.
+    pub namespace: Option<u32>,
+    /// All of these cgroups and what is above them, but for the roots of the hierarchies; parents first.
+    pub directories: Vec<CgroupDirectory>,
 }
 
 /// A cgroup.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Cgroup {
     /// Controllers or name of its hierarchy, as in `/proc/pid/cgroup`: `cpu,cpuacct`, `name=systemd`; empty: version 2.
     pub hierarchy: Bytes,
     /// Path from the root of the dump's cgroup namespace.
     pub path: Bytes,
+}
+
+/// What a cgroup gets when it is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupDirectory {
+    /// As in [`Cgroup`].
+    pub hierarchy: Bytes,
+    /// As in [`Cgroup`].
+    pub path: Bytes,
     /// Who may do what with it.
     pub access: Vec<CgroupAccess>,
+    /// Files and their contents, in the order in which they have to be written.
+    pub properties: Vec<(Bytes, Bytes)>,
+}
+
+/// [`Cgroups`] before they had properties.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupsV1 {
+    sets: Vec<Vec<CgroupV1>>,
+    processes: Vec<(i32, u32)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct CgroupV1 {
+    hierarchy: Bytes,
+    path: Bytes,
+    access: Vec<CgroupAccess>,
+}
+
+impl From<CgroupsV1> for Cgroups {
+    fn from(old: CgroupsV1) -> Self {
+        let mut new = Self { processes: old.processes, ..Self::default() };
+        for set in old.sets {
+            let mut cgroups = Vec::new();
+            for CgroupV1 { hierarchy, path, access } in set {
+                cgroups.push(Cgroup { hierarchy: hierarchy.clone(), path: path.clone() });
+                new.directories.push(CgroupDirectory { hierarchy, path, access, properties: Vec::new() });
+            }
+            new.sets.push(cgroups);
+        }
+        new
+    }
 }
 
 /// Permissions of a cgroup or of one of its files (see "Delegation" in cgroups(7)).
@@ -159,6 +216,13 @@ pub enum SeccompMode {
 /// Processes that share working directory, root directory and umask (CLONE_FS).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedFs {
+    /// The processes.
+    pub pids: Vec<i32>,
+}
+
+/// Processes that share signal actions (CLONE_SIGHAND), and so their memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedActions {
     /// The processes.
     pub pids: Vec<i32>,
 }

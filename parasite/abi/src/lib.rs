@@ -31,6 +31,8 @@ pub enum Kind {
 pub const MAY_FAIL: u32 = 1;
 /// Flag of an [`Op`]: any result but [`Op::expected`] is an error (EBADFD).
 pub const EXPECT: u32 = 2;
+/// Flag of an [`Op`]: `args[0]` is the address of a 64-bit word that holds the argument.
+pub const LOAD: u32 = 4;
 
 /// One step of a restorer program.
 #[repr(C)]
@@ -38,7 +40,7 @@ pub const EXPECT: u32 = 2;
 pub struct Op {
     /// A [`Kind`].
     pub kind: u32,
-    /// [`MAY_FAIL`], [`EXPECT`].
+    /// [`MAY_FAIL`], [`EXPECT`], [`LOAD`].
     pub flags: u32,
     /// System call number.
     pub nr: u64,

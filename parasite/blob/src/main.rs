@@ -11,7 +11,7 @@ mod arch;
 
 use arch::{clone, syscall, trap};
 use core::sync::atomic::{AtomicU32, Ordering};
-use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task, stage};
+use standstill_parasite_abi::{EXPECT, Kind, LOAD, MAY_FAIL, Op, Task, stage};
 
 const EBADFD: u64 = 77;
 const ENODATA: u64 = 61;
@@ -54,7 +54,12 @@ unsafe extern "C" fn interpret(task: *mut Task) -> ! {
 }
 
 fn run(op: &Op) -> Result<(), u64> {
-    let args = op.args;
+    let mut args = op.args;
+    if op.flags & LOAD != 0 {
+        // SAFETY: the engine placed the word, aligned, in the memory of the restorer; the kernel has written it in an earlier
+        // operation of this program.
+        args[0] = unsafe { (args[0] as *const u64).read_volatile() };
+    }
     let result = match op.kind {
         k if k == Kind::Syscall as u32 => syscall(op.nr, args),
         k if k == Kind::Trap as u32 => {

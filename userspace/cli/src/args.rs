@@ -1,8 +1,12 @@
 //! Command line. Flags that CRIU has too have its names and meanings.
 
+mod surroundings;
+
+pub(crate) use surroundings::{CgroupsArg, TimensArg};
+
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{At, CgroupMode, MemorySnapshot, Precopy, PrecopyOptions, Reader, observe::Scope};
+use standstill_engine::{At, MemorySnapshot, Precopy, PrecopyOptions, Reader, observe::Scope};
 use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -77,6 +81,9 @@ pub(crate) struct DumpArgs {
     pub leave_stopped: bool,
     #[command(flatten)]
     pub how: HowArgs,
+    /// Make a hard link beside the old name of each file that has lost it and has other names; the restore removes it
+    #[arg(long)]
+    pub link_remap: bool,
     /// Compare what the tree's tracker knows with the truth while the tree is frozen
     #[arg(long)]
     pub paranoid: bool,
@@ -90,28 +97,6 @@ pub(crate) struct DumpArgs {
     pub json: bool,
     #[command(flatten)]
     pub log: LogArgs,
-}
-
-/// What to do about cgroups
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum CgroupsArg {
-    /// Nothing
-    #[default]
-    Ignore,
-    /// They must exist
-    None,
-    /// Those that are missing are made, without limits
-    Soft,
-}
-
-impl From<CgroupsArg> for CgroupMode {
-    fn from(arg: CgroupsArg) -> Self {
-        match arg {
-            CgroupsArg::Ignore => Self::Ignore,
-            CgroupsArg::None => Self::Exist,
-            CgroupsArg::Soft => Self::Create,
-        }
-    }
 }
 
 /// How a tree is checkpointed
@@ -264,6 +249,18 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
         default_missing_value = "soft")]
     pub manage_cgroups: CgroupsArg,
+    /// What takes the place of the cgroup that the root was in; those below it move along. Can be given for several
+    /// controllers, and without one for all others
+    #[arg(long, value_name = "[CONTROLLER:]/PATH", value_parser = surroundings::cgroup_root)]
+    pub cgroup_root: Vec<(Option<String>, PathBuf)>,
+    /// A time namespace in which CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from where they were at the dump: `new`, the default
+    /// where the tree had one that whoever dumped it was not in; `none`, the clocks are those of this machine
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_value_t,
+        default_missing_value = "new")]
+    pub timens: TimensArg,
+    /// Changes nothing: the links of dump --link-remap are always used, and removed
+    #[arg(long)]
+    pub link_remap: bool,
     /// Write the root's pid to this file (in the image directory unless absolute)
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,

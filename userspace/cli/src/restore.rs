@@ -8,7 +8,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use standstill_engine::{At, Image, RestoreOptions, find, list, restore};
+use standstill_engine::{At, CgroupOptions, Image, RestoreOptions, find, list, restore};
 use standstill_images::publish::MANIFEST;
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
 
@@ -28,7 +28,11 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<u8, Failure> {
     if !args.restore_detached && !args.dry_run {
         forwarded.thread_block().map_err(|e| Failure::io("block signals", &e.into()))?;
     }
-    let options = RestoreOptions { dry_run: args.dry_run, cgroups: args.manage_cgroups.into() };
+    let options = RestoreOptions {
+        dry_run: args.dry_run,
+        cgroups: CgroupOptions { mode: args.manage_cgroups.into(), roots: args.cgroup_root.clone() },
+        time_namespace: args.timens.into(),
+    };
     let total = image.spaces.values().flat_map(|space| &space.pages).map(|run| run.pages * PAGE).sum();
     let filled = || Some((resident(&image).min(total), total));
     let restored = progress::during(args.json || args.dry_run, filled, || restore(&image, &options))?;

@@ -98,8 +98,9 @@ impl Error {
             Self::Died(_) => 10,
             Self::Restore { source, .. } | Self::System { source, .. } => match source.raw_os_error() {
                 Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => 7,
-                // A path that is gone or closed to us, an address that is taken: the surroundings have changed.
-                Some(libc::ENOENT | libc::ENOTDIR | libc::EACCES | libc::EADDRINUSE | libc::EADDRNOTAVAIL) => 7,
+                // A path that is gone or closed to us, a name or an address that is taken: the surroundings have changed.
+                Some(libc::ENOENT | libc::ENOTDIR | libc::EACCES) => 7,
+                Some(libc::EEXIST | libc::EADDRINUSE | libc::EADDRNOTAVAIL) => 7,
                 Some(libc::EPERM) => 6,
                 _ => 1,
             },

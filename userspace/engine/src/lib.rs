@@ -23,4 +23,7 @@ pub use image::{Image, Store, merge};
 pub use restore::{RestoreOptions, restore};
 pub use snapshot::{At, Snapshot, SnapshotOptions, find, list, snapshot};
 pub use standstill_images::store::Progress;
-pub use tree::cgroups::CgroupMode;
+pub use tree::{
+    cgroups::{CgroupMode, CgroupOptions},
+    clocks::TimeNamespace,
+};

@@ -16,7 +16,7 @@ use standstill_images::{
     frame::{Record, RecordReader, RecordWriter},
     publish::{ImageDir, MANIFEST},
     store::{Compression, PageStoreIndex},
-    types::{AddressSpace, Backing, DumpStats, FdTable, Inventory, OpenFile, Pipe, SharedMemory, Task},
+    types::{AddressSpace, Backing, Clocks, DumpStats, FdTable, Inventory, OpenFile, Pipe, SharedMemory, Task},
 };
 use std::{
     fs,
@@ -81,6 +81,7 @@ fn dump_to(dir: &Path, pid: i32) {
         dir: dir.into(),
         afterwards: Afterwards::Kill,
         shell_job: false,
+        link_remap: false,
         cgroups: false,
         timeout: Duration::from_secs(10),
         compression: Compression::None,
@@ -124,6 +125,7 @@ fn age(dir: &Path) {
             OpenFile::KIND => copy::<OpenFile>(&record, &mut writer, |_| {}),
             SharedMemory::KIND => copy::<SharedMemory>(&record, &mut writer, |_| {}),
             Pipe::KIND => copy::<Pipe>(&record, &mut writer, |_| {}),
+            Clocks::KIND => copy::<Clocks>(&record, &mut writer, |_| {}),
             DumpStats::KIND => copy::<DumpStats>(&record, &mut writer, |_| {}),
             PageStoreIndex::KIND => copy::<PageStoreIndex>(&record, &mut writer, |_| {}),
             other => panic!("record kind {other}"),

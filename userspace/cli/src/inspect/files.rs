@@ -119,6 +119,12 @@ fn describe(kind: &FileKind, image: &Image) -> (&'static str, String, Value) {
             let details = json!({ "path": path, "size": f.size, "mtime": f.mtime, "mode": f.mode });
             ("regular file", path, details)
         }
+        FileKind::Linked { file, name, .. } => {
+            let (path, name) = (text(&file.path.0), text(&name.0));
+            let details =
+                json!({ "path": name, "link": path, "size": file.size, "mtime": file.mtime, "mode": file.mode });
+            ("regular file", format!("{name} (linked to as {path})"), details)
+        }
         FileKind::Directory { path, removed, .. } => {
             let path = text(&path.0);
             let note = if *removed { " (removed)" } else { "" };
@@ -157,6 +163,9 @@ fn describe(kind: &FileKind, image: &Image) -> (&'static str, String, Value) {
             ("timerfd", format!("{armed}, {ticks} expirations not read"), details)
         }
         FileKind::PidFd { pid, .. } => ("pidfd", format!("process {pid}"), json!({ "pid": pid })),
+        FileKind::DeadPidFd { process, status } => {
+            ("pidfd", "a process that is gone".into(), json!({ "process": process, "status": status }))
+        }
         FileKind::SignalFd { mask, .. } => ("signalfd", format!("signals {mask:#x}"), json!({ "mask": mask })),
         FileKind::Epoll { targets, .. } => {
             ("epoll", format!("watches {}", targets.len()), json!({ "targets": targets }))

@@ -50,6 +50,9 @@ pub(crate) struct Live<'a> {
     pub cgroups: Vec<String>,
     /// Other processes that have the same working directory, root and umask (CLONE_FS).
     pub shares_directories_with: Vec<i32>,
+    /// Other processes that have the same memory (CLONE_VM), and the same signal actions (CLONE_SIGHAND).
+    pub shares_memory_with: Vec<i32>,
+    pub shares_signal_actions_with: Vec<i32>,
     pub descriptor_table: u32,
     pub descriptors: &'a [Descriptor],
     /// Of all signals whose action is not the default.
@@ -132,7 +135,11 @@ impl<'a> Live<'a> {
             .iter()
             .find(|(of, _)| *of == pid)
             .map(|(_, set)| &image.cgroups.sets[*set as usize]);
-        let sharers = image.shared_fs.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
+        let others = |pids: Option<&Vec<i32>>| pids.into_iter().flatten().copied().filter(|&o| o != pid).collect();
+        let directories = image.shared_fs.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
+        let actions = image.shared_actions.iter().map(|s| &s.pids).find(|pids| pids.contains(&pid));
+        let same_memory = |t: &&Task| t.live.as_ref().is_some_and(|other| other.address_space == live.address_space);
+        let memory = image.tasks.values().filter(same_memory).map(|t| t.pid).collect();
         Self {
             threads: live.threads.iter().map(|thread| ThreadView::new(thread, image)).collect(),
             cwd: text(&live.cwd.0),
@@ -143,7 +150,9 @@ impl<'a> Live<'a> {
                 .flatten()
                 .map(|c| format!("{}:{}", text(&c.hierarchy.0), text(&c.path.0)))
                 .collect(),
-            shares_directories_with: sharers.into_iter().flatten().copied().filter(|&other| other != pid).collect(),
+            shares_directories_with: others(directories),
+            shares_memory_with: others(Some(&memory)),
+            shares_signal_actions_with: others(actions),
             descriptor_table: live.fd_table,
             descriptors: image.tables.get(&live.fd_table).map_or(&[], |t| &t.fds),
             signal_actions: &live.sigactions,

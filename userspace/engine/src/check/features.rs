@@ -150,6 +150,13 @@ pub(super) const ALL: &[Feature] = &[
         process::timerfd_ticks,
     ),
     Feature::new(
+        "time-namespaces",
+        Some("5.6"),
+        "clocks that go on after a restore (CONFIG_TIME_NS)",
+        process::time_namespaces,
+    )
+    .needs("CAP_SYS_ADMIN and CAP_SYS_TIME"),
+    Feature::new(
         "userfaultfd",
         Some("4.3"),
         "copying memory before the freeze (CONFIG_USERFAULTFD)",

@@ -119,6 +119,11 @@ pub(super) fn timerfd_ticks(_: &Bench) -> Outcome {
     yes()
 }
 
+pub(super) fn time_namespaces(_: &Bench) -> Outcome {
+    std::fs::metadata("/proc/self/timens_offsets")?;
+    yes()
+}
+
 pub(super) fn close_range(_: &Bench) -> Outcome {
     sys::close_range(pipe()?.0)?;
     yes()

@@ -89,16 +89,15 @@ fn copy_private(
     trackings: &mut Trackings,
     mut copy: impl FnMut(&PrivatePages, Option<Parent<'_>>) -> Result<Vec<PageRun>>,
 ) -> Result<()> {
-    let parents = state.parents();
-    let with_children: HashSet<i32> = parents.values().copied().collect();
-    let numbers: HashMap<i32, usize> = state.private.iter().map(|p| p.pid).zip(0..).collect();
+    let (parents, homes) = (state.parents(), state.homes());
+    let with_children = with_children(state);
     for (n, private) in state.private.iter().enumerate() {
         let (earlier, rest) = state.spaces.split_at_mut(n);
-        let parent = parents.get(&private.pid).and_then(|p| Some((*p, earlier.get(*numbers.get(p)?)?)));
-        let parent = parent.map(|(pid, space)| Parent { pid, runs: &space.pages });
+        let parent = parents.get(&private.pid).and_then(|p| homes.get(p)).filter(|home| **home < n);
+        let parent = parent.map(|&home| Parent { pid: state.private[home].pid, runs: &earlier[home].pages });
         let copied = copy(private, parent)?;
         rest[0].pages = known::merge(std::mem::take(&mut rest[0].pages), copied);
-        if with_children.contains(&private.pid) {
+        if with_children.contains(&n) {
             place(private, &mut rest[0], trackings);
         }
     }
@@ -107,10 +106,17 @@ fn copy_private(
 
 /// Completes the lists of pages that no other process needed under the freeze.
 pub(super) fn place_the_childless(state: &mut State, trackings: &mut Trackings) {
-    let parents: HashSet<i32> = state.parents().into_values().collect();
-    for (private, space) in state.private.iter().zip(&mut state.spaces).filter(|(p, _)| !parents.contains(&p.pid)) {
+    let with_children = with_children(state);
+    let all = state.private.iter().zip(&mut state.spaces).enumerate();
+    for (_, (private, space)) in all.filter(|(n, _)| !with_children.contains(n)) {
         place(private, space, trackings);
     }
+}
+
+/// Where among the spaces those of parents are.
+fn with_children(state: &State) -> HashSet<usize> {
+    let homes = state.homes();
+    state.parents().into_values().filter_map(|parent| homes.get(&parent).copied()).collect()
 }
 
 /// Adds to a process's list of pages, which has those copied under the freeze, what was known before.

@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     kernel::PAGE,
     memory::{private::PrivatePages, ranges},
-    task::{Fork, FrozenTree},
+    task::Fork,
 };
 use std::{collections::HashMap, time::Duration};
 use tracing::{info, warn};
@@ -16,9 +16,9 @@ pub(super) struct Forks {
 }
 
 impl Forks {
-    /// Forks the processes of a frozen tree. `None`: what has to be copied should be copied under the freeze, because that
+    /// Forks each address space of a frozen tree. `None`: what has to be copied should be copied under the freeze, because that
     /// takes less time, or because the tree cannot be forked.
-    pub(super) fn make(tree: &FrozenTree, state: &State) -> Option<Self> {
+    pub(super) fn make(state: &State) -> Option<Self> {
         let (forking, copying) = times(&state.private);
         if copying <= forking {
             info!(?forking, ?copying, "copying under the freeze takes less time than a fork");
@@ -26,7 +26,7 @@ impl Forks {
         }
         let made = refuse(state).and_then(|()| {
             let fork = |pid: i32| Ok((pid, lean(Fork::of(pid)?, pid, state)?));
-            tree.pids().into_iter().map(fork).collect::<Result<_>>()
+            state.private.iter().map(|private| fork(private.pid)).collect::<Result<_>>()
         });
         match made {
             Ok(by_pid) => Some(Self { by_pid }),

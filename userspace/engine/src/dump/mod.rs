@@ -29,6 +29,7 @@ use crate::{
     memory::{copy::Copier, private::PrivatePages},
     objects::regular,
     task::{Family, FrozenTree},
+    tree::cgroups,
 };
 use chain::Chain;
 use contents::{copy_forks, copy_frozen, place_the_childless};
@@ -78,6 +79,8 @@ pub struct DumpOptions {
     pub afterwards: Afterwards,
     /// The root is the job of a shell that stays outside.
     pub shell_job: bool,
+    /// Files whose name is gone although they have others get a hard link beside it.
+    pub link_remap: bool,
     /// The cgroups of the processes are recorded.
     pub cgroups: bool,
     /// Time limit of the freeze.
@@ -323,7 +326,7 @@ impl<'a> Session<'a> {
         copier.stopped();
         let mut forks = None;
         if options.precopy.snapshot == MemorySnapshot::Fork && afterwards != Afterwards::Kill {
-            forks = Forks::make(&tree, &state);
+            forks = Forks::make(&state);
             phases.end("fork");
         }
         let shared = copy_frozen(&mut state, &mut self.trackings, &mut copier, forks.is_some())
@@ -370,6 +373,7 @@ impl<'a> Session<'a> {
         let counts = copier.finish()?;
         (stats.pages_stored, stats.pages_zero, stats.pages_shared) = (counts.stored, counts.zero, counts.shared);
         regular::check_names(&mut state.objects)?;
+        state.cgroups.as_mut().map_or(Ok(()), cgroups::describe)?;
         place_the_childless(&mut state, &mut self.trackings);
         let dedup = self.dedup(&state)?;
         self.chain.stores.push(pages.finish()?);
@@ -393,7 +397,9 @@ impl<'a> Session<'a> {
             shared_whole: shared.whole,
             ..p
         });
+        let links = std::mem::take(&mut state.objects.links);
         image::publish(dir, &state.into_records(options)?, &self.chain.stores, &stats, precopy.as_ref())?;
+        links.keep();
         if let Some(tree) = tree {
             tree.kill();
         } else if !forked {

@@ -7,6 +7,7 @@ use crate::{
     kernel::{PAGE, proc, sys},
     memory::{area::Area, copy::Copier, private, ranges},
     task::Family,
+    tree::sharing,
 };
 use standstill_images::types::Round;
 use std::time::{Duration, Instant};
@@ -121,9 +122,13 @@ impl Rounds<'_, '_> {
     /// Copies what has changed since the last round; pages.
     fn round(&mut self, pids: &[i32]) -> Result<u64> {
         self.trackings.retain(pids);
+        self.trackings.part();
+        let others = sharing::of_running(pids);
+        let firsts: Vec<i32> = pids.iter().copied().filter(|pid| others.iter().all(|other| other.0 != *pid)).collect();
+        self.trackings.share(others);
         let root = pids.first().copied();
         let mut pages = 0;
-        for &pid in pids {
+        for &pid in &firsts {
             match self.process(pid) {
                 Ok(copied) => pages += copied,
                 Err(e) if e.is_death() && (Some(pid) != root || is_led_by_the_dead(pid)) => self.trackings.remove(pid),
@@ -131,7 +136,7 @@ impl Rounds<'_, '_> {
                 Err(e) => return Err(e),
             }
         }
-        let unchanged = self.trackings.look_at_shared(pids, self.observer.iterators(), true, 1);
+        let unchanged = self.trackings.look_at_shared(&firsts, self.observer.iterators(), true, 1);
         for (key, unchanged) in unchanged {
             if let Some(object) = self.trackings.sharing.object_mut(key) {
                 pages += object.copy(unchanged, self.copier)?;

@@ -9,15 +9,15 @@ use crate::{
         self,
         private::{self, PrivatePages},
     },
-    objects::{self, Collected, system_v},
+    objects::{self, Collected, link_remap::Links, system_v},
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
-    tree::{cgroups, process, sharing::Sharing},
+    tree::{cgroups, clocks::Moment, labels, process, sharing::Sharing},
 };
 use standstill_images::types::{
-    AddressSpace, Attributes, Backing, Cgroups, Descriptor, DumpCounts, FdTable, FileKind, Inventory, OpenFileId,
-    Seccomp, SharedFs, Task, Vma,
+    AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind,
+    Inventory, Label, OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -28,16 +28,19 @@ use std::{
 pub(super) struct State {
     root: i32,
     pub tasks: Vec<Task>,
-    /// In the order of the frozen processes, as `private` is.
+    /// In the order of the frozen processes that are the first to have them, as `private` is.
     pub spaces: Vec<AddressSpace>,
     pub private: Vec<PrivatePages>,
     /// Of shared memory, what need not be copied.
     pub shared: Unchanged,
     tables: Vec<FdTable>,
     shared_fs: Vec<SharedFs>,
+    shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
-    cgroups: Option<Cgroups>,
+    labels: Vec<Label>,
+    pub cgroups: Option<Cgroups>,
+    clocks: Clocks,
     pub objects: Collected,
     vdso: Vec<u8>,
 }
@@ -56,8 +59,12 @@ pub(super) fn collect(
     if let Some(pid) = tree.processes().iter().find_map(|p| p.dead_leader) {
         observer.use_procfs(pid);
     }
+    trackings.part();
     let seen = observer.read(&pids, options.paranoid)?;
+    let moment = Moment::now();
     let sharing = Sharing::of(tree.processes(), &seen.processes)?;
+    let together = sharing.of_one_memory(tree.processes());
+    trackings.share(together.iter().flat_map(|group| group[1..].iter().map(|p| (p.id(), group[0].id()))));
     phases.end("descriptors");
     let entries = &seen.files;
     trackings.refuse_direct_io(entries);
@@ -70,12 +77,16 @@ pub(super) fn collect(
         shared: Unchanged::new(),
         tables: tables(&pids, &sharing, entries),
         shared_fs: sharing.shared_fs(tree.processes()),
+        shared_actions: sharing.shared_actions(tree.processes()),
         seccomp: None,
         attributes: Vec::new(),
-        cgroups: if options.cgroups { Some(cgroups::collect(tree.processes())?) } else { None },
-        objects: Collected::new(next),
+        clocks: Clocks::default(),
+        labels: labels::collect(tree.processes())?,
+        cgroups: None,
+        objects: Collected::new(next, moment),
         vdso: Vec::new(),
     };
+    state.objects.links = Links::new(options.link_remap);
     for (key, object) in trackings.sharing.objects() {
         let source = object.source.try_clone().context(|| "duplicate a descriptor".into())?;
         state.objects.known_sources.insert(key, source);
@@ -86,19 +97,30 @@ pub(super) fn collect(
     }
     phases.end("files");
     let mut known = process::Known::default();
+    known.namespaces.may_have_cgroups(options.cgroups);
     let mut mappings = Vec::with_capacity(pids.len());
     for (n, process) in tree.processes().iter().enumerate() {
-        let id = n as u32;
+        let id = sharing.memory[n] as u32;
         let observed = seen.processes.get(&process.pid).filter(|p| p.layout.is_some());
-        let mapped = seen.vmas.get(&process.pid).map_or(&[][..], Vec::as_slice);
-        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped)?;
-        let tracked = trackings.of(process.id()).is_some();
-        let (space, areas) =
-            memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
+        // Memory that several have is told of by the first.
+        let first = sharing.memory[n] == n;
+        let mapped = seen.vmas.get(&process.pid).filter(|_| first).map_or(&[][..], Vec::as_slice);
+        let (task, brk) = process::collect(process, observed, &mut known, id, sharing.files[n] as u32, mapped, moment)?;
         state.tasks.push(task);
-        state.spaces.push(space);
-        mappings.push(areas);
+        if first {
+            let tracked = trackings.of(process.id()).is_some();
+            let (space, areas) =
+                memory::collect::collect(process.pid, id, brk, observed, mapped, &mut state.objects, tracked)?;
+            state.spaces.push(space);
+            mappings.push((process, areas));
+        }
     }
+    let firsts: Vec<i32> = mappings.iter().map(|(process, _)| process.pid).collect();
+    memory::aio::collect(&firsts, &mut state.spaces, observer.aio.as_mut())?;
+    if options.cgroups {
+        state.cgroups = Some(cgroups::collect(tree.processes(), known.namespaces.cgroup())?);
+    }
+    state.clocks = moment.clocks(known.namespaces.time())?;
     state.seccomp = known.seccomp.into_record();
     state.attributes = known.attributes;
     state.vdso = vdso(pids[0], state.spaces.first())?;
@@ -110,9 +132,9 @@ pub(super) fn collect(
     // Nobody else in the tree needs the processors now.
     let threads = pagemap::scanners();
     if trackings.sharing.objects().next().is_some() {
-        state.shared = trackings.look_at_shared(&pids, observer.iterators(), protect, threads);
+        state.shared = trackings.look_at_shared(&firsts, observer.iterators(), protect, threads);
     }
-    let jobs = tree.processes().iter().zip(&mappings).map(|(p, areas)| (p.pid, &areas[..], trackings.of(p.id())));
+    let jobs = mappings.iter().map(|(p, areas)| (p.pid, &areas[..], trackings.of(p.id())));
     let found = private::look_at_all(&jobs.collect::<Vec<_>>(), protect, threads)?;
     for ((private, guards), space) in found.into_iter().zip(&mut state.spaces) {
         space.guards = guards.into_iter().map(|g| (g.start, g.end)).collect();
@@ -148,14 +170,15 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
         if let FileKind::PidFd { pid } = file.kind
             && !by_pid.contains_key(&pid)
         {
-            return Err(Error::unsupported(
-                options.pid,
-                format!("a pidfd of process {pid}, outside the tree,"),
-                "close it before the dump",
-            ));
+            let mut threads = state.tasks.iter().filter_map(|t| t.live.as_ref()).flat_map(|live| &live.threads);
+            let whose = match threads.any(|t| t.tid == pid) {
+                true => format!("a pidfd of thread {pid}, which is not the first of its process,"),
+                false => format!("a pidfd of process {pid}, outside the tree,"),
+            };
+            return Err(Error::unsupported(options.pid, whose, "close it before the dump"));
         }
     }
-    let births = births::order(&by_pid, &state.shared_fs, options.pid)?;
+    let births = births::order(&by_pid, &state.shared_fs, &state.shared_actions, options.pid)?;
     for step in births.values().flatten() {
         if let births::Step::StandIn { sid, .. } = step
             && proc::stat(*sid).is_ok()
@@ -169,6 +192,12 @@ fn check_restorable(state: &State, options: &DumpOptions) -> Result<()> {
 }
 
 impl State {
+    /// Where among the spaces the memory of each living process is.
+    pub(super) fn homes(&self) -> HashMap<i32, usize> {
+        let places: HashMap<AddressSpaceId, usize> = self.spaces.iter().map(|s| s.id).zip(0..).collect();
+        self.tasks.iter().filter_map(|t| Some((t.pid, places[&t.live.as_ref()?.address_space]))).collect()
+    }
+
     /// Parents by pid.
     pub(super) fn parents(&self) -> HashMap<i32, i32> {
         self.tasks.iter().map(|t| (t.pid, t.ppid)).collect()
@@ -214,9 +243,12 @@ impl State {
             spaces: self.spaces,
             tables: self.tables,
             shared_fs: self.shared_fs,
+            shared_actions: self.shared_actions,
             seccomp: self.seccomp,
             attributes: self.attributes,
+            labels: self.labels,
             cgroups: self.cgroups,
+            clocks: self.clocks,
             files: self.objects.files,
             pipes: self.objects.pipes.into_values().collect(),
             shared: self.objects.shared,

@@ -3,11 +3,14 @@
 use super::sharing::{Sharing, Unchanged};
 use crate::{
     error::Result,
-    kernel::pagemap::Range,
+    kernel::{
+        pagemap::Range,
+        sys::{self, Kcmp},
+    },
     memory::{copy::Parent, known::Known, ranges, tracking::Tracking},
     observe::{FdEntry, Iterators},
 };
-use std::{collections::HashMap, time::Duration};
+use std::{cmp::Ordering, collections::HashMap, time::Duration};
 use tracing::{info, warn};
 
 /// The tracked processes.
@@ -16,6 +19,8 @@ pub(super) struct Trackings {
     by_pid: HashMap<i32, Tracking>,
     /// Processes that could not be tracked. They are not asked again.
     unable: Vec<i32>,
+    /// Processes whose memory is that of another, who comes first in the tree.
+    firsts: HashMap<i32, i32>,
     /// Memory that they share.
     pub sharing: Sharing,
 }
@@ -46,14 +51,43 @@ impl Trackings {
         self.by_pid.contains_key(&pid) && !self.unable.contains(&pid)
     }
 
-    /// A process's tracking.
+    /// Whose number the tracking of a process's memory has.
+    fn first(&self, pid: i32) -> i32 {
+        self.firsts.get(&pid).copied().unwrap_or(pid)
+    }
+
+    /// Says which processes have the memory of another (CLONE_VM), and whose. It is tracked once.
+    pub(super) fn share(&mut self, pairs: impl IntoIterator<Item = (i32, i32)>) {
+        self.firsts = pairs.into_iter().collect();
+        // One of them may be tracked since it was alone.
+        for (&other, &first) in &self.firsts {
+            if !self.by_pid.contains_key(&first)
+                && let Some(tracking) = self.by_pid.remove(&other)
+            {
+                self.by_pid.insert(first, tracking);
+            }
+        }
+    }
+
+    /// Ends the tracking of memory that those who shared it do not share any more: one of them runs another program, and
+    /// nobody knows which.
+    pub(super) fn part(&mut self) {
+        let parted = |(other, first): &(i32, i32)| sys::kcmp(*other, *first, Kcmp::Vm).is_ok_and(Ordering::is_ne);
+        let parted: Vec<(i32, i32)> =
+            self.firsts.iter().map(|(other, first)| (*other, *first)).filter(parted).collect();
+        for (_, first) in parted {
+            self.by_pid.remove(&first);
+        }
+    }
+
+    /// The tracking of a process's memory.
     pub(super) fn of(&self, pid: i32) -> Option<&Tracking> {
-        self.by_pid.get(&pid)
+        self.by_pid.get(&self.first(pid))
     }
 
     /// The same, to change what is known.
     pub(super) fn of_mut(&mut self, pid: i32) -> Option<&mut Tracking> {
-        self.by_pid.get_mut(&pid)
+        self.by_pid.get_mut(&self.first(pid))
     }
 
     /// What is known of all memory.
@@ -130,7 +164,7 @@ impl Trackings {
 
     /// A tracked process as the parent of another.
     pub(super) fn parent(&self, pid: i32) -> Option<Parent<'_>> {
-        self.of(pid).map(|tracking| Parent { pid, runs: tracking.known.runs() })
+        self.of(pid).map(|tracking| Parent { pid: self.first(pid), runs: tracking.known.runs() })
     }
 
     /// Forgets the pages of processes with descriptors for direct I/O: a device may write into a page that was protected
@@ -139,14 +173,15 @@ impl Trackings {
         // For a pipe the same flag means another thing.
         let direct = |e: &&FdEntry| e.flags & libc::O_DIRECT as u32 != 0 && e.mode & libc::S_IFMT != libc::S_IFIFO;
         for entry in entries.iter().filter(direct) {
-            if !self.unable.contains(&entry.tgid) {
+            let first = self.first(entry.tgid);
+            if !self.unable.contains(&first) {
                 info!(
                     "process {} has descriptor {} for direct I/O: its writes cannot be tracked",
                     entry.tgid, entry.fd
                 );
-                self.unable.push(entry.tgid);
+                self.unable.push(first);
             }
-            if let Some(tracking) = self.by_pid.get_mut(&entry.tgid) {
+            if let Some(tracking) = self.by_pid.get_mut(&first) {
                 tracking.known = Known::default();
             }
         }

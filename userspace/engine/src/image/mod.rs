@@ -10,15 +10,17 @@ pub(crate) use stores::{locate, pages_of, push_run, split};
 use crate::{
     error::{Error, Result},
     kernel::hugetlb,
+    objects::unix,
 };
 use standstill_images::{
     frame::{Record, RecordReader, RecordWriter},
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, DumpStats, DumpStatsV1, FdTable, FdTableId,
-        FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats, PrecopyStatsV1,
-        Seccomp, SeccompMode, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task, Vma,
+        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
+        FdTableId, FileKind, Inventory, Label, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
+        PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
+        SharedMemoryV1, Task, TaskState, Vma,
     },
 };
 use std::{
@@ -33,9 +35,12 @@ pub(crate) struct Records {
     pub spaces: Vec<AddressSpace>,
     pub tables: Vec<FdTable>,
     pub shared_fs: Vec<SharedFs>,
+    pub shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     pub attributes: Vec<Attributes>,
+    pub labels: Vec<Label>,
     pub cgroups: Option<Cgroups>,
+    pub clocks: Clocks,
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
     pub shared: Vec<SharedMemory>,
@@ -65,9 +70,12 @@ pub(crate) fn publish(
     all(&mut writer, &records.spaces)?;
     all(&mut writer, &records.tables)?;
     all(&mut writer, &records.shared_fs)?;
+    all(&mut writer, &records.shared_actions)?;
     all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.attributes)?;
+    all(&mut writer, &records.labels)?;
     all(&mut writer, &records.cgroups)?;
+    writer.push(&records.clocks)?;
     all(&mut writer, &records.files)?;
     all(&mut writer, &records.pipes)?;
     all(&mut writer, &records.shared)?;
@@ -94,12 +102,18 @@ pub struct Image {
     pub tables: BTreeMap<FdTableId, FdTable>,
     /// Processes that share their working directory.
     pub shared_fs: Vec<SharedFs>,
+    /// Processes that share signal actions.
+    pub shared_actions: Vec<SharedActions>,
     /// Threads under seccomp.
     pub seccomp: Seccomp,
     /// Unusual attributes of processes, by pid.
     pub attributes: BTreeMap<i32, Attributes>,
+    /// Labels of processes, by pid, if a security module gave them any.
+    pub labels: BTreeMap<i32, Label>,
     /// Cgroups, if they were recorded.
     pub cgroups: Cgroups,
+    /// Clocks at the freeze; `None`: it is an old image.
+    pub clocks: Option<Clocks>,
     /// Open file descriptions, and files that are mapped or executed.
     pub files: BTreeMap<OpenFileId, OpenFile>,
     /// Pipes.
@@ -123,7 +137,9 @@ impl Image {
         let (mut inventory, mut stats, mut precopy, mut stores) = (None, None, None, Vec::new());
         let (mut tasks, mut spaces, mut tables) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (mut shared_fs, mut seccomp, mut attributes, mut cgroups) = (Vec::new(), None, BTreeMap::new(), None);
+        let (mut shared_fs, mut shared_actions) = (Vec::new(), Vec::new());
+        let (mut seccomp, mut attributes) = (None, BTreeMap::new());
+        let (mut cgroups, mut clocks, mut labels) = (None, None, BTreeMap::new());
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -142,9 +158,15 @@ impl Image {
                 AddressSpace::KIND => twice |= insert(&mut spaces, record.decode::<AddressSpace>()?, |s| s.id),
                 FdTable::KIND => twice |= insert(&mut tables, record.decode::<FdTable>()?, |t| t.id),
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
+                SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
+                Label::KIND => twice |= insert(&mut labels, record.decode::<Label>()?, |l| l.pid),
+                Cgroups::KIND if record.version() == CgroupsV1::VERSION => {
+                    twice |= cgroups.replace(record.decode::<CgroupsV1>()?.into()).is_some();
+                }
                 Cgroups::KIND => twice |= cgroups.replace(record.decode::<Cgroups>()?).is_some(),
+                Clocks::KIND => twice |= clocks.replace(record.decode::<Clocks>()?).is_some(),
                 OpenFile::KIND => twice |= insert(&mut files, record.decode::<OpenFile>()?, |f| f.id),
                 Pipe::KIND => twice |= insert(&mut pipes, record.decode::<Pipe>()?, |p| p.id),
                 SharedMemory::KIND if record.version() == SharedMemoryV1::VERSION => {
@@ -170,9 +192,12 @@ impl Image {
             spaces,
             tables,
             shared_fs,
+            shared_actions,
             seccomp: seccomp.unwrap_or_default(),
             attributes,
+            labels,
             cgroups: cgroups.unwrap_or_default(),
+            clocks,
             files,
             pipes,
             shared,
@@ -212,6 +237,11 @@ impl Image {
             if pid <= 0 || !ids.insert(pid) {
                 return Err(format!("pid {pid} is there twice or no pid"));
             }
+            if let TaskState::Zombie(status) = task.state
+                && stops(status)
+            {
+                return Err(format!("process {pid} has ended by a signal that ends nobody"));
+            }
             let Some(live) = &task.live else { continue };
             if live.threads.first().is_none_or(|t| t.tid != pid) {
                 return Err(format!("process {pid} has no leader"));
@@ -234,15 +264,13 @@ impl Image {
                 ));
             }
         }
+        self.check_shared_actions()?;
         self.check_seccomp(&ids)?;
         self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
-        let Cgroups { sets, processes } = &self.cgroups;
-        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || *set as usize >= sets.len()) {
-            return Err("a cgroup or the process in it is missing".into());
+        if let Some(label) = self.labels.values().find(|l| !crate::tree::labels::is_whole(l)) {
+            return Err(format!("process {} has a label of an unknown kind", label.pid));
         }
-        if sets.iter().flatten().any(|c| c.path.as_path().components().any(|part| part == Component::ParentDir)) {
-            return Err("a cgroup has a path that leads upwards".into());
-        }
+        self.check_cgroups(&ids)?;
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {
             if !table.fds.is_sorted_by(|a, b| a.fd < b.fd) || table.fds.first().is_some_and(|d| d.fd < 0) {
@@ -286,6 +314,25 @@ impl Image {
         Ok(())
     }
 
+    /// `ids`: all threads.
+    fn check_cgroups(&self, ids: &HashSet<i32>) -> Result<(), String> {
+        let Cgroups { sets, processes, threads, namespace, directories } = &self.cgroups;
+        let missing = |set: &u32| *set as usize >= sets.len();
+        if processes.iter().any(|(pid, set)| !self.tasks.contains_key(pid) || missing(set))
+            || threads.iter().any(|(tid, set)| !ids.contains(tid) || missing(set))
+            || namespace.as_ref().is_some_and(missing)
+        {
+            return Err("a cgroup or the process in it is missing".into());
+        }
+        let paths = sets.iter().flatten().map(|c| &c.path).chain(directories.iter().map(|d| &d.path));
+        for path in paths.map(|path| path.as_path()) {
+            if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+                return Err("a cgroup has a path that leads upwards".into());
+            }
+        }
+        Ok(())
+    }
+
     fn check_attributes(&self, attributes: &Attributes) -> Result<(), String> {
         let pid = attributes.pid;
         let live = self.tasks.get(&pid).and_then(|t| t.live.as_ref());
@@ -309,20 +356,48 @@ impl Image {
         Ok(())
     }
 
+    /// Who shares signal actions is alive and shares its memory, and nobody is there twice.
+    fn check_shared_actions(&self) -> Result<(), String> {
+        let mut seen = HashSet::new();
+        for SharedActions { pids } in &self.shared_actions {
+            let space = |pid: &i32| self.tasks.get(pid).and_then(|t| Some(t.live.as_ref()?.address_space));
+            let first = pids.first().and_then(space);
+            if let Some(pid) = pids.iter().find(|&pid| first.is_none() || space(pid) != first || !seen.insert(*pid)) {
+                return Err(format!(
+                    "process {pid}, which shares its signal actions, is dead, missing, there twice or has other memory"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check_file(&self, file: &OpenFile) -> Result<(), String> {
         let whole = match &file.kind {
             FileKind::Pipe { pipe } => self.pipes.contains_key(pipe),
             FileKind::SharedMemory { object } => self.shared.contains_key(object),
+            FileKind::Linked { file, .. } => crate::objects::link_remap::is_link(file.path.as_path()),
             FileKind::PidFd { pid } => self.tasks.contains_key(pid),
+            FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
             FileKind::Socket(s) => {
-                s.local.is_empty()
+                let whole = s.local.is_empty()
                     || (8..=128).contains(&s.local.len())
-                    || s.family == libc::AF_UNIX && s.local.len() > 2
+                    || s.family == libc::AF_UNIX && s.local.len() > 2;
+                whole && self.is_mutual(file)
             }
             _ => true,
         };
         if whole { Ok(()) } else { Err(format!("what open file {} refers to is missing", file.id)) }
+    }
+
+    /// Whether the peer of a connected socket is connected to it, by the same kind of socket.
+    fn is_mutual(&self, file: &OpenFile) -> bool {
+        let Some((socket, pair)) = unix::end(file) else { return true };
+        let Some(peer) = pair.peer else { return socket.family == libc::AF_UNIX };
+        let other = self.files.get(&peer).and_then(unix::end);
+        other.is_some_and(|(other, back)| {
+            socket.family == libc::AF_UNIX && socket.kind == other.kind && back.peer == Some(file.id) && peer != file.id
+        })
     }
 
     fn check_space(&self, space: &AddressSpace) -> Result<(), String> {
@@ -347,6 +422,9 @@ impl Image {
                 Backing::HugePages { file: id, offset, page_size, .. } => {
                     let aligned = |at: &u64| at.is_multiple_of(*page_size);
                     huge_page_size(*page_size) && [vma.start, vma.end, *offset].iter().all(aligned) && file(id)
+                }
+                Backing::AioRing { head, tail, events, .. } => {
+                    crate::memory::aio::fits(vma, *head, *tail, events.len())
                 }
                 Backing::Anonymous { .. } | Backing::Kernel { .. } => true,
             };
@@ -400,6 +478,11 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether a wait status has a signal that stops instead of ending: nobody may be made to wait for such an end.
+fn stops(status: i32) -> bool {
+    [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&(status & 0x7f))
 }
 
 /// Whether huge pages can be of this size.

@@ -98,9 +98,12 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
             guards: Vec::new(),
         }],
         shared_fs: Vec::new(),
+        shared_actions: Vec::new(),
         seccomp: None,
         attributes: Vec::new(),
+        labels: Vec::new(),
         cgroups: None,
+        clocks: Clocks::default(),
         tables: vec![FdTable { id: 0, fds: Vec::new() }],
         files: vec![OpenFile { id: 0, flags: 0, pos: 0, owner: None, kind: FileKind::Regular(regular) }],
         pipes: Vec::new(),
@@ -434,7 +437,8 @@ fn records_about_processes_that_are_not_there_are_refused() {
     let inside = |pid: i32, set: u32, path: &'static [u8]| {
         move |records: &mut Records| {
             let cgroup = Cgroup { path: path.into(), ..Cgroup::default() };
-            records.cgroups = Some(Cgroups { sets: vec![vec![cgroup]], processes: vec![(pid, set)] });
+            records.cgroups =
+                Some(Cgroups { sets: vec![vec![cgroup]], processes: vec![(pid, set)], ..Cgroups::default() });
         }
     };
     assert_eq!(refusal(|_| {}), "");

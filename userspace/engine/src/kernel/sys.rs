@@ -25,6 +25,15 @@ pub(crate) fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Into::into)
 }
 
+/// timerfd_gettime(2): interval and time left.
+pub(crate) fn timerfd_gettime(timer: BorrowedFd<'_>) -> io::Result<libc::itimerspec> {
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut spec = libc::itimerspec { it_interval: none, it_value: none };
+    // SAFETY: the kernel writes one itimerspec.
+    check(unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &raw mut spec) }.into())?;
+    Ok(spec)
+}
+
 /// pidfd_open(2) of a process, Linux 5.3.
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     open_pidfd(pid, 0)
@@ -33,6 +42,21 @@ pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// pidfd_open(2) of any thread (PIDFD_THREAD), Linux 6.9.
 pub(crate) fn pidfd_open_thread(tid: i32) -> io::Result<OwnedFd> {
     open_pidfd(tid, libc::O_EXCL)
+}
+
+/// The wait status of a process that has been waited for, by a pidfd of it; Linux 6.15.
+pub(crate) fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> io::Result<i32> {
+    const PIDFD_GET_INFO: libc::Ioctl = 0xc040_ff0b;
+    const PIDFD_INFO_EXIT: u64 = 1 << 3;
+    // struct pidfd_info: a mask of what is asked for, and told; the status is its last word.
+    let mut info = [0u64; 8];
+    info[0] = PIDFD_INFO_EXIT;
+    // SAFETY: the size of the array is part of the number of the request.
+    check(unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, info.as_mut_ptr()) }.into())?;
+    if info[0] & PIDFD_INFO_EXIT == 0 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok((info[7] >> 32) as i32)
 }
 
 fn open_pidfd(pid: i32, flags: i32) -> io::Result<OwnedFd> {
@@ -218,7 +242,6 @@ pub(crate) struct Mapping {
 
 impl Mapping {
     /// Private anonymous memory.
-    #[cfg(test)]
     pub(crate) fn anonymous(len: u64) -> io::Result<Self> {
         Self::map(0, len, libc::MAP_PRIVATE)
     }

@@ -1,13 +1,14 @@
 //! The mappings of a frozen process as records.
 
 use super::{
+    aio,
     area::{Area, REGISTERED},
     smaps::{self, Mapped},
 };
 use crate::{
     error::{Context, Error, Result},
     kernel::{hugetlb, proc},
-    objects::{Collected, regular, shared_memory},
+    objects::{Collected, link_remap, regular, shared_memory},
     observe::{ProcessState, SharedId, VmaEntry},
 };
 use standstill_images::types::{AddressSpace, AddressSpaceId, Backing, Bytes, MmLayout, OpenFileId, Vma, VmaFlags};
@@ -106,8 +107,15 @@ fn mapped_file(
             return Ok(standstill_images::types::FileKind::SharedMemory { object });
         }
         let mtime = (meta.mtime(), meta.mtime_nsec() as u32);
-        regular::describe(name, meta.size(), mtime, meta.mode(), meta.dev(), meta.ino())
-            .ok_or_else(|| refuse("its name is gone or leads elsewhere: give the file its name back"))
+        if let Some(kind) = regular::describe(name, meta.size(), mtime, meta.mode(), meta.dev(), meta.ino()) {
+            return Ok(kind);
+        }
+        if !name.as_os_str().as_encoded_bytes().ends_with(b" (deleted)") {
+            return Err(refuse("its name leads elsewhere: give the file its name back"));
+        }
+        let linked =
+            all.links.record(name, &link).context(|| format!("link {} beside its old name", name.display()))?;
+        linked.ok_or_else(|| refuse(link_remap::REMEDY))
     })
 }
 
@@ -123,8 +131,6 @@ fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
         "it is a shadow stack: run the program without one (glibc.cpu.x86_shstk=off)"
     } else if map.name.starts_with(b"/secretmem") {
         "memfd_secret memory cannot be read by anybody else: end its use before the dump"
-    } else if map.name.starts_with(b"/[aio]") {
-        "it is an AIO ring: end the use of io_setup before the dump"
     } else if map.name.starts_with(b"anon_inode:") {
         "it belongs to a kernel object that cannot be read: close it before the dump"
     } else if map.key != 0 && map.prot != libc::PROT_EXEC as u8 {
@@ -175,6 +181,9 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
     if map.shared && !huge && map.name.starts_with(b"/dev/zero (deleted)") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
         return Ok(Backing::SharedAnonymous { object, offset });
+    }
+    if aio::is_ring(&map.name) {
+        return Ok(Backing::AioRing { slot: 0, head: 0, tail: 0, events: Vec::new() });
     }
     if map.shared && map.name.starts_with(b"/SYSV") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;

@@ -24,7 +24,7 @@ use crate::{
 };
 use standstill_images::types::{AddressSpace, Backing, FileKind, PageRun, SharedMemoryId, SharedMemoryKind, Vma};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
 };
 
@@ -58,8 +58,9 @@ fn needed(image: &Image) -> BTreeMap<u64, u64> {
     // What of each object is reserved.
     let mut reserved: HashMap<SharedMemoryId, Vec<Range>> = HashMap::new();
     let space_of = |pid: i32| Some(&image.spaces[&image.tasks.get(&pid)?.live.as_ref()?.address_space]);
+    let mut counted = HashSet::new();
     for task in image.tasks.values() {
-        let Some(space) = space_of(task.pid) else { continue };
+        let Some(space) = space_of(task.pid).filter(|space| counted.insert(space.id)) else { continue };
         let parent = space_of(task.ppid).filter(|_| task.pid != image.inventory.root);
         for vma in &space.vmas {
             let Backing::HugePages { file, offset, page_size, shared } = vma.backing else { continue };

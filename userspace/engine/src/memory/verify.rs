@@ -1,5 +1,5 @@
 //! Whether the pages that a restore read into place are those that were written, by the store's checksums. They are
-//! taken from the memory of the stopped tasks: reading the store a second time would cost more.
+//! taken from the memory of the tasks: reading the store a second time would cost more.
 
 use crate::{
     error::{Context, Result},
@@ -25,7 +25,7 @@ struct Piece {
     at: u64,
 }
 
-/// Checks all pages. The tree's processes are stopped and nothing has written to their memory since it was filled.
+/// Checks all pages. Nothing writes to the memory of the tree's processes since it was filled.
 ///
 /// # Errors
 /// A page that is not what was written.

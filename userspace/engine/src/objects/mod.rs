@@ -8,6 +8,7 @@ pub(crate) mod device;
 pub(crate) mod directory;
 pub(crate) mod epoll;
 pub(crate) mod eventfd;
+pub(crate) mod link_remap;
 pub(crate) mod pidfd;
 pub(crate) mod pipe;
 pub(crate) mod regular;
@@ -16,18 +17,20 @@ pub(crate) mod signalfd;
 pub(crate) mod socket;
 pub(crate) mod system_v;
 pub(crate) mod timerfd;
+pub(crate) mod unix;
 
 use crate::{
     error::{Context, Error, Result},
     kernel::sys,
     observe::{FdEntry, SharedId},
     restore::{files::Numbers, program::Program},
+    tree::clocks::{Continued, Moment},
 };
 use standstill_images::types::{
     FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -38,8 +41,9 @@ const F_SETOWN_EX: i32 = 15;
 const F_GETOWN_EX: i32 = 16;
 
 /// Everything the dump has learnt of the tree's open files.
-#[derive(Default)]
 pub(crate) struct Collected {
+    /// For which timers are recorded.
+    moment: Moment,
     pub files: Vec<OpenFile>,
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Contents are copied later, with the memory.
@@ -51,6 +55,9 @@ pub(crate) struct Collected {
     pipe_ids: HashMap<(u64, u64), PipeId>,
     shared_ids: HashMap<(u64, u64), SharedMemoryId>,
     pidfds: HashMap<i32, OwnedFd>,
+    unix_sockets: Option<unix::Known>,
+    /// Numbers of dead processes by the inodes of their pidfds.
+    dead: HashMap<u64, u32>,
     /// Mapped and executed files by device, inode and access.
     mapped: HashMap<(u64, u64, bool), OpenFileId>,
     /// Executed files by the observer's number.
@@ -58,12 +65,31 @@ pub(crate) struct Collected {
     next_file: OpenFileId,
     /// Names of regular files, to be checked when there is time.
     names: Vec<regular::Name>,
+    /// Of files whose names are gone.
+    pub links: link_remap::Links,
 }
 
 impl Collected {
     /// Ids below `first` belong to descriptors.
-    pub(crate) fn new(first: OpenFileId) -> Self {
-        Self { next_file: first, ..Default::default() }
+    pub(crate) fn new(first: OpenFileId, moment: Moment) -> Self {
+        Self {
+            moment,
+            files: Vec::new(),
+            pipes: BTreeMap::new(),
+            shared: Vec::new(),
+            shared_sources: Vec::new(),
+            known_sources: HashMap::new(),
+            pipe_ids: HashMap::new(),
+            shared_ids: HashMap::new(),
+            pidfds: HashMap::new(),
+            unix_sockets: None,
+            dead: HashMap::new(),
+            mapped: HashMap::new(),
+            executables: HashMap::new(),
+            next_file: first,
+            names: Vec::new(),
+            links: link_remap::Links::default(),
+        }
     }
 
     /// A duplicate of a descriptor of the target.
@@ -140,17 +166,17 @@ impl Collected {
 pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<()> {
     let kind = match entry.mode & libc::S_IFMT {
         // Linux 6.9 and later: pidfds are files of a file system of their own.
-        libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry)?,
+        libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry, all)?,
         libc::S_IFREG => regular::dump(entry, all)?,
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
         libc::S_IFIFO => pipe::dump(entry, all)?,
-        libc::S_IFSOCK => socket::dump(entry, all)?,
+        libc::S_IFSOCK => socket::dump(entry, entries, all)?,
         _ => match entry.path.to_str().unwrap_or("") {
             "anon_inode:[eventfd]" => eventfd::dump(entry)?,
             "anon_inode:[eventpoll]" => epoll::dump(entry, entries)?,
             "anon_inode:[timerfd]" => timerfd::dump(entry, all)?,
-            "anon_inode:[pidfd]" => pidfd::dump(entry)?,
+            "anon_inode:[pidfd]" => pidfd::dump(entry, all)?,
             "anon_inode:[signalfd]" => signalfd::dump(entry)?,
             "anon_inode:[io_uring]" => return Err(refuse(entry, "close the io_uring before the dump")),
             "anon_inode:[userfaultfd]" => return Err(refuse(entry, "end the use of userfaultfd before the dump")),
@@ -164,7 +190,10 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
 
 /// Whether the record of such a file took a question of its own: what the reader lists does not say enough.
 pub(crate) fn is_asked(kind: &FileKind) -> bool {
-    !matches!(kind, FileKind::Regular(_) | FileKind::Directory { .. } | FileKind::Device { .. })
+    !matches!(
+        kind,
+        FileKind::Regular(_) | FileKind::Linked { .. } | FileKind::Directory { .. } | FileKind::Device { .. }
+    )
 }
 
 fn owner(entry: &FdEntry, all: &mut Collected) -> Result<FileOwner> {
@@ -190,9 +219,16 @@ pub(crate) struct Referenced<'a> {
     pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+    /// Abstract names of several unix sockets.
+    pub shared_names: &'a HashSet<Vec<u8>>,
+    /// How the clocks go on, if they do.
+    pub clocks: Option<&'a Continued>,
+    /// Programs of processes that end, by the number of the dead one that they stand for.
+    pub ends: &'a HashMap<u32, usize>,
 }
 
-/// Emits the creation of `files`: one open file description, or all ends of one pipe or socket pair. Each gets the
+/// Emits the creation of `files`: one open file description, all ends of one pipe or socket pair, or all pidfds of a dead
+/// process. Each gets the
 /// number `numbers` hands out; they are returned in order.
 pub(crate) fn create(
     files: &[&OpenFile],
@@ -203,9 +239,10 @@ pub(crate) fn create(
     let file = files[0];
     let made = match &file.kind {
         FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
-        FileKind::Socket(_) => socket::create(files, numbers, program),
+        FileKind::Socket(_) => socket::create(files, refs.shared_names, numbers, program),
+        FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
-            FileKind::Regular(f) => regular::create(f, file.flags, numbers, program),
+            FileKind::Regular(f) | FileKind::Linked { file: f, .. } => regular::create(f, file.flags, numbers, program),
             FileKind::Directory { path, removed } => directory::create(path, *removed, file.flags, numbers, program),
             FileKind::Device { path, .. } => device::create(path, file.flags, numbers, program),
             FileKind::SharedMemory { object } => {
@@ -214,15 +251,17 @@ pub(crate) fn create(
             }
             FileKind::PidFd { pid } => pidfd::create(*pid, file.flags, numbers, program),
             FileKind::EventFd { count, semaphore } => eventfd::create(*count, *semaphore, file.flags, numbers, program),
-            FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, numbers, program),
+            FileKind::TimerFd { .. } => timerfd::create(kind, file.flags, refs.clocks, numbers, program),
             FileKind::SignalFd { mask } => signalfd::create(*mask, file.flags, numbers, program),
             FileKind::Epoll { .. } => epoll::create(numbers, program),
-            FileKind::Pipe { .. } | FileKind::Socket(_) => unreachable!("handled above"),
+            FileKind::Pipe { .. } | FileKind::Socket(_) | FileKind::DeadPidFd { .. } => unreachable!("handled above"),
         }],
     };
     for (file, &fd) in files.iter().zip(&made) {
-        let seekable =
-            matches!(file.kind, FileKind::Regular(_) | FileKind::SharedMemory { .. } | FileKind::Directory { .. });
+        let seekable = matches!(
+            file.kind,
+            FileKind::Regular(_) | FileKind::Linked { .. } | FileKind::SharedMemory { .. } | FileKind::Directory { .. }
+        );
         if seekable && file.pos != 0 && file.flags & libc::O_PATH as u32 == 0 {
             program.call_expecting(
                 "set the file offset",

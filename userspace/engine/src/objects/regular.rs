@@ -1,8 +1,8 @@
 //! Regular files (open(2)): restored by path, after a check that the file is still the same.
 
-use super::{Collected, refuse, shared_memory};
+use super::{Collected, link_remap, refuse, shared_memory};
 use crate::{
-    error::{Error, Result},
+    error::{Context, Error, Result},
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
@@ -17,11 +17,16 @@ use std::{
 /// A descriptor of a regular file, deleted ones and memfds included.
 pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     let path = &entry.path;
-    if entry.nlink == 0 || path.to_string_lossy().ends_with(" (deleted)") {
-        if entry.flags & libc::O_PATH as u32 != 0 {
-            return Err(refuse(entry, "close it before the dump: it is an O_PATH descriptor of a deleted file"));
-        }
+    if entry.nlink == 0 {
         return shared_memory::dump_deleted(entry, all);
+    }
+    // It may be called so, of course.
+    let is_it = |m: std::fs::Metadata| m.ino() == entry.ino;
+    if path.to_string_lossy().ends_with(" (deleted)") && !std::fs::symlink_metadata(path).is_ok_and(is_it) {
+        let link = PathBuf::from(format!("/proc/{}/fd/{}", entry.tgid, entry.fd));
+        let linked =
+            all.links.record(path, &link).context(|| format!("link {} beside its old name", path.display()))?;
+        return linked.ok_or_else(|| refuse(entry, link_remap::REMEDY));
     }
     if let Some(path) = own_namespace(path) {
         return Ok(FileKind::Regular(RegularFile { path, size: 0, mtime: (0, 0), mode: entry.mode }));

@@ -218,8 +218,9 @@ pub(super) fn create(inherited: i32, first: bool, flags: u32, numbers: &mut Numb
         program.call("set file flags", libc::SYS_fcntl, &[fd.into(), libc::F_SETFL.into(), flags.into()]);
         return fd;
     }
-    // O_TMPFILE and its part O_DIRECTORY stay in a file's flags, but mean another file when opening.
-    let flags = flags & !(libc::O_TMPFILE as u32);
+    // O_TMPFILE and its part O_DIRECTORY stay in a file's flags, but mean another file when opening. So does O_NOFOLLOW, which
+    // descriptors of O_PATH keep: the name in procfs is a symbolic link.
+    let flags = flags & !(libc::O_TMPFILE | libc::O_NOFOLLOW) as u32;
     regular::open(format!("/proc/self/fd/{inherited}").as_bytes(), flags, numbers, program)
 }
 

@@ -1,8 +1,6 @@
-//! Sockets: listening TCP and unix sockets without connections, and sockets nobody has used yet.
-//!
-//! Connected sockets are refused by name.
+//! Sockets: listening TCP and unix sockets without connections, connected unix sockets, and sockets nobody has used yet.
 
-use super::{Collected, refuse};
+use super::{Collected, refuse, unix};
 use crate::{
     error::{Context, Result},
     observe::FdEntry,
@@ -10,6 +8,7 @@ use crate::{
 };
 use standstill_images::types::{FileKind, OpenFile, Socket};
 use std::{
+    collections::HashSet,
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -17,6 +16,9 @@ use std::{
     },
     path::{Path, PathBuf},
 };
+
+/// Linux 6.5.
+const SO_PASSPIDFD: i32 = 76;
 
 /// Options carried over: level, name, bytes of the value.
 const OPTIONS: &[(i32, i32)] = &[
@@ -27,6 +29,9 @@ const OPTIONS: &[(i32, i32)] = &[
     (libc::SOL_SOCKET, libc::SO_OOBINLINE),
     (libc::SOL_SOCKET, libc::SO_LINGER),
     (libc::SOL_SOCKET, libc::SO_PASSCRED),
+    (libc::SOL_SOCKET, libc::SO_PASSSEC),
+    (libc::SOL_SOCKET, SO_PASSPIDFD),
+    (libc::SOL_SOCKET, libc::SO_PEEK_OFF),
     (libc::SOL_SOCKET, libc::SO_PRIORITY),
     (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
     (libc::SOL_SOCKET, libc::SO_RCVTIMEO),
@@ -38,6 +43,9 @@ const OPTIONS: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
     (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
 ];
+
+/// As SO_PEEK_OFF is in the beginning.
+const NO_PEEK_OFFSET: (i32, i32, &[u8]) = (libc::SOL_SOCKET, libc::SO_PEEK_OFF, &[0xff; 4]);
 
 fn option(fd: &OwnedFd, level: i32, name: i32) -> io::Result<Vec<u8>> {
     let mut value = [0u8; 64];
@@ -62,8 +70,8 @@ fn address(fd: &OwnedFd, call: AddressCall) -> io::Result<Vec<u8>> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(buffer[..len as usize].to_vec()) }
 }
 
-/// A socket without a connection.
-pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
+/// A socket. `entries`: all descriptors of the tree.
+pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<FileKind> {
     let fd = all.duplicate(entry)?;
     let context = || format!("read the options of descriptor {} of process {}", entry.fd, entry.tgid);
     let family = number(&fd, libc::SO_DOMAIN).context(context)?;
@@ -77,9 +85,12 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
             return Err(refuse(entry, &format!("sockets of family {family}, type {kind} are not supported: close it")));
         }
     }
-    if address(&fd, libc::getpeername).is_ok() {
-        return Err(refuse(entry, "the socket is connected: close the connection before the dump"));
-    }
+    let peer = address(&fd, libc::getpeername).ok();
+    let pair = match &peer {
+        Some(_) if family == libc::AF_UNIX => Some(unix::dump(entry, entries, &fd, kind, all)?),
+        Some(_) => return Err(refuse(entry, "the socket is connected: close the connection before the dump")),
+        None => None,
+    };
     let mut waiting = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, no timeout.
     unsafe { libc::poll(&raw mut waiting, 1, 0) };
@@ -87,7 +98,7 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     if pending && listening {
         return Err(refuse(entry, "a connection waits to be accepted: accept it before the dump"));
     }
-    if pending && !stream {
+    if pending && !stream && pair.is_none() {
         return Err(refuse(entry, "datagrams wait to be read: read them before the dump"));
     }
     let bare = if family == libc::AF_UNIX { 2 } else { usize::MAX };
@@ -95,9 +106,14 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     // An internet socket that is not bound has port 0.
     let bound = if family == libc::AF_UNIX { local.len() > bare } else { local[2..4] != [0, 0] };
     let local = if bound { local } else { Vec::new() };
+    let peer = peer.filter(|name| name.len() > bare).unwrap_or_default();
+    if kind == libc::SOCK_DGRAM && pair.is_some() && (bound || !peer.is_empty()) {
+        return Err(refuse(entry, "the socket is connected by a name: close the connection before the dump"));
+    }
     let mut options = Vec::new();
     for &(level, name) in OPTIONS {
         if let Ok(value) = option(&fd, level, name)
+            && (level, name, value.as_slice()) != NO_PEEK_OFFSET
             && (name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET)
         {
             options.push((level, name, value));
@@ -108,7 +124,8 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
         let value = number(&fd, name).context(context)? / 2;
         options.push((libc::SOL_SOCKET, force, value.to_ne_bytes().to_vec()));
     }
-    let path = unix_path(&local);
+    // The name of a connection is of no use to others.
+    let path = unix_path(&local).filter(|_| pair.is_none());
     let bound_file = match path.as_deref().map(|p| bound_path(p, entry.tgid)) {
         Some(p) => {
             let meta = std::fs::metadata(&p).map_err(|_| refuse(entry, "its name was removed from the file system"))?;
@@ -121,15 +138,16 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
         kind,
         protocol,
         local,
-        peer: Vec::new(),
+        // Otherwise it is that of another file.
+        peer: if pair.as_ref().is_some_and(|p| p.peer.is_none()) { peer } else { Vec::new() },
         backlog: if listening { Some(backlog(entry, family)) } else { None },
         options,
         bound_file,
-        pair: None,
+        pair,
     }))
 }
 
-fn unix_path(address: &[u8]) -> Option<PathBuf> {
+pub(super) fn unix_path(address: &[u8]) -> Option<PathBuf> {
     let name =
         address.get(2..).filter(|n| address.starts_with(&(libc::AF_UNIX as u16).to_ne_bytes()) && !n.is_empty())?;
     if name[0] == 0 {
@@ -151,7 +169,15 @@ fn backlog(_: &FdEntry, _: i32) -> u32 {
 }
 
 /// Makes the sockets of one group.
-pub(super) fn create(files: &[&OpenFile], numbers: &mut Numbers, program: &mut Program) -> Vec<i32> {
+pub(super) fn create(
+    files: &[&OpenFile],
+    shared_names: &HashSet<Vec<u8>>,
+    numbers: &mut Numbers,
+    program: &mut Program,
+) -> Vec<i32> {
+    if unix::end(files[0]).is_some() {
+        return unix::create(files, shared_names, numbers, program);
+    }
     files
         .iter()
         .map(|file| {
@@ -166,11 +192,7 @@ fn one(socket: &Socket, flags: u32, numbers: &mut Numbers, program: &mut Program
     let kind = socket.kind | flags as i32 & libc::O_NONBLOCK;
     let args = [socket.family.into(), kind.into(), socket.protocol.into()];
     program.call_expecting("socket", libc::SYS_socket, &args, fd);
-    for (level, name, value) in &socket.options {
-        let block = program.data(value);
-        let args = [fd.into(), (*level).into(), (*name).into(), block, value.len().into()];
-        program.try_call(format!("socket option {level}/{name}"), libc::SYS_setsockopt, &args);
-    }
+    set_options(socket, fd, program);
     if !socket.local.is_empty() {
         let address = program.data(&socket.local);
         if let (Some(path), Some(_)) = (unix_path(&socket.local), socket.bound_file) {
@@ -195,8 +217,17 @@ fn one(socket: &Socket, flags: u32, numbers: &mut Numbers, program: &mut Program
     fd
 }
 
+/// Sets the options of a socket.
+pub(super) fn set_options(socket: &Socket, fd: i32, program: &mut Program) {
+    for (level, name, value) in &socket.options {
+        let block = program.data(value);
+        let args = [fd.into(), (*level).into(), (*name).into(), block, value.len().into()];
+        program.try_call(format!("socket option {level}/{name}"), libc::SYS_setsockopt, &args);
+    }
+}
+
 /// An address for people.
-fn describe(address: &[u8]) -> String {
+pub(super) fn describe(address: &[u8]) -> String {
     let family = i32::from(u16::from_ne_bytes([address[0], address[1]]));
     let port = || u16::from_be_bytes([address[2], address[3]]);
     match family {

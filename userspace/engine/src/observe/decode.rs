@@ -232,6 +232,10 @@ pub(super) fn lineage(mut stream: &[u8]) -> Result<Vec<Lineage>> {
     Ok(all)
 }
 
+fn foreign_namespaces(bits: u32) -> Vec<&'static str> {
+    (0..).zip(NAMESPACES).filter(|(n, _)| bits & 1 << n != 0).map(|(_, name)| name).collect()
+}
+
 fn process_state(
     leader: &ThreadRecord,
     process: &ProcessRecord,
@@ -273,7 +277,7 @@ fn process_state(
         pgid: process.pgid,
         sid: process.sid,
         threads: Vec::new(),
-        foreign_namespace: NAMESPACES.get(process.foreign.trailing_zeros() as usize).copied(),
+        foreign_namespaces: foreign_namespaces(process.foreign),
         exited: (leader.exit_state != 0).then_some(exit_status),
         // The kernel keeps the signal for wait(2) there.
         stop_told: process.group_exit_code == 0,

@@ -4,14 +4,17 @@
 //! what the parent has at that moment. A parent can begin anew, by setsid(2) or unshare(2), but never go back. So the
 //! order of these calls and of the forks decides what everybody has.
 
+mod makers;
+
 use crate::error::{Error, Result};
-use standstill_images::types::{SharedFs, Task};
+use makers::{Maker, makers};
+use standstill_images::types::{SharedActions, SharedFs, Task};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// What a process does until its children exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// It forks a child that shares what these clone(2) flags say.
+    /// It forks a child, or a sibling (CLONE_PARENT), that shares what these clone(2) flags say.
     Fork { pid: i32, flags: i32 },
     /// It becomes a session leader.
     Setsid,
@@ -29,7 +32,7 @@ struct Kind {
     name: &'static str,
     /// What each process belongs to, where that matters.
     of: HashMap<i32, i32>,
-    /// The lowest process that all members of a group descend from, or are; a session begins with its leader.
+    /// The lowest process that all members of a group are made by, or are; a session begins with its leader.
     top: HashMap<i32, i32>,
 }
 
@@ -44,7 +47,7 @@ impl Kind {
     fn shared(
         flag: i32,
         name: &'static str,
-        tasks: &BTreeMap<i32, Task>,
+        makers: &HashMap<i32, Maker>,
         groups: impl Iterator<Item = (i32, i32)>,
     ) -> Self {
         let mut members: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
@@ -57,15 +60,15 @@ impl Kind {
                 kind.of.insert(pid, group);
                 let mut next = Some(pid);
                 // A hostile image may have circles.
-                for _ in 0..=tasks.len() {
-                    let Some(at) = next.filter(|at| tasks.contains_key(at)) else { break };
+                for _ in 0..=makers.len() {
+                    let Some(at) = next else { break };
                     let count = below.entry(at).or_default();
                     *count += 1;
                     if *count == pids.len() {
                         kind.top.entry(group).or_insert(at);
                         break;
                     }
-                    next = Some(tasks[&at].ppid);
+                    next = makers.get(&at).map(|maker| maker.pid);
                 }
             }
         }
@@ -145,14 +148,20 @@ impl Kind {
 }
 
 /// Orders the births of all processes. `tasks` by pid.
-pub(crate) fn order(tasks: &BTreeMap<i32, Task>, shared_fs: &[SharedFs], root: i32) -> Result<HashMap<i32, Vec<Step>>> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-    for task in tasks.values().filter(|t| t.pid != root) {
-        if !tasks.contains_key(&task.ppid) {
-            return Err(Error::Target(format!("process {} has a parent outside the tree", task.pid)));
-        }
-        children.entry(task.ppid).or_default().push(task.pid);
+pub(crate) fn order(
+    tasks: &BTreeMap<i32, Task>,
+    shared_fs: &[SharedFs],
+    shared_actions: &[SharedActions],
+    root: i32,
+) -> Result<HashMap<i32, Vec<Step>>> {
+    if let Some(task) = tasks.values().find(|t| t.pid != root && !tasks.contains_key(&t.ppid)) {
+        return Err(Error::Target(format!("process {} has a parent outside the tree", task.pid)));
     }
+    let makers = makers(tasks, shared_actions, root)?;
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    tasks.keys().filter_map(|pid| Some((pid, makers.get(pid)?))).for_each(|(pid, maker)| {
+        children.entry(maker.pid).or_default().push(*pid);
+    });
     let groups: HashSet<i32> = tasks.values().map(|t| t.pgid).collect();
     if let Some(task) = tasks.values().find(|t| t.pgid != t.pid && groups.contains(&t.pid)) {
         return Err(Error::Target(format!(
@@ -164,11 +173,12 @@ pub(crate) fn order(tasks: &BTreeMap<i32, Task>, shared_fs: &[SharedFs], root: i
     let directories = shared_fs.iter().zip(0..).flat_map(|(s, n)| s.pids.iter().map(move |&pid| (pid, n)));
     let kinds = [
         Kind::sessions(tasks),
-        Kind::shared(libc::CLONE_FILES, "descriptors (CLONE_FILES)", tasks, tables),
-        Kind::shared(libc::CLONE_FS, "working directory (CLONE_FS)", tasks, directories),
+        Kind::shared(libc::CLONE_FILES, "descriptors (CLONE_FILES)", &makers, tables),
+        Kind::shared(libc::CLONE_FS, "working directory (CLONE_FS)", &makers, directories),
     ];
     let mut births = HashMap::new();
-    let [session, ..] = born_with(root, &kinds, &children, &mut births, 0)?;
+    let tree = Tree { kinds, makers, children };
+    let [session, ..] = born_with(root, &tree, &mut births, 0)?;
     check_stand_ins(tasks, root, &births)?;
     let outside = tasks[&root].sid;
     if let Some(sid) = session.filter(|&sid| sid != outside) {
@@ -202,25 +212,30 @@ fn check_stand_ins(tasks: &BTreeMap<i32, Task>, root: i32, births: &HashMap<i32,
     Ok(())
 }
 
-/// Orders the births of a process's descendants; what it must be born with itself, as far as that matters.
-fn born_with(
-    pid: i32,
-    kinds: &[Kind; 3],
-    children: &HashMap<i32, Vec<i32>>,
-    births: &mut HashMap<i32, Vec<Step>>,
-    depth: usize,
-) -> Result<[Option<i32>; 3]> {
-    if depth > kinds[0].of.len() {
+/// Who makes whom, and what they have in common.
+struct Tree {
+    kinds: [Kind; 3],
+    makers: HashMap<i32, Maker>,
+    /// Whom each process makes.
+    children: HashMap<i32, Vec<i32>>,
+}
+
+/// Orders the births of those that a process makes; what it must be born with itself, as far as that matters.
+fn born_with(pid: i32, tree: &Tree, births: &mut HashMap<i32, Vec<Step>>, depth: usize) -> Result<[Option<i32>; 3]> {
+    if depth > tree.kinds[0].of.len() {
         return Err(Error::Target(format!("process {pid} is its own ancestor")));
     }
+    let Tree { kinds, makers, children } = tree;
     let children_of = children.get(&pid).map_or(&[][..], Vec::as_slice);
-    let wanted = children_of.iter().map(|&child| Ok((child, born_with(child, kinds, children, births, depth + 1)?)));
+    let wanted = children_of.iter().map(|&child| Ok((child, born_with(child, tree, births, depth + 1)?)));
     let mut wanted: Vec<(i32, [Option<i32>; 3])> = wanted.collect::<Result<_>>()?;
     let orphans = kinds[0].stand_ins(pid, depth == 0, &mut wanted);
-    let shares = |child: &i32| wanted.iter().any(|(pid, [_, files, fs])| pid == child && files.or(*fs).is_some());
+    let shares = |child: &i32| {
+        makers[child].flags != 0 || wanted.iter().any(|(pid, [_, files, fs])| pid == child && files.or(*fs).is_some())
+    };
     if let Some(child) = orphans.values().flatten().find(|child| shares(child)) {
         return Err(Error::Target(format!(
-            "process {child} is in a session whose leader is dead, and shares descriptors or working directory: end it"
+            "process {child} is in a session whose leader is dead, and shares memory, descriptors or working directory: end it"
         )));
     }
     let mut born = [None; 3];
@@ -230,7 +245,7 @@ fn born_with(
         (phases[n], born[n]) = kind.phases(pid, &wanted)?;
     }
     wanted.retain(|(child, _)| !orphans.values().flatten().any(|orphan| orphan == child));
-    let mut own = steps(pid, kinds, &phases, &wanted)?;
+    let mut own = steps(pid, tree, &phases, &wanted)?;
     own.extend(orphans.into_iter().map(|(sid, children)| Step::StandIn { sid, children }));
     births.insert(pid, own);
     Ok(born)
@@ -240,7 +255,7 @@ fn born_with(
 /// end of it.
 fn steps(
     pid: i32,
-    kinds: &[Kind; 3],
+    Tree { kinds, makers, .. }: &Tree,
     phases: &[Vec<Option<i32>>; 3],
     wanted: &[(i32, [Option<i32>; 3])],
 ) -> Result<Vec<Step>> {
@@ -257,7 +272,7 @@ fn steps(
     }
     for &(child, wanted) in wanted {
         let node = nodes.len();
-        let mut flags = 0;
+        let mut flags = makers[&child].flags;
         after.push(Vec::new());
         for (n, group) in wanted.into_iter().enumerate().filter(|(_, group)| group.is_some()) {
             flags |= kinds[n].flag;

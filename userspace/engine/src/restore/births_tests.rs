@@ -20,6 +20,10 @@ fn tree(tasks: &[(i32, i32, i32)]) -> BTreeMap<i32, Task> {
         .collect()
 }
 
+fn order(tasks: &BTreeMap<i32, Task>, shared_fs: &[SharedFs], root: i32) -> Result<HashMap<i32, Vec<Step>>> {
+    super::order(tasks, shared_fs, &[], root)
+}
+
 fn fork(pid: i32) -> Step {
     Step::Fork { pid, flags: 0 }
 }
@@ -115,8 +119,61 @@ fn orders_that_contradict_each_other_are_refused() {
 fn tables_are_shared_by_number() {
     let mut tasks = tree(&[(1, 0, 1), (2, 1, 1), (3, 1, 1)]);
     for (pid, fd_table) in [(1, 0), (2, 1), (3, 0)] {
-        tasks.get_mut(&pid).unwrap().live = Some(LiveTask { fd_table, ..LiveTask::default() });
+        tasks.get_mut(&pid).unwrap().live =
+            Some(LiveTask { fd_table, address_space: pid as u32, ..LiveTask::default() });
     }
     let births = order(&tasks, &[], 1).unwrap();
     assert_eq!(births[&1], [Step::Setsid, fork(2), Step::Fork { pid: 3, flags: libc::CLONE_FILES }]);
+}
+
+/// A tree and which memory each process has.
+fn with_memory(tasks: &[(i32, i32, i32)], spaces: &[u32]) -> BTreeMap<i32, Task> {
+    let mut tasks = tree(tasks);
+    for (task, &address_space) in tasks.values_mut().zip(spaces) {
+        let fd_table = task.pid as u32;
+        task.live = Some(LiveTask { fd_table, address_space, ..LiveTask::default() });
+    }
+    tasks
+}
+
+fn made(pid: i32, flags: i32) -> Step {
+    Step::Fork { pid, flags }
+}
+
+const MEMORY: i32 = libc::CLONE_VM;
+const ACTIONS: i32 = libc::CLONE_VM | libc::CLONE_SIGHAND;
+
+#[test]
+fn memory_is_had_from_parents() {
+    let tasks = with_memory(&[(1, 0, 1), (2, 1, 1), (3, 2, 1), (4, 2, 1), (5, 3, 1)], &[0, 0, 0, 4, 0]);
+    let actions = [SharedActions { pids: vec![1, 2] }, SharedActions { pids: vec![3, 5] }];
+    let births = super::order(&tasks, &[], &actions, 1).unwrap();
+    assert_eq!(births[&1], [Step::Setsid, made(2, ACTIONS)]);
+    assert_eq!(births[&2], [made(3, MEMORY), fork(4)]);
+    assert_eq!(births[&3], [made(5, ACTIONS)]);
+}
+
+#[test]
+fn memory_is_had_from_siblings() {
+    let mut tasks = with_memory(&[(1, 0, 1), (2, 1, 2), (3, 1, 1), (4, 1, 1), (5, 4, 1)], &[0, 7, 7, 7, 7]);
+    let actions = [SharedActions { pids: vec![3, 4] }];
+    let births = super::order(&tasks, &[], &actions, 1).unwrap();
+    assert_eq!(births[&1], [Step::Setsid, fork(2)]);
+    // While it was in their session still.
+    assert_eq!(births[&2], [made(3, MEMORY | libc::CLONE_PARENT), Step::Setsid]);
+    assert_eq!(births[&3], [made(4, ACTIONS | libc::CLONE_PARENT)]);
+    assert_eq!(births[&4], [made(5, MEMORY)]);
+    tasks.get_mut(&3).unwrap().exit_signal = 0;
+    let text = order(&tasks, &[], 1).unwrap_err().to_string();
+    assert!(text.contains("process 3: memory (CLONE_VM) that it shares with its sibling 2"), "{text}");
+}
+
+#[test]
+fn memory_of_distant_relatives_is_refused() {
+    let tasks = with_memory(&[(1, 0, 1), (2, 1, 1), (3, 2, 1)], &[0, 1, 0]);
+    let text = order(&tasks, &[], 1).unwrap_err().to_string();
+    assert!(text.contains("process 3: memory (CLONE_VM) that it shares with process 1"), "{text}");
+    let tasks = with_memory(&[(1, 0, 1), (2, 1, 1), (3, 2, 1)], &[0, 0, 0]);
+    let text = super::order(&tasks, &[], &[SharedActions { pids: vec![1, 3] }], 1).unwrap_err().to_string();
+    assert!(text.contains("process 3: signal actions (CLONE_SIGHAND) that it shares with process 1"), "{text}");
 }

@@ -6,7 +6,7 @@
 use super::{files::Numbers, program::Program};
 use crate::{
     error::{Error, Result},
-    objects::{self, Referenced, epoll, eventfd},
+    objects::{self, Referenced, epoll, eventfd, unix},
 };
 use standstill_images::types::{EpollTarget, FdTable, FileKind, OpenFile, OpenFileId};
 use std::{
@@ -54,10 +54,12 @@ impl HighNumbers {
     }
 }
 
-/// Files that must be made together: the ends of one pipe, the ends of one socket pair, or one file.
+/// Files that must be made together: the ends of one pipe, the ends of one socket pair, the pidfds of one dead process, or
+/// one file.
 fn group_key(file: &OpenFile) -> (u8, u32) {
     match &file.kind {
         FileKind::Pipe { pipe } => (1, *pipe),
+        FileKind::DeadPidFd { process, .. } => (3, *process),
         FileKind::Socket(s) => match s.pair.as_ref().and_then(|p| p.peer) {
             Some(peer) => (2, peer.min(file.id)),
             None => (0, file.id),
@@ -132,7 +134,10 @@ impl<'a> Distribution<'a> {
         for (key, group) in &groups {
             // A pidfd needs its process, which the root comes before: each table has one of its own.
             let anywhere = !matches!(group[0].kind, FileKind::PidFd { .. });
-            if users[key].len() > 1 && anywhere {
+            // One that has to end is made before it could take an id of the tree, a connection by a name before anybody
+            // else can have the name.
+            let early = matches!(group[0].kind, FileKind::DeadPidFd { .. }) || unix::is_named(group);
+            if users[key].len() > 1 && anywhere || early {
                 for file in group {
                     inherited.insert(file.id, high.take()?);
                 }
@@ -153,15 +158,30 @@ impl<'a> Distribution<'a> {
         numbers: &mut Numbers,
         program: &mut Program,
     ) -> Result<()> {
-        for group in self.groups.values().filter(|g| self.inherited.contains_key(&g[0].id)) {
-            let mut made = objects::create(group, refs, numbers, program)?;
-            let places: Vec<i32> = group.iter().map(|file| self.inherited[&file.id]).collect();
-            if group.len() > 1 && places.iter().any(|place| made.contains(place)) {
-                self.step_aside(&mut made, numbers, program);
-            }
-            for (fd, place) in made.into_iter().zip(places).filter(|(fd, place)| fd != place) {
-                move_to(fd, place, numbers, program);
-            }
+        let groups = self.groups.values().filter(|g| self.inherited.contains_key(&g[0].id));
+        let (named, others): (Vec<_>, Vec<_>) = groups.partition(|g| unix::is_named(g));
+        if !named.is_empty() {
+            unix::apart(numbers, program, |numbers, program| {
+                named.into_iter().try_for_each(|group| self.make_one_inherited(group, refs, numbers, program))
+            })?;
+        }
+        others.into_iter().try_for_each(|group| self.make_one_inherited(group, refs, numbers, program))
+    }
+
+    fn make_one_inherited(
+        &self,
+        group: &[&OpenFile],
+        refs: &Referenced<'_>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<()> {
+        let mut made = objects::create(group, refs, numbers, program)?;
+        let places: Vec<i32> = group.iter().map(|file| self.inherited[&file.id]).collect();
+        if group.len() > 1 && places.iter().any(|place| made.contains(place)) {
+            self.step_aside(&mut made, numbers, program);
+        }
+        for (fd, place) in made.into_iter().zip(places).filter(|(fd, place)| fd != place) {
+            move_to(fd, place, numbers, program);
         }
         Ok(())
     }

@@ -15,8 +15,8 @@ use crate::{
         sys::{self, CloneArgs, Mapping},
     },
     memory::{huge, pages::OpenPages, verify::verify},
-    objects::{shared_memory, system_v::Segment},
-    tree::cgroups::{CgroupMode, Placement},
+    objects::{link_remap, shared_memory, system_v::Segment},
+    tree::cgroups::{CgroupOptions, Placement},
 };
 use standstill_images::types::SharedMemoryId;
 use standstill_parasite_abi::stage;
@@ -25,6 +25,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    thread::ScopedJoinHandle,
     time::{Duration, Instant},
 };
 use tracing::{debug, info, trace, warn};
@@ -63,7 +64,7 @@ impl Drop for Execution<'_> {
 }
 
 /// Creates the whole tree and brings it to [`Stage::Done`], then hands it over: all tasks run when this returns.
-pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()> {
+pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result<()> {
     check_ids_are_free(plan)?;
     // Those of the dumped tree are free now.
     huge::check(image)?;
@@ -72,27 +73,39 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: CgroupMode) -> Result<()>
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = OpenPages::open(image, &plan.pages)?;
     let (shared, segments) = make_shared(image, &pages)?;
+    let mut links = link_remap::Removal::prepare(image)?;
     let mut placement = Placement::new(&image.cgroups, cgroups);
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
     let root = run.create_root(pages.descriptors(), &shared, &mut placement)?;
     debug!(root, "root created");
     // The pages are checked before the kernel or a task changes one (registering a thread's rseq area does): in the
-    // page cache while the tasks read them from there, otherwise where they were put.
+    // page cache while the tasks read them from there, otherwise where they were put, while these get their protections.
     std::thread::scope(|scope| {
-        let check = scope.spawn(|| pages.verify_cached());
-        let result = run.reach(Stage::Forked).and_then(|()| verify(image, &pages, &shared));
-        check.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(result)
+        let cached = scope.spawn(|| pages.verify_cached());
+        let reached = run.reach(Stage::Forked).and_then(|()| {
+            placement.place_others(root)?;
+            let check = scope.spawn(|| verify(image, &pages, &shared));
+            let reached = run.reach(Stage::Groups);
+            reached.and(join(check))
+        });
+        join(cached).and(reached)
     })?;
     drop((pages, shared));
     debug!("pages verified");
-    placement.place_others(root)?;
-    [Stage::Groups, Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
+    [Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
+    placement.place_threads(root)?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
-    handover::hand_over(&mut run)?;
+    links.remove()?;
+    handover::hand_over(&run)?;
+    links.done();
     run.created.clear();
     placement.keep();
     segments.into_iter().for_each(Segment::keep);
     Ok(())
+}
+
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// A dumped tree was killed a moment ago perhaps, and its parent may take a while to reap it.

@@ -18,20 +18,23 @@ use std::{
 };
 
 /// Gives every task its own state and lets it go.
-pub(crate) fn hand_over(run: &mut Execution<'_>) -> Result<()> {
+pub(crate) fn hand_over(run: &Execution<'_>) -> Result<()> {
     let image = run.image;
     let (mut tids, mut stopping) = (Vec::new(), HashMap::new());
-    for planned in run.plan.tasks.iter().filter(|t| !t.ends) {
+    let living = || run.plan.tasks.iter().filter(|t| !t.ends);
+    let mut results = Vec::new();
+    for planned in living() {
+        outside(planned.pid, live(&image.tasks[&planned.pid])?)?;
+        // Waits are entered by the restorer's code, so while it is still there for all that share their memory.
+        let waits = planned.threads.iter().map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) });
+        results.push(waits.collect::<Result<Vec<_>>>()?);
+    }
+    for (planned, results) in living().zip(results) {
         let task = &image.tasks[&planned.pid];
         let live = live(task)?;
-        outside(task.pid, live)?;
-        // Waits are entered by the restorer's code, so while it is still there.
-        let results = planned
-            .threads
-            .iter()
-            .map(|t| if t.waits { enter_wait(t.tid) } else { Ok(None) })
-            .collect::<Result<Vec<_>>>()?;
-        unmap_restorer(run, planned.pid, planned.syscall_at)?;
+        if !planned.shares_memory {
+            unmap_restorer(run, planned.pid, planned.syscall_at)?;
+        }
         let exited = image.attributes.get(&task.pid).and_then(|a| a.leader_exited);
         if let Some(status) = exited {
             end_leader(task.pid, planned.syscall_at, status)?;

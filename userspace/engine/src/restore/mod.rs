@@ -12,7 +12,15 @@ pub(crate) mod program;
 pub(crate) mod shares;
 pub(crate) mod vdso;
 
-use crate::{error::Result, image::Image, objects::regular, tree::cgroups::CgroupMode};
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    objects::regular,
+    tree::{
+        cgroups::CgroupOptions,
+        clocks::{Continued, TimeNamespace},
+    },
+};
 use standstill_images::types::{FileKind, OpenFile};
 
 /// A restore to carry out.
@@ -21,7 +29,9 @@ pub struct RestoreOptions {
     /// Only make the plan and return it as text.
     pub dry_run: bool,
     /// What to do about recorded cgroups.
-    pub cgroups: CgroupMode,
+    pub cgroups: CgroupOptions,
+    /// What to do about the tree's clocks.
+    pub time_namespace: TimeNamespace,
 }
 
 /// What a restore did.
@@ -45,7 +55,8 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         check_file(file)?;
     }
     let env = environment::Environment::current()?;
-    let plan = plan::plan(image, &env, execute::BLOB.len())?;
+    let clocks = Continued::choose(image.clocks, options.time_namespace)?;
+    let plan = plan::plan(image, &env, clocks.as_ref(), execute::BLOB.len())?;
     let root = image.inventory.root;
     if options.dry_run {
         let mut text = String::new();
@@ -59,13 +70,20 @@ pub fn restore(image: &Image, options: &RestoreOptions) -> Result<Restored> {
         }
         return Ok(Restored { root, plan: Some(text), elapsed_us: 0 });
     }
-    execute::run(image, &plan, options.cgroups)?;
+    execute::run(image, &plan, &options.cgroups)?;
     Ok(Restored { root, plan: None, elapsed_us: begin.elapsed().as_micros() as u64 })
 }
 
 fn check_file(file: &OpenFile) -> Result<()> {
     match &file.kind {
         FileKind::Regular(f) => regular::check(f),
+        FileKind::Linked { file, name } => regular::check(file).map_err(|e| match e {
+            Error::File { path, reason } => {
+                let reason = format!("{reason} (a link to what was {}; the first restore removes it)", name.lossy());
+                Error::File { path, reason }
+            }
+            other => other,
+        }),
         _ => Ok(()),
     }
 }

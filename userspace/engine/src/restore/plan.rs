@@ -18,14 +18,17 @@ use crate::{
     image::Image,
     kernel::{PAGE, arch, sys::CLONE_AS_THREAD},
     memory::{
+        aio,
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
-    objects::{self, Referenced, shared_memory},
-    tree::{attributes, creds, limits, process, seccomp, signals, thread, timers},
+    objects::{self, Referenced, pidfd, shared_memory, unix},
+    tree::{attributes, clocks::Continued, creds, labels, limits, process, seccomp, signals, thread, timers},
 };
-use standstill_images::types::{AddressSpace, Attributes, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use standstill_images::types::{
+    AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Points at which every task waits for all others. What is promised when all have arrived:
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,8 +65,22 @@ pub(crate) struct PlannedTask {
     pub stops: bool,
     /// Threads, the leader first.
     pub threads: Vec<PlannedThread>,
+    /// It shares the memory of another task, which is before it in the plan.
+    pub shares_memory: bool,
     /// Address of a `syscall` instruction in its final memory.
     pub syscall_at: u64,
+}
+
+/// What a process begins with.
+#[derive(Clone, Copy)]
+struct Begin<'a, 'b> {
+    /// The memory of who makes it.
+    space: &'a AddressSpace,
+    prots: &'b Prots,
+    /// Attributes of that memory.
+    attributes: &'a Attributes,
+    /// It shares that memory (CLONE_VM).
+    shares: bool,
 }
 
 /// A complete plan.
@@ -82,6 +99,7 @@ pub(crate) struct Plan {
 struct Planner<'a> {
     image: &'a Image,
     env: &'a Environment,
+    clocks: Option<&'a Continued>,
     births: HashMap<i32, Vec<Step>>,
     /// Who shares a descriptor table, and who a working directory.
     tables: HashMap<i32, Share>,
@@ -95,6 +113,9 @@ struct Planner<'a> {
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
+    shared_names: HashSet<Vec<u8>>,
+    /// Programs of processes whose pidfds outlive them.
+    ends: HashMap<u32, usize>,
     pages: PageFiles,
     /// All numbers above the tree's own.
     high: BTreeSet<i32>,
@@ -105,18 +126,23 @@ struct Planner<'a> {
     tasks: Vec<PlannedTask>,
 }
 
-/// Makes the plan for an image. `blob` is the size of the restorer's code.
-pub(crate) fn plan(image: &Image, env: &Environment, blob: usize) -> Result<Plan> {
+/// Makes the plan for an image. `clocks`: how those of the tree go on, if they do. `blob` is the size of the restorer's code.
+pub(crate) fn plan(image: &Image, env: &Environment, clocks: Option<&Continued>, blob: usize) -> Result<Plan> {
     machine::check(image, env)?;
     // The size of the programs does not depend on their addresses: lay everything out at zero, then for good.
-    let draft = build(image, env, 0, 0)?;
+    let draft = build(image, env, clocks, (0, 0))?;
     let size = Layout::size_for(blob, &draft.programs);
     let base = find_gap(image, env, size + Vdso::parking_size(env))?;
-    build(image, env, base, size)
+    build(image, env, clocks, (base, size))
 }
 
-fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Result<Plan> {
-    let births = births::order(&image.tasks, &image.shared_fs, image.inventory.root)?;
+fn build(
+    image: &Image,
+    env: &Environment,
+    clocks: Option<&Continued>,
+    (base, programs_size): (u64, u64),
+) -> Result<Plan> {
+    let births = births::order(&image.tasks, &image.shared_fs, &image.shared_actions, image.inventory.root)?;
     let orphaned = births.values().flatten().filter_map(|step| match step {
         Step::StandIn { sid, .. } => Some(*sid),
         _ => None,
@@ -136,6 +162,7 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
     let mut planner = Planner {
         image,
         env,
+        clocks,
         births,
         tables,
         directories,
@@ -145,6 +172,8 @@ fn build(image: &Image, env: &Environment, base: u64, programs_size: u64) -> Res
         files,
         shared_fds,
         first_writers,
+        shared_names: unix::shared_names(image.files.values()),
+        ends: HashMap::new(),
         pages,
         high,
         vdso: Vdso::plan(image, env, base + programs_size)?,
@@ -191,12 +220,7 @@ fn find_gap(image: &Image, env: &Environment, size: u64) -> Result<u64> {
 impl<'a> Planner<'a> {
     /// Plans a process and all its descendants; the index of its program. `waiting`: the word that its parent waits for
     /// until the table that they share is as it was.
-    fn process(
-        &mut self,
-        task: &'a Task,
-        parent: Option<(&'a AddressSpace, &Prots)>,
-        waiting: Option<usize>,
-    ) -> Result<usize> {
+    fn process(&mut self, task: &'a Task, begin: Option<Begin<'a, '_>>, waiting: Option<usize>) -> Result<usize> {
         let index = self.programs.len();
         self.programs.push(Program::default());
         let mut program = Program::default();
@@ -204,7 +228,8 @@ impl<'a> Planner<'a> {
         let slot = self.tasks.len();
         let stops = self.stops(task);
         let ends = task.live.is_none();
-        self.tasks.push(PlannedTask { pid: task.pid, ends, stops, threads: Vec::new(), syscall_at: 0 });
+        let shares_memory = begin.is_some_and(|b| b.shares);
+        self.tasks.push(PlannedTask { pid: task.pid, ends, stops, threads: Vec::new(), shares_memory, syscall_at: 0 });
         let Some(live) = &task.live else {
             self.zombie(task, &births, &mut program);
             self.tasks[slot].threads.push(PlannedThread { tid: task.pid, program: index, waits: false });
@@ -213,29 +238,25 @@ impl<'a> Planner<'a> {
         };
         let space = &self.image.spaces[&live.address_space];
         let mut numbers = Numbers::new(self.high.iter().copied());
-        match parent {
-            None => self.root_begin(&mut numbers, &mut program)?,
-            Some((parent, _)) => {
-                for &fd in self.files.inherited.values() {
-                    numbers.occupy(fd);
-                }
-                for (start, end) in map::to_unmap(space, parent) {
-                    program.call(
-                        "unmap what only the parent has",
-                        libc::SYS_munmap,
-                        &[start.into(), (end - start).into()],
-                    );
-                }
+        match begin {
+            None => {
+                self.ends();
+                self.root_begin(&mut numbers, &mut program)?;
             }
+            Some(_) => self.files.inherited.values().for_each(|&fd| numbers.occupy(fd)),
         }
         let unusual = self.unusual(task.pid);
-        let theirs = if parent.is_some() { self.unusual(task.ppid) } else { &self.env.attributes };
-        attributes::restore_first(unusual, theirs, &mut program);
-        let inherited = parent.map(|(space, prots)| Inherited { space, prots, policies: &theirs.memory_policies });
-        let prots = self.memory((space, &unusual.memory_policies), inherited, &mut numbers, &mut program)?;
-        self.births(&births, (space, &prots), &mut program)?;
+        let (prots, attributes) = match begin {
+            Some(Begin { prots, attributes, shares: true, .. }) => (prots.clone(), attributes),
+            begin => (self.own_memory((space, unusual), begin, &mut numbers, &mut program)?, unusual),
+        };
+        self.births(&births, Begin { space, prots: &prots, attributes, shares: false }, &mut program)?;
         if let Some(word) = waiting {
             program.post("let the parent go on", word);
+        }
+        program.trap(Stage::Forked as u64);
+        if !shares_memory {
+            map::finish(space, &prots, &mut program);
         }
         self.groups(task, &mut program);
         for pid in births.iter().flat_map(|step| self.stand_ins_of(step)) {
@@ -243,11 +264,21 @@ impl<'a> Planner<'a> {
             program.call_expecting("reap the stand-in", libc::SYS_wait4, &args, pid);
         }
         self.take_stops(task.pid, &mut program);
-        self.vdso.restore(task.pid, space, &mut program);
+        if !shares_memory {
+            // All processes exist: nobody is made a copy of it any more.
+            self.vdso.restore(task.pid, space, &mut program);
+        }
         Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
-        self.finish_memory(space, &prots, &mut numbers, &mut program)?;
-        attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
+        if !shares_memory {
+            self.layout(task.pid, space, &mut numbers, &mut program)?;
+            attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
+        }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
+        if let Some(label) = self.image.labels.get(&task.pid) {
+            let fd = numbers.lowest();
+            labels::restore(label, self.env.label.as_ref(), fd, &mut program)?;
+            numbers.release(fd);
+        }
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
         let filters = seccomp::common(&self.image.seccomp, live.threads.iter().map(|t| t.tid));
@@ -270,23 +301,12 @@ impl<'a> Planner<'a> {
         if births.contains(&Step::Setsid) {
             program.call("setsid", libc::SYS_setsid, &[]);
         }
+        program.trap(Stage::Forked as u64);
         self.groups(task, program);
         let name = program.string(&task.comm.0);
         program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name]);
         let TaskState::Zombie(status) = task.state else { return };
-        let signal = status & 0x7f;
-        if signal != 0 {
-            let none = program.words(&[0, 0]);
-            program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
-            let mask = program.words(&[0]);
-            program.call(
-                "unblock signals",
-                libc::SYS_rt_sigprocmask,
-                &[libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()],
-            );
-            program.call("die by the signal", libc::SYS_kill, &[task.pid.into(), signal.into()]);
-        }
-        program.exit(status >> 8 & 0xff);
+        process::end(status, task.pid, program);
     }
 
     /// The root begins as a copy of this process: everything of it goes, and what all share is made.
@@ -298,11 +318,57 @@ impl<'a> Planner<'a> {
         program.call("unmap everything below the restorer", libc::SYS_munmap, &[0.into(), self.base.into()]);
         let rest = arch::TASK_SIZE - end;
         program.call("unmap everything above the restorer", libc::SYS_munmap, &[end.into(), rest.into()]);
+        if self.image.cgroups.namespace.is_some() {
+            // It was put where the roots of the namespace are to be.
+            program.call("make a cgroup namespace", libc::SYS_unshare, &[libc::CLONE_NEWCGROUP.into()]);
+        }
+        if let Some(clocks) = self.clocks {
+            let fd = numbers.lowest();
+            clocks.restore(fd, program);
+            numbers.release(fd);
+        }
         self.files.make_inherited(&self.references(), numbers, program)
     }
 
+    /// Makes the programs of processes that only end.
+    fn ends(&mut self) {
+        for file in self.image.files.values() {
+            if let FileKind::DeadPidFd { process, status } = file.kind
+                && !self.ends.contains_key(&process)
+            {
+                self.ends.insert(process, self.programs.len());
+                self.programs.push(pidfd::end(status));
+            }
+        }
+    }
+
     fn references(&self) -> Referenced<'_> {
-        Referenced { pipes: &self.image.pipes, first_writers: &self.first_writers, shared_fds: &self.shared_fds }
+        Referenced {
+            pipes: &self.image.pipes,
+            first_writers: &self.first_writers,
+            shared_fds: &self.shared_fds,
+            shared_names: &self.shared_names,
+            ends: &self.ends,
+            clocks: self.clocks,
+        }
+    }
+
+    /// Makes the memory of a process that shares it with nobody who is there already.
+    fn own_memory(
+        &self,
+        (space, unusual): (&AddressSpace, &Attributes),
+        begin: Option<Begin<'_, '_>>,
+        numbers: &mut Numbers,
+        program: &mut Program,
+    ) -> Result<Prots> {
+        for (start, end) in begin.map_or(Vec::new(), |b| map::to_unmap(space, b.space)) {
+            let args = [start.into(), (end - start).into()];
+            program.call("unmap what only the parent has", libc::SYS_munmap, &args);
+        }
+        let theirs = begin.map_or(&self.env.attributes, |b| b.attributes);
+        attributes::restore_first(unusual, theirs, program);
+        let inherited = begin.map(|b| Inherited { space: b.space, prots: b.prots, policies: &theirs.memory_policies });
+        self.memory((space, &unusual.memory_policies), inherited, numbers, program)
     }
 
     fn memory(
@@ -330,14 +396,8 @@ impl<'a> Planner<'a> {
         Ok(objects::create(&[file], &self.references(), numbers, program)?[0])
     }
 
-    fn finish_memory(
-        &self,
-        space: &AddressSpace,
-        prots: &Prots,
-        numbers: &mut Numbers,
-        program: &mut Program,
-    ) -> Result<()> {
-        map::finish(space, prots, program);
+    fn layout(&self, pid: i32, space: &AddressSpace, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
+        aio::restore(pid, space, numbers, program);
         let fd = self.open(space.exe, numbers, program)?;
         let auxv = program.data(&space.auxv);
         let l = &space.layout;
@@ -443,7 +503,7 @@ impl<'a> Planner<'a> {
             Share::pass(directory, "working directory", program);
         }
         process::restore(live, self.env.personality, program);
-        timers::restore_posix_timers(&live.posix_timers, program);
+        timers::restore_posix_timers(&live.posix_timers, self.clocks, program);
         timers::restore_itimers(&live.itimers, program);
         signals::restore_pending(task.pid, None, &live.pending, program);
         signals::restore_pending(task.pid, Some(task.pid), &leader.pending, program);

@@ -39,6 +39,7 @@ fn environment(fd_limit: i32) -> Environment {
         ignored: 0,
         personality: 0,
         loginuid: u32::MAX,
+        label: None,
         may_raise_limits: true,
         may_filter: true,
         used: USED.into_iter().chain(kernel.iter().map(|m| (m.start, m.start + m.len))).collect(),
@@ -47,6 +48,7 @@ fn environment(fd_limit: i32) -> Environment {
         fd_limit,
         max_mappings: usize::MAX,
         xstate_size: 0,
+        cpus: 1,
     }
 }
 
@@ -67,7 +69,7 @@ fn own_memory(env: &Environment) -> BTreeMap<u64, Page> {
 /// Whether the tree could be restored; an error if it could not be, or comes out otherwise than it was.
 fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Result<bool, String> {
     let image = store.image(history, &env.vdso);
-    let plan = match plan(&image, env, BLOB) {
+    let plan = match plan(&image, env, None, BLOB) {
         Ok(plan) => plan,
         Err(e) if is_expected(&e.to_string()) => return Ok(false),
         Err(e) => return Err(e.to_string()),
@@ -79,7 +81,7 @@ fn restore(store: &Store, history: &History, env: &Environment, seed: u64) -> Re
     let mut run = Interpreter::new(&plan, &image, own_memory(env), env, seed);
     run.run()?;
     for task in plan.tasks.iter().filter(|t| !t.ends) {
-        let page = &run.world.processes[&task.pid].memory.get(&(task.syscall_at & !(PAGE - 1)));
+        let page = run.world.space(task.pid).pages.get(&(task.syscall_at & !(PAGE - 1)));
         if page.is_none_or(|p| p.from != Origin::Kernel { name: "[vdso]".into(), offset: 0 }) {
             return Err(format!("process {} leaves the restorer from {:x}", task.pid, task.syscall_at));
         }
@@ -95,6 +97,7 @@ fn is_expected(refusal: &str) -> bool {
         "have another parent or exit signal",
         "are in the session around the tree",
         "whose leader is dead, and shares",
+        "but neither with its parent nor with a child of it",
         "between them has others",
         "no order of forks brings about",
         "has left the process group",

@@ -4,7 +4,7 @@
 //! its index.
 
 use crate::kernel::sys::CloneArgs;
-use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL, Op, Task};
+use standstill_parasite_abi::{EXPECT, Kind, LOAD, MAY_FAIL, Op, Task};
 use std::mem::{offset_of, size_of};
 
 /// An argument of an operation.
@@ -18,6 +18,13 @@ pub(crate) enum Arg {
     Program(usize),
     /// Address of a word that tasks wait for, by its number.
     Word(usize),
+}
+
+impl Arg {
+    /// The address so many bytes further on in the data.
+    pub(crate) fn byte(self, offset: u64) -> Self {
+        if let Self::Data(first) = self { Self::Data(first + offset) } else { self }
+    }
 }
 
 macro_rules! arg_from {
@@ -155,6 +162,35 @@ impl Program {
         self.point(block, offset_of!(CloneArgs, set_tid) as u64, set_tid);
         let args = [block, size_of::<CloneArgs>().into(), Arg::Program(child)];
         self.push(Kind::Clone, 0, &args, 0, label.into());
+    }
+
+    /// clone3(2) of a child with any id, that runs the program number `child` untraced and has no exit signal: where its id
+    /// is found, for [`Self::call_with`].
+    pub(crate) fn clone_untraced(&mut self, label: impl Into<String>, child: usize) -> Arg {
+        let id = self.data(&[0; 8]);
+        let flags = libc::CLONE_UNTRACED as u64 | libc::CLONE_PARENT_SETTID as u64;
+        let block = self.words(&[flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        self.point(block, offset_of!(CloneArgs, parent_tid) as u64, id);
+        let args = [block, size_of::<CloneArgs>().into(), Arg::Program(child)];
+        self.push(Kind::Clone, 0, &args, 0, label.into());
+        id
+    }
+
+    /// A system call that must succeed, whose first argument is the number found at `at`; with its expected result.
+    pub(crate) fn call_with(
+        &mut self,
+        label: impl Into<String>,
+        nr: libc::c_long,
+        at: Arg,
+        args: &[Arg],
+        expected: Option<u64>,
+    ) {
+        let args: Vec<Arg> = std::iter::once(at).chain(args.iter().copied()).collect();
+        let flags = LOAD | if expected.is_some() { EXPECT } else { 0 };
+        self.push(Kind::Syscall, nr as u64, &args, flags, label.into());
+        if let (Some(step), Some(expected)) = (self.steps.last_mut(), expected) {
+            step.expected = expected;
+        }
     }
 
     fn push(&mut self, kind: Kind, nr: u64, args: &[Arg], flags: u32, label: String) {

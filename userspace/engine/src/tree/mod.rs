@@ -2,9 +2,13 @@
 //! operations that bring it back.
 
 pub(crate) mod attributes;
+pub(crate) mod cgroup_properties;
 pub(crate) mod cgroups;
+pub(crate) mod clocks;
 pub(crate) mod creds;
+pub(crate) mod labels;
 pub(crate) mod limits;
+pub(crate) mod namespaces;
 pub(crate) mod process;
 pub(crate) mod sched;
 pub(crate) mod seccomp;

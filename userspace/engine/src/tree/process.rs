@@ -1,6 +1,6 @@
 //! Processes: identity, working directory, and what threads of a process share.
 
-use super::{attributes, seccomp, signals, thread, timers};
+use super::{attributes, clocks::Moment, namespaces, seccomp, signals, thread, timers};
 use crate::{
     error::{Context, Error, Result},
     kernel::proc,
@@ -12,12 +12,7 @@ use crate::{
 use standstill_images::types::{
     AddressSpaceId, Attributes, Bytes, FdTableId, ITimer, LiveTask, SigAction, Task, TaskState, Thread,
 };
-use std::{
-    collections::HashMap,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    sync::LazyLock,
-};
+use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path};
 
 /// What was read for one process and is the same for others with the same number of the observer's.
 #[derive(Default)]
@@ -28,6 +23,7 @@ pub(crate) struct Known {
     pub seccomp: seccomp::Collected,
     /// Unusual attributes of those that have any.
     pub attributes: Vec<Attributes>,
+    pub namespaces: namespaces::Collected,
 }
 
 /// What only the process itself or the observer can tell.
@@ -56,7 +52,8 @@ struct Outer {
 }
 
 /// Reads a frozen process, all but its memory and files; also gives its brk(2). What the observer saw (`seen`) is
-/// believed; the rest comes from procfs, ptrace and system calls that the process makes for us.
+/// believed; the rest comes from procfs, ptrace and system calls that the process makes for us. `moment`: for which timers
+/// are recorded.
 pub(crate) fn collect(
     process: &FrozenProcess,
     seen: Option<&ProcessState>,
@@ -64,18 +61,19 @@ pub(crate) fn collect(
     address_space: AddressSpaceId,
     fd_table: FdTableId,
     mappings: &[VmaEntry],
+    moment: Moment,
 ) -> Result<(Task, u64)> {
     let (pid, id) = (process.pid, process.id());
-    refuse_foreign(pid, seen)?;
+    known.namespaces.process(pid, seen)?;
     let mut remote = Remote::new(pid);
     let inner = match seen.and_then(observed) {
         Some(inner) => inner,
-        None => ask(pid, &mut remote)?,
+        None => ask(pid, &mut remote, moment)?,
     };
     let outer = outer(process, seen)?;
     let mut posix_timers = Vec::new();
     if seen.is_none_or(|p| p.posix_timers) {
-        posix_timers = timers::posix_timers(pid, &mut remote)?;
+        posix_timers = timers::posix_timers(pid, &mut remote, moment)?;
     }
     // Timers go on: what the observer did not see pending can be by now, after the time left was asked.
     let timed = seen.is_none_or(|p| p.posix_timers || p.cpu_itimers);
@@ -222,7 +220,7 @@ fn observed(seen: &ProcessState) -> Option<Inner> {
 }
 
 /// Lets the process tell itself.
-fn ask(pid: i32, remote: &mut Remote) -> Result<Inner> {
+fn ask(pid: i32, remote: &mut Remote, moment: Moment) -> Result<Inner> {
     let status = proc::status(pid, pid).context(|| format!("read the status of {pid}"))?;
     let scratch = remote.scratch()?;
     let prctl = |remote: &mut Remote, option: i32, arg: u64| {
@@ -236,7 +234,7 @@ fn ask(pid: i32, remote: &mut Remote) -> Result<Inner> {
         dumpable: prctl(remote, libc::PR_GET_DUMPABLE, 0)? as u32,
         child_subreaper: i32::from_ne_bytes(subreaper) != 0,
         sigactions: signals::actions(pid, &status, remote)?,
-        itimers: timers::itimers(pid, remote)?,
+        itimers: timers::itimers(pid, remote, moment)?,
     })
 }
 
@@ -255,31 +253,18 @@ pub(crate) fn collect_zombie(pid: i32) -> Result<Task> {
     })
 }
 
-/// Namespaces that the whole tree must share with this process.
-const NAMESPACES: [&str; 10] =
-    ["mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time", "pid_for_children", "time_for_children"];
-
-fn refuse_foreign(pid: i32, seen: Option<&ProcessState>) -> Result<()> {
-    let foreign = seen.map_or_else(|| foreign_namespace(pid), |p| p.foreign_namespace);
-    foreign.map_or(Ok(()), |name| {
-        Err(Error::unsupported(
-            pid,
-            format!("a process in another {name} namespace"),
-            format!("run standstill inside it: nsenter -t {pid} -a"),
-        ))
-    })
-}
-
-fn foreign_namespace(pid: i32) -> Option<&'static str> {
-    static OWN: LazyLock<[Option<PathBuf>; 10]> = LazyLock::new(|| {
-        NAMESPACES.map(|name| {
-            let own = name.trim_end_matches("_for_children");
-            std::fs::read_link(format!("/proc/self/ns/{own}")).ok()
-        })
-    });
-    // A namespace for children that has no process yet has no name either.
-    let its = |name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
-    NAMESPACES.into_iter().zip(&*OWN).find(|(name, ours)| ours.is_some() && its(name) != **ours).map(|(name, _)| name)
+/// Ends the process with a wait status. `pid`: its number, or 0 if it is alone in its process group.
+pub(crate) fn end(status: i32, pid: i32, program: &mut Program) {
+    let signal = status & 0x7f;
+    if signal != 0 {
+        let none = program.words(&[0, 0]);
+        program.call("no core dump", libc::SYS_prlimit64, &[0.into(), libc::RLIMIT_CORE.into(), none, 0.into()]);
+        let mask = program.words(&[0]);
+        let args = [libc::SIG_SETMASK.into(), mask, 0.into(), 8.into()];
+        program.call("unblock signals", libc::SYS_rt_sigprocmask, &args);
+        program.call("die by the signal", libc::SYS_kill, &[pid.into(), signal.into()]);
+    }
+    program.exit(status >> 8 & 0xff);
 }
 
 /// Sets the login uid, which only the task itself may do, by way of the lowest free descriptor `fd`.

@@ -1,5 +1,5 @@
-//! What processes share besides memory: descriptor tables (CLONE_FILES), and working directory, root and umask
-//! (CLONE_FS). What threads must share, they do, or are refused.
+//! What processes share: memory (CLONE_VM), signal actions (CLONE_SIGHAND), descriptor tables (CLONE_FILES), and working
+//! directory, root and umask (CLONE_FS). What threads must share, they do, or are refused.
 
 use crate::{
     error::{Context, Error, Result},
@@ -7,7 +7,7 @@ use crate::{
     observe::{ProcessState, ThreadState},
     task::FrozenProcess,
 };
-use standstill_images::types::SharedFs;
+use standstill_images::types::{SharedActions, SharedFs};
 use std::{
     collections::{BTreeMap, HashMap},
     hash::Hash,
@@ -17,21 +17,23 @@ const KINDS: [(Kcmp, &str); 4] = [
     (Kcmp::Vm, "memory (CLONE_VM)"),
     (Kcmp::Files, "descriptors (CLONE_FILES)"),
     (Kcmp::Fs, "working directory (CLONE_FS)"),
-    (Kcmp::Sighand, "signal handlers (CLONE_SIGHAND)"),
+    (Kcmp::Sighand, "signal actions (CLONE_SIGHAND)"),
 ];
 
 /// Who shares what: for each process of a tree the first one that has the same, by its place among the frozen processes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Sharing {
+    pub memory: Vec<usize>,
     pub files: Vec<usize>,
     pub fs: Vec<usize>,
+    pub actions: Vec<usize>,
 }
 
 impl Sharing {
     /// Compares all tasks of a tree, by what the observer saw or else by kcmp(2).
     ///
     /// # Errors
-    /// Refuses processes that share memory or signal handlers, and threads that have something of their own.
+    /// Refuses threads that have something of their own.
     pub(crate) fn of(processes: &[FrozenProcess], seen: &HashMap<i32, ProcessState>) -> Result<Self> {
         let all: Option<Vec<&ProcessState>> = processes.iter().map(|p| seen.get(&p.pid)).collect();
         match all.filter(|all| all.iter().all(|p| p.threads.first().is_some_and(|leader| leader.files.is_some()))) {
@@ -55,7 +57,7 @@ impl Sharing {
                 }
             }
         }
-        Self::new(&processes.iter().map(|p| p.tgid).collect::<Vec<_>>(), found)
+        Ok(Self::new(found))
     }
 
     fn compared(processes: &[FrozenProcess]) -> Result<Self> {
@@ -71,34 +73,65 @@ impl Sharing {
                 }
             }
         }
-        Self::new(&pids, found)
+        Ok(Self::new(found))
     }
 
     /// `found`: for each kind, the first process that has the same.
-    fn new(pids: &[i32], mut found: Vec<Vec<usize>>) -> Result<Self> {
-        for ((_, name), firsts) in
-            KINDS.iter().zip(&found).filter(|(kind, _)| matches!(kind.0, Kcmp::Vm | Kcmp::Sighand))
-        {
-            if let Some((n, first)) = firsts.iter().enumerate().find(|(n, first)| n != *first) {
-                return Err(sharing(pids[n], name, pids[*first]));
-            }
-        }
-        Ok(Self { files: std::mem::take(&mut found[1]), fs: std::mem::take(&mut found[2]) })
+    fn new(found: Vec<Vec<usize>>) -> Self {
+        let [memory, files, fs, actions] = found.try_into().expect("one list for each kind");
+        Self { memory, files, fs, actions }
+    }
+
+    /// The processes that have the same memory as the first of them, for each such group.
+    pub(crate) fn of_one_memory<'a>(&self, processes: &'a [FrozenProcess]) -> Vec<Vec<&'a FrozenProcess>> {
+        groups(processes, &self.memory)
     }
 
     /// The records for working directories that several processes have.
     pub(crate) fn shared_fs(&self, processes: &[FrozenProcess]) -> Vec<SharedFs> {
-        let mut groups: BTreeMap<usize, Vec<i32>> = BTreeMap::new();
-        for (process, first) in processes.iter().zip(&self.fs) {
-            groups.entry(*first).or_default().push(process.id());
-        }
-        groups.into_values().filter(|pids| pids.len() > 1).map(|pids| SharedFs { pids }).collect()
+        groups(processes, &self.fs).iter().map(|group| SharedFs { pids: ids(group) }).collect()
     }
+
+    /// The records for signal actions that several processes have.
+    pub(crate) fn shared_actions(&self, processes: &[FrozenProcess]) -> Vec<SharedActions> {
+        groups(processes, &self.actions).iter().map(|group| SharedActions { pids: ids(group) }).collect()
+    }
+}
+
+fn ids(processes: &[&FrozenProcess]) -> Vec<i32> {
+    processes.iter().map(|p| p.id()).collect()
+}
+
+/// Groups of at least two. `firsts`: for each process the first one that has the same.
+fn groups<'a>(processes: &'a [FrozenProcess], firsts: &[usize]) -> Vec<Vec<&'a FrozenProcess>> {
+    let mut groups: BTreeMap<usize, Vec<&FrozenProcess>> = BTreeMap::new();
+    processes.iter().zip(firsts).for_each(|(process, first)| groups.entry(*first).or_default().push(process));
+    groups.into_values().filter(|group| group.len() > 1).collect()
 }
 
 fn first_with_the_same<T: Eq + Hash>(values: &[T]) -> Vec<usize> {
     let mut firsts = HashMap::new();
     values.iter().enumerate().map(|(n, value)| *firsts.entry(value).or_insert(n)).collect()
+}
+
+/// Running processes with the first of them that has the same memory, where that is another. Who ends meanwhile has none.
+pub(crate) fn of_running(pids: &[i32]) -> Vec<(i32, i32)> {
+    let mut pids = pids.to_vec();
+    loop {
+        match by_order(&pids, Kcmp::Vm) {
+            Ok(firsts) => {
+                let others = firsts.into_iter().enumerate().filter(|(n, first)| n != first);
+                return others.map(|(n, first)| (pids[n], pids[first])).collect();
+            }
+            Err(_) => {
+                let before = pids.len();
+                pids.retain(|pid| compare(*pid, *pid, Kcmp::Vm).is_ok());
+                if pids.len() == before {
+                    return Vec::new();
+                }
+            }
+        }
+    }
 }
 
 /// The kernel orders what tasks have, so each is looked up among the earlier ones by bisection.
@@ -126,14 +159,6 @@ fn by_order(pids: &[i32], what: Kcmp) -> Result<Vec<usize>> {
 
 fn compare(a: i32, b: i32, what: Kcmp) -> Result<std::cmp::Ordering> {
     sys::kcmp(a, b, what).context(|| format!("kcmp of {a} and {b}"))
-}
-
-fn sharing(pid: i32, what: &str, other: i32) -> Error {
-    Error::unsupported(
-        pid,
-        format!("a process that shares its {what} with process {other}"),
-        "wait until a vfork or posix_spawn in progress is over, or use threads",
-    )
 }
 
 fn not_sharing(pid: i32, what: &str, tid: i32) -> Error {
@@ -185,14 +210,5 @@ mod tests {
         assert_eq!(by_order(&pids, Kcmp::Vm).unwrap(), [0, 1, 2, 3, 4, 5]);
         // Without the one who made them.
         assert_eq!(by_order(&pids[1..], Kcmp::Files).unwrap(), [0, 1, 2, 1, 4]);
-    }
-
-    #[test]
-    fn memory_is_refused_by_name() {
-        let shared = Sharing::new(&[5, 6], vec![vec![0, 0], vec![0, 0], vec![0, 1], vec![0, 1]]);
-        let text = shared.unwrap_err().to_string();
-        assert!(text.contains("process 6") && text.contains("CLONE_VM"), "{text}");
-        let ok = Sharing::new(&[5, 6], vec![vec![0, 1], vec![0, 0], vec![0, 1], vec![0, 1]]).unwrap();
-        assert_eq!(ok, Sharing { files: vec![0, 0], fs: vec![0, 1] });
     }
 }

@@ -1,5 +1,6 @@
 //! Interval timers (setitimer(2)) and POSIX timers (timer_create(2)).
 
+use super::clocks::{Continued, Moment};
 use crate::{
     error::{Context, Result},
     kernel::proc,
@@ -15,7 +16,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 /// The three interval timers: only the process itself can read them.
-pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
+pub(crate) fn itimers(pid: i32, remote: &mut Remote, moment: Moment) -> Result<[ITimer; 3]> {
     let scratch = remote.scratch()?;
     for which in 0..3 {
         let out = scratch + 32 * which;
@@ -24,8 +25,12 @@ pub(crate) fn itimers(pid: i32, remote: &mut Remote) -> Result<[ITimer; 3]> {
     let mut bytes = [0u8; 96];
     remote.read(&mut bytes)?;
     let w: Vec<u64> = words(&bytes).collect();
-    Ok([0, 4, 8]
-        .map(|n| ITimer { interval_us: w[n] * 1_000_000 + w[n + 1], value_us: w[n + 2] * 1_000_000 + w[n + 3] }))
+    let mut timers = [0, 4, 8]
+        .map(|n| ITimer { interval_us: w[n] * 1_000_000 + w[n + 1], value_us: w[n + 2] * 1_000_000 + w[n + 3] });
+    // The others count what the process itself uses.
+    let real = &mut timers[libc::ITIMER_REAL as usize].value_us;
+    *real = moment.left(*real * 1000).div_ceil(1000);
+    Ok(timers)
 }
 
 /// Microseconds until a timer is due; `None`: it is not in use. A periodic ITIMER_REAL that has fired has no time left:
@@ -36,7 +41,7 @@ fn left(timer: &ITimer) -> Option<u64> {
 }
 
 /// POSIX timers: procfs has the definitions, the process itself the time left.
-pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTimer>> {
+pub(crate) fn posix_timers(pid: i32, remote: &mut Remote, moment: Moment) -> Result<Vec<PosixTimer>> {
     let lines = proc::timers(pid).context(|| format!("read the timers of {pid}"))?;
     let mut all = Vec::with_capacity(lines.len());
     for line in lines {
@@ -53,7 +58,11 @@ pub(crate) fn posix_timers(pid: i32, remote: &mut Remote) -> Result<Vec<PosixTim
             value: line.value,
             tid: line.tid,
             interval_ns: w[0] * NS + w[1],
-            value_ns: w[2] * NS + w[3],
+            // Clocks of processes and threads have negative numbers; like the clocks 2 and 3 they stand still under a freeze.
+            value_ns: match line.clock {
+                ..0 | libc::CLOCK_PROCESS_CPUTIME_ID | libc::CLOCK_THREAD_CPUTIME_ID => w[2] * NS + w[3],
+                _ => moment.left(w[2] * NS + w[3]),
+            },
         });
     }
     Ok(all)
@@ -69,10 +78,11 @@ pub(crate) fn restore_itimers(timers: &[ITimer; 3], program: &mut Program) {
     }
 }
 
-/// Creates the POSIX timers under their old ids and starts them with the time that was left.
+/// Creates the POSIX timers under their old ids and starts them with the time that was left, or, where the tree's clocks go
+/// on, when they are due.
 ///
 /// `PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.16) lets timer_create(2) take the id from its third argument.
-pub(crate) fn restore_posix_timers(timers: &[PosixTimer], program: &mut Program) {
+pub(crate) fn restore_posix_timers(timers: &[PosixTimer], clocks: Option<&Continued>, program: &mut Program) {
     const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
     if timers.is_empty() {
         return;
@@ -91,8 +101,10 @@ pub(crate) fn restore_posix_timers(timers: &[PosixTimer], program: &mut Program)
     }
     program.call("timer ids", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS.into(), 0.into()]);
     for timer in timers.iter().filter(|t| t.value_ns != 0) {
-        let spec = program.words(&timespecs(timer.interval_ns, timer.value_ns));
-        let args: [Arg; 4] = [timer.id.into(), 0.into(), spec, 0.into()];
+        let due = clocks.and_then(|clocks| clocks.due(timer.clock, timer.value_ns));
+        let flags = if due.is_some() { libc::TIMER_ABSTIME } else { 0 };
+        let spec = program.words(&timespecs(timer.interval_ns, due.unwrap_or(timer.value_ns)));
+        let args: [Arg; 4] = [timer.id.into(), flags.into(), spec, 0.into()];
         program.call(format!("start timer {}", timer.id), libc::SYS_timer_settime, &args);
     }
 }

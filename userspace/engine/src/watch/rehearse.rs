@@ -20,6 +20,7 @@ use crate::{
     observe::{self, FdEntry, Iterators, ProcessState, VmaEntry, vmas_by_process},
     parallel,
     task::Family,
+    tree::clocks::Moment,
 };
 use standstill_images::types::DumpCounts;
 use std::{
@@ -175,7 +176,7 @@ fn changed(pid: i32) -> Error {
 
 /// Address spaces as the dump would record them; also the pages of shared memory objects.
 fn spaces(members: &[Member], tracked: bool, seen: &Seen, found: &mut Found) -> Result<(Vec<PrivatePages>, u64)> {
-    let mut all = Collected::new(0);
+    let mut all = Collected::new(0, Moment::now());
     let mut mapped = Vec::with_capacity(members.len());
     let mut mappings = 0;
     let begin = Stopwatch::start();

@@ -12,7 +12,7 @@ use crate::{
     objects::{self, Collected},
     observe::{self, FdEntry, Iterators, ProcessState},
     task::{Family, FrozenTree},
-    tree::process,
+    tree::{clocks::Moment, process},
 };
 use nix::{
     fcntl::OFlag,
@@ -191,11 +191,12 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
     let pids = tree.pids();
     times.freeze -= rehearse::list(specimen.pid, &pids, iterators.as_mut());
     let (entries, states) = read(&pids, iterators)?;
+    let moment = Moment::now();
     let mut known = process::Known::default();
     for (n, of) in tree.processes().iter().enumerate() {
         let seen = states.iter().find(|s| s.tgid == of.pid && s.layout.is_some());
         let begin = Stopwatch::start();
-        let (task, _) = process::collect(of, seen, &mut known, n as u32, n as u32, &[])?;
+        let (task, _) = process::collect(of, seen, &mut known, n as u32, n as u32, &[], moment)?;
         *(if n == 0 { &mut times.first } else { &mut times.others }) += begin.nanoseconds();
         if let Some(thread) = task.live.as_ref().and_then(|l| l.threads.first()) {
             let Registers::X86_64 { regs, xstate } = &thread.context;
@@ -203,7 +204,7 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
         }
     }
     let first = |e: &&FdEntry| e.tgid == specimen.pid;
-    let mut all = Collected::new(entries.len() as u32);
+    let mut all = Collected::new(entries.len() as u32, moment);
     let (mut plain, mut asked, mut known) = (Vec::new(), Vec::new(), HashSet::new());
     for entry in entries.iter().filter(first).filter(|e| known.insert(e.file)) {
         let begin = Stopwatch::start();

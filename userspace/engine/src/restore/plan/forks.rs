@@ -1,14 +1,13 @@
 //! Births, sessions and process groups of a plan, and the stand-ins that take the place of dead leaders meanwhile.
 
-use super::{PlannedTask, PlannedThread, Planner, Stage};
+use super::{Begin, PlannedTask, PlannedThread, Planner, Stage};
 use crate::{
     error::Result,
     image::Image,
     kernel::sys,
-    memory::map::Prots,
     restore::{births::Step, program::Program},
 };
-use standstill_images::types::{AddressSpace, Task, TaskState};
+use standstill_images::types::{Task, TaskState};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Finds the groups that need a stand-in for their leader. That of a shell job's root may be led from outside.
@@ -23,20 +22,23 @@ pub(super) fn stand_ins(image: &Image, orphaned: &BTreeSet<i32>) -> BTreeMap<i32
     by_group.into_iter().map(|(pgid, pid)| (pid, pgid)).collect()
 }
 
+impl PlannedTask {
+    /// One that only stands in for another.
+    fn that_ends(pid: i32, program: usize) -> Self {
+        let threads = vec![PlannedThread { tid: pid, program, waits: false }];
+        Self { pid, ends: true, stops: false, threads, shares_memory: false, syscall_at: 0 }
+    }
+}
+
 impl<'a> Planner<'a> {
     /// The forks of a process, whose memory is in place.
-    pub(super) fn births(
-        &mut self,
-        steps: &[Step],
-        memory: (&'a AddressSpace, &Prots),
-        program: &mut Program,
-    ) -> Result<()> {
+    pub(super) fn births(&mut self, steps: &[Step], begin: Begin<'a, '_>, program: &mut Program) -> Result<()> {
         let image = self.image;
         for step in steps {
             match *step {
                 Step::Setsid => program.call("setsid", libc::SYS_setsid, &[]),
                 Step::Unshare(flag) => program.call("stop sharing", libc::SYS_unshare, &[flag.into()]),
-                Step::StandIn { sid, ref children } => self.session(sid, children, memory, program)?,
+                Step::StandIn { sid, ref children } => self.session(sid, children, begin, program)?,
                 Step::Fork { pid, flags } => {
                     let child = &image.tasks[&pid];
                     if let Some(&pgid) = self.stand_ins.get(&pid) {
@@ -44,9 +46,13 @@ impl<'a> Planner<'a> {
                     }
                     let word = (flags & libc::CLONE_FILES != 0).then_some(self.words);
                     self.words += usize::from(word.is_some());
-                    let index = self.process(child, Some(memory), word)?;
-                    let flags = flags as u64 | sys::CLONE_CLEAR_SIGHAND;
-                    program.clone_task(format!("fork process {pid}"), flags, child.exit_signal, pid, index);
+                    let shares = flags & libc::CLONE_VM != 0;
+                    let index = self.process(child, Some(Begin { shares, ..begin }), word)?;
+                    // Actions that are shared are the default ones still.
+                    let clear = if flags & libc::CLONE_SIGHAND == 0 { sys::CLONE_CLEAR_SIGHAND } else { 0 };
+                    // A sibling has the exit signal of who makes it.
+                    let signal = if flags & libc::CLONE_PARENT == 0 { child.exit_signal } else { 0 };
+                    program.clone_task(format!("fork process {pid}"), flags as u64 | clear, signal, pid, index);
                     if let Some(word) = word {
                         program.wait_for(format!("wait for process {pid}"), word, 1);
                     }
@@ -57,26 +63,19 @@ impl<'a> Planner<'a> {
     }
 
     /// A process that leads the session of a dead and forgotten leader, and forks for its parent who is in it.
-    fn session(
-        &mut self,
-        sid: i32,
-        children: &[i32],
-        memory: (&'a AddressSpace, &Prots),
-        program: &mut Program,
-    ) -> Result<()> {
+    fn session(&mut self, sid: i32, children: &[i32], begin: Begin<'a, '_>, program: &mut Program) -> Result<()> {
         const PARENT: u64 = libc::CLONE_PARENT as u64;
         let image = self.image;
         let index = self.programs.len();
         self.programs.push(Program::default());
-        let threads = vec![PlannedThread { tid: sid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: sid, ends: true, stops: false, threads, syscall_at: 0 });
+        self.tasks.push(PlannedTask::that_ends(sid, index));
         let mut own = Program::default();
         own.call("setsid", libc::SYS_setsid, &[]);
         for pid in children {
             if let Some(&pgid) = self.stand_ins.get(pid) {
                 self.stand_in(pgid, PARENT, &mut own);
             }
-            let index = self.process(&image.tasks[pid], Some(memory), None)?;
+            let index = self.process(&image.tasks[pid], Some(begin), None)?;
             own.clone_task(format!("fork process {pid}"), PARENT | sys::CLONE_CLEAR_SIGHAND, 0, *pid, index);
         }
         [Stage::Forked, Stage::Groups, Stage::Joined].into_iter().for_each(|stage| own.trap(stage as u64));
@@ -99,7 +98,6 @@ impl<'a> Planner<'a> {
     }
 
     pub(super) fn groups(&self, task: &Task, program: &mut Program) {
-        program.trap(Stage::Forked as u64);
         if task.pgid == task.pid && task.sid != task.pid {
             program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
         }
@@ -144,8 +142,7 @@ impl<'a> Planner<'a> {
         own.trap(Stage::Joined as u64);
         own.exit(0);
         self.programs.push(own);
-        let threads = vec![PlannedThread { tid: pgid, program: index, waits: false }];
-        self.tasks.push(PlannedTask { pid: pgid, ends: true, stops: false, threads, syscall_at: 0 });
+        self.tasks.push(PlannedTask::that_ends(pgid, index));
         let label = format!("fork process {pgid}");
         let signal = if flags == 0 { libc::SIGCHLD } else { 0 };
         program.clone_task(label, flags | sys::CLONE_CLEAR_SIGHAND, signal, pgid, index);

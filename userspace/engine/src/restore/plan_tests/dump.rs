@@ -2,7 +2,7 @@
 
 use super::{
     history::{History, ROOT},
-    model::{File, OUTSIDE, Origin, PAGE, Page, Process, What},
+    model::{File, OUTSIDE, Origin, PAGE, Page, Process, Space, What},
 };
 use crate::image::Image;
 use standstill_images::{
@@ -54,16 +54,21 @@ impl Store {
             history.world.processes.keys().flat_map(|pid| history.world.fds(*pid).values().map(|f| f.0)).collect();
         for &id in &opened {
             let file = &history.world.files[id];
-            dump.records.push(open_file(id as u32, file));
+            dump.records.push(open_file(id as u32, file, &history.world.gone));
             if let What::Pipe(pipe) = file.what {
                 dump.pipe(pipe, &mut writer);
             }
         }
         let (mut tables, mut directories) = (BTreeSet::new(), BTreeMap::<usize, Vec<i32>>::new());
+        let (mut spaces, mut actions) = (BTreeSet::new(), BTreeMap::<usize, Vec<i32>>::new());
         for (pid, process) in history.world.processes.iter().filter(|p| *p.0 != OUTSIDE) {
             writer.push(&task(*pid, process, &history.world.directories[process.fs])).unwrap();
             if process.dead.is_none() {
-                writer.push(&dump.space(*pid as u32, process)).unwrap();
+                if spaces.insert(process.space) {
+                    let space = dump.space(process.space as u32, history.world.space(*pid));
+                    writer.push(&space).unwrap();
+                }
+                actions.entry(process.actions).or_default().push(*pid);
                 if tables.insert(process.table) {
                     let fds = history.world.fds(*pid).iter();
                     let fds = fds.map(|(&fd, &(file, cloexec))| Descriptor { fd, cloexec, file: file as u32 });
@@ -74,6 +79,9 @@ impl Store {
         }
         for pids in directories.into_values().filter(|pids| pids.len() > 1) {
             writer.push(&SharedFs { pids }).unwrap();
+        }
+        for pids in actions.into_values().filter(|pids| pids.len() > 1) {
+            writer.push(&SharedActions { pids }).unwrap();
         }
         for (id, &memfd) in history.objects.iter().enumerate() {
             let kind = if memfd {
@@ -138,9 +146,9 @@ impl Dump<'_> {
         }
     }
 
-    fn space(&mut self, id: u32, process: &Process) -> AddressSpace {
+    fn space(&mut self, id: u32, space: &Space) -> AddressSpace {
         let (mut vmas, mut pages, mut guards) = (Vec::<Vma>::new(), Vec::<PageRun>::new(), Vec::<(u64, u64)>::new());
-        for (&at, page) in &process.memory {
+        for (&at, page) in &space.pages {
             let vma =
                 Vma { start: at, end: at + PAGE, prot: page.prot, backing: self.backing(page), flags: page.flags };
             match vmas.last_mut() {
@@ -162,7 +170,7 @@ impl Dump<'_> {
                 }
             }
         }
-        let exe = self.mapped(process.exe.clone(), false, regular(&process.exe));
+        let exe = self.mapped(space.exe.clone(), false, regular(&space.exe));
         AddressSpace { id, layout: MmLayout::default(), auxv: vec![0; 16], exe, vmas, pages, guards }
     }
 }
@@ -185,12 +193,13 @@ fn regular(path: &str) -> FileKind {
     FileKind::Regular(RegularFile { path: path.as_bytes().into(), size: 0, mtime: (0, 0), mode: libc::S_IFREG })
 }
 
-fn open_file(id: u32, file: &File) -> OpenFile {
+fn open_file(id: u32, file: &File, gone: &[i32]) -> OpenFile {
     let kind = match &file.what {
         What::Path(path) => regular(path),
         What::Memory(object) => FileKind::SharedMemory { object: *object },
         What::Pipe(pipe) => FileKind::Pipe { pipe: *pipe as u32 },
         What::PidFd(pid) => FileKind::PidFd { pid: *pid },
+        What::DeadPidFd(process) => FileKind::DeadPidFd { process: *process, status: Some(gone[*process as usize]) },
         What::EventFd(count) => FileKind::EventFd { count: *count, semaphore: false },
         What::Epoll(targets) => {
             let target = |&(fd, file): &(i32, usize)| EpollTarget { fd, file: file as u32, events: 1, data: 0 };
@@ -220,7 +229,7 @@ fn task(pid: i32, process: &Process, cwd: &str) -> Task {
     };
     let live = LiveTask {
         threads: std::iter::once(&pid).chain(&process.tids).map(thread).collect(),
-        address_space: pid as u32,
+        address_space: process.space as u32,
         fd_table: process.table as u32,
         cwd: cwd.as_bytes().into(),
         cwd_removed: false,

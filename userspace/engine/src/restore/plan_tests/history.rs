@@ -1,6 +1,6 @@
 //! Random lives of process trees, so that every tree is one that the kernel allows.
 
-use super::model::{OUTSIDE, Origin, PAGE, Page, What, World};
+use super::model::{OUTSIDE, Origin, PAGE, Page, Space, What, World};
 use proptest::prelude::*;
 
 pub(super) const ROOT: i32 = 10;
@@ -122,7 +122,7 @@ impl History {
     fn step(&mut self, op: &Op) {
         match op.clone() {
             Op::Fork(args) => {
-                self.with(args, |h, pid, a| h.world.fork(pid, i32::from(a[0] % 40) + 2, shared(a[1])).ok());
+                self.with(args, |h, pid, a| h.world.fork(pid, i32::from(a[0] % 40) + 2, born_with(a[1])).ok());
             }
             Op::Unshare(args) => self.with(args, |h, pid, a| h.world.unshare(pid, shared(a[0])).ok()),
             Op::Chdir(args) => {
@@ -293,11 +293,10 @@ impl History {
     fn exec(&mut self, pid: i32, choice: u8) -> Option<()> {
         self.world.unshare(pid, libc::CLONE_FILES).ok()?;
         self.world.table(pid).retain(|_, f| !f.1);
-        let process = self.world.process(pid);
-        process.memory.clear();
-        process.tids.clear();
-        process.exe = format!("/bin/{}", choice % 8);
-        let exe = process.exe.clone();
+        self.world.process(pid).tids.clear();
+        self.world.begin_actions(pid);
+        let exe = format!("/bin/{}", choice % 8);
+        self.world.begin_space(pid, Space { exe: exe.clone(), ..Space::default() });
         self.world.forget_closed();
         let files = std::iter::once(exe).chain((0..choice % 8).map(|n| format!("/lib/{n}")));
         for (n, path) in files.enumerate() {
@@ -355,7 +354,7 @@ impl History {
 
     /// Changes the pages of a range that are the program's own.
     fn change(&mut self, pid: i32, start: u64, len: u64, change: impl Fn(u64, &mut Page)) -> Option<()> {
-        for (at, page) in self.world.process(pid).memory.range_mut(start..start + len) {
+        for (at, page) in self.world.space_mut(pid).pages.range_mut(start..start + len) {
             change((at - start) / PAGE, page);
         }
         Some(())
@@ -366,6 +365,11 @@ impl History {
 fn shared(choice: u8) -> i32 {
     let flag = |bit: u8, flag: i32| if choice & bit != 0 { flag } else { 0 };
     if choice < 128 { 0 } else { flag(1, libc::CLONE_FILES) | flag(2, libc::CLONE_FS) }
+}
+
+/// Flags of clone(2); mostly none.
+fn born_with(choice: u8) -> i32 {
+    shared(choice) | [0, 0, 0, libc::CLONE_VM, libc::CLONE_VM | libc::CLONE_SIGHAND][usize::from(choice / 4 % 5)]
 }
 
 /// A few pages of the heap.

@@ -6,13 +6,14 @@ use super::{
 };
 use crate::{
     image::Image,
+    kernel::sys::CLONE_CLEAR_SIGHAND,
     restore::{
         environment::Environment,
         plan::{Plan, Stage},
         program::{Arg, Layout, Program},
     },
 };
-use standstill_parasite_abi::{EXPECT, Kind, MAY_FAIL};
+use standstill_parasite_abi::{EXPECT, Kind, LOAD, MAY_FAIL};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Calls about what the model does not have.
@@ -48,6 +49,10 @@ pub(super) struct Interpreter<'a> {
     plan: &'a Plan,
     pub world: World,
     running: BTreeMap<i32, Running>,
+    /// Those that nobody traces: they run at once.
+    untraced: BTreeSet<i32>,
+    /// Ids that the kernel has written to the data of programs, by program and place.
+    written: BTreeMap<(usize, u64), i32>,
     /// How often each word was posted.
     words: BTreeMap<usize, u64>,
     fd_limit: i32,
@@ -67,11 +72,11 @@ impl<'a> Interpreter<'a> {
         let root = image.inventory.root;
         let mut world = World::new();
         world.fork(OUTSIDE, root, 0).expect("the number is free");
-        let process = world.process(root);
-        process.memory = memory;
+        let pages = &mut world.space_mut(root).pages;
+        *pages = memory;
         let size = Layout::size_for(BLOB, &plan.programs);
         for at in (plan.base..plan.base + size).step_by(PAGE as usize) {
-            process.memory.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
+            pages.insert(at, Page::new(Origin::Foreign { stays: true }, 7));
         }
         let whole = |fd| (fd, What::Pages(0, 0..image.pages()));
         let mut handed: Vec<_> = plan.pages.gathered.map(whole).into_iter().collect();
@@ -86,7 +91,16 @@ impl<'a> Interpreter<'a> {
             world.table(root).insert(fd, (file, false));
         }
         let running = [(root, Running { pid: root, program: 0, at: 0 })].into();
-        Self { plan, world, running, words: BTreeMap::new(), fd_limit: env.fd_limit, seed }
+        Self {
+            plan,
+            world,
+            running,
+            untraced: BTreeSet::new(),
+            written: BTreeMap::new(),
+            words: BTreeMap::new(),
+            fd_limit: env.fd_limit,
+            seed,
+        }
     }
 
     /// Runs everything to the end.
@@ -108,13 +122,16 @@ impl<'a> Interpreter<'a> {
     /// Lets tasks run until each has come to a stage, or to its end. Those that are not born yet come later.
     fn reach(&mut self, stage: Stage, mut tids: BTreeSet<i32>) -> Result<(), String> {
         while !tids.is_empty() {
-            let ready: Vec<i32> = tids.iter().copied().filter(|t| self.may_run(*t)).collect();
+            let ready: Vec<i32> = tids.union(&self.untraced).copied().filter(|t| self.may_run(*t)).collect();
             if ready.is_empty() {
                 return Err(format!("tasks {tids:?} do not exist or wait for ever in stage {stage:?}"));
             }
             self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let tid = ready[(self.seed >> 33) as usize % ready.len()];
             if let Some(reached) = self.step(tid)? {
+                if self.untraced.remove(&tid) {
+                    continue;
+                }
                 if reached != stage as u64 && reached != ENDED {
                     return Err(format!("task {tid} stops for stage {reached} instead of {stage:?}"));
                 }
@@ -126,10 +143,19 @@ impl<'a> Interpreter<'a> {
 
     /// Whether a task exists and waits for nobody.
     fn may_run(&self, tid: i32) -> bool {
-        self.running.get(&tid).is_some_and(|task| {
-            !matches!(self.plan.programs[task.program].step(task.at), Some((Kind::Await, _, _, args, _))
-                if self.posted(args[0]) < value(args[1]))
+        self.running.get(&tid).is_some_and(|task| match self.plan.programs[task.program].step(task.at) {
+            Some((Kind::Await, _, _, args, _)) => self.posted(args[0]) >= value(args[1]),
+            Some((Kind::Syscall, LOAD, nr, args, _)) if nr == libc::SYS_wait4 as u64 => {
+                !self.untraced.contains(&self.loaded(task.program, args[0]))
+            }
+            _ => true,
         })
+    }
+
+    /// An id that the kernel has written.
+    fn loaded(&self, program: usize, at: Arg) -> i32 {
+        let Arg::Data(at) = at else { return 0 };
+        self.written.get(&(program, at)).copied().unwrap_or(0)
     }
 
     fn posted(&self, word: Arg) -> u64 {
@@ -140,11 +166,14 @@ impl<'a> Interpreter<'a> {
     /// One step of a task; the stage it stops for.
     fn step(&mut self, tid: i32) -> Result<Option<u64>, String> {
         let task = self.running.get_mut(&tid).expect("only the living run");
-        let (pid, program) = (task.pid, &self.plan.programs[task.program]);
+        let (pid, index, program) = (task.pid, task.program, &self.plan.programs[task.program]);
         let label = program.label(task.at as u64);
-        let (kind, flags, nr, args, expected) =
+        let (kind, flags, nr, mut args, expected) =
             program.step(task.at).ok_or_else(|| format!("task {tid} runs off the end of its program"))?;
         task.at += 1;
+        if flags & LOAD != 0 {
+            args[0] = Arg::Value(self.loaded(index, args[0]) as u64);
+        }
         let value = |n: usize| value(args[n]);
         let outcome = match kind {
             Kind::Trap => return Ok(Some(value(0))),
@@ -162,7 +191,7 @@ impl<'a> Interpreter<'a> {
                 *self.words.entry(word).or_default() += 1;
                 Ok(0)
             }
-            Kind::Clone => self.clone_task(pid, program, args),
+            Kind::Clone => self.clone_task(pid, index, args),
             Kind::ReadFull => match self.world.file(pid, value(0) as i32).map(|f| f.what.clone()) {
                 Ok(What::Pages(origin, pages)) => {
                     let first = origin + value(3) / PAGE;
@@ -198,9 +227,17 @@ impl<'a> Interpreter<'a> {
         self.running.retain(|_, r| r.pid != pid);
     }
 
-    fn clone_task(&mut self, pid: i32, program: &Program, args: [Arg; 6]) -> Result<i64, i32> {
+    fn clone_task(&mut self, pid: i32, index: usize, args: [Arg; 6]) -> Result<i64, i32> {
+        let program = &self.plan.programs[index];
         let (Arg::Data(block), Arg::Program(child)) = (args[0], args[2]) else { return Err(libc::EINVAL) };
         let flags = word(program, block);
+        if flags & libc::CLONE_UNTRACED as u64 != 0 {
+            let tid = (300..).find(|tid| self.world.fork(pid, *tid, flags as i32).is_ok()).ok_or(libc::EAGAIN)?;
+            self.written.insert((index, program.target(block + 24).ok_or(libc::EINVAL)?), tid);
+            self.running.insert(tid, Running { pid: tid, program: child, at: 0 });
+            self.untraced.insert(tid);
+            return Ok(tid.into());
+        }
         // The id lies where the clone arguments point to.
         let set_tid = program.target(block + 64).ok_or(libc::EINVAL)?;
         let tid = word(program, set_tid) as i32;
@@ -209,6 +246,9 @@ impl<'a> Interpreter<'a> {
             self.world.thread(pid, tid)?;
             pid
         } else {
+            if flags & libc::CLONE_SIGHAND as u64 != 0 && flags & CLONE_CLEAR_SIGHAND != 0 {
+                return Err(libc::EINVAL);
+            }
             self.world.fork(pid, tid, flags as i32)?;
             if flags & libc::CLONE_PARENT as u64 != 0 {
                 if word(program, block + 32) != 0 {
@@ -293,7 +333,7 @@ impl<'a> Interpreter<'a> {
                 let fd = (word(program, block + 96) >> 32) as i32;
                 match world.file(pid, fd).map(|f| f.what.clone()) {
                     Ok(What::Path(path)) => {
-                        world.process(pid).exe = path;
+                        world.space_mut(pid).exe = path;
                         Ok(0)
                     }
                     _ => Err(libc::EBADF),

@@ -20,6 +20,8 @@ pub(super) enum What {
     Pipe(usize),
     EventFd(u64),
     PidFd(i32),
+    /// Of a process that is gone.
+    DeadPidFd(u32),
     /// Registrations by number and file.
     Epoll(BTreeSet<(i32, usize)>),
     /// A file with pages: the one at its offset 0, and which of them it has.
@@ -98,7 +100,15 @@ pub(super) struct Process {
     /// Its descriptor table, and its place in the file system, by number.
     pub table: usize,
     pub fs: usize,
-    pub memory: BTreeMap<u64, Page>,
+    /// Its memory and signal actions, by number.
+    pub space: usize,
+    pub actions: usize,
+}
+
+/// Memory of processes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Space {
+    pub pages: BTreeMap<u64, Page>,
     pub exe: String,
 }
 
@@ -107,11 +117,16 @@ pub(super) struct Process {
 pub(super) struct World {
     pub processes: BTreeMap<i32, Process>,
     pub tables: Vec<Table>,
+    pub spaces: Vec<Space>,
+    /// How many signal actions there are.
+    actions: usize,
     /// Working directories.
     pub directories: Vec<String>,
     pub files: Vec<File>,
     /// Contents of pipes.
     pub pipes: Vec<Vec<u8>>,
+    /// Wait statuses of processes that are gone.
+    pub gone: Vec<i32>,
 }
 
 impl World {
@@ -119,7 +134,8 @@ impl World {
     pub(super) fn new() -> Self {
         let outside = Process { ppid: 1, pgid: OUTSIDE, sid: OUTSIDE, ..Default::default() };
         let (tables, directories) = (vec![Table::new()], vec!["/".into()]);
-        Self { processes: [(OUTSIDE, outside)].into(), tables, directories, ..Default::default() }
+        let spaces = vec![Space::default()];
+        Self { processes: [(OUTSIDE, outside)].into(), tables, directories, spaces, ..Default::default() }
     }
 
     pub(super) fn process(&mut self, pid: i32) -> &mut Process {
@@ -129,6 +145,32 @@ impl World {
     pub(super) fn table(&mut self, pid: i32) -> &mut Table {
         let table = self.process(pid).table;
         &mut self.tables[table]
+    }
+
+    /// The memory of a process.
+    pub(super) fn space(&self, pid: i32) -> &Space {
+        &self.spaces[self.processes[&pid].space]
+    }
+
+    pub(super) fn space_mut(&mut self, pid: i32) -> &mut Space {
+        let space = self.process(pid).space;
+        &mut self.spaces[space]
+    }
+
+    fn pages(&mut self, pid: i32) -> &mut BTreeMap<u64, Page> {
+        &mut self.space_mut(pid).pages
+    }
+
+    /// Gives a process memory of its own.
+    pub(super) fn begin_space(&mut self, pid: i32, space: Space) {
+        self.spaces.push(space);
+        self.process(pid).space = self.spaces.len() - 1;
+    }
+
+    /// Gives a process signal actions of its own.
+    pub(super) fn begin_actions(&mut self, pid: i32) {
+        self.actions += 1;
+        self.process(pid).actions = self.actions;
     }
 
     /// Descriptors of a process; none of a dead one.
@@ -175,11 +217,21 @@ impl World {
         let mut child = self.process(parent).clone();
         child.ppid = parent;
         child.tids.clear();
-        child.memory.retain(|_, p| !p.flags.dontfork);
-        for page in child.memory.values_mut().filter(|p| p.flags.wipeonfork) {
-            page.content = None;
+        if flags & libc::CLONE_SIGHAND != 0 && flags & libc::CLONE_VM == 0 {
+            return Err(libc::EINVAL);
         }
         self.processes.insert(pid, child);
+        if flags & libc::CLONE_SIGHAND == 0 {
+            self.begin_actions(pid);
+        }
+        if flags & libc::CLONE_VM == 0 {
+            let mut space = self.space(parent).clone();
+            space.pages.retain(|_, p| !p.flags.dontfork);
+            for page in space.pages.values_mut().filter(|p| p.flags.wipeonfork) {
+                page.content = None;
+            }
+            self.begin_space(pid, space);
+        }
         self.unshare(pid, (libc::CLONE_FILES | libc::CLONE_FS) & !flags)?;
         Ok(pid.into())
     }
@@ -216,8 +268,7 @@ impl World {
         let process = self.process(pid);
         process.dead = Some(status);
         process.tids.clear();
-        process.memory.clear();
-        process.exe.clear();
+        self.begin_space(pid, Space::default());
         self.forget_closed();
     }
 
@@ -225,12 +276,10 @@ impl World {
     pub(super) fn wait(&mut self, parent: i32, pid: i32) -> Outcome {
         match self.processes.get(&pid) {
             Some(p) if p.ppid == parent && p.dead.is_some() => {
-                self.processes.remove(&pid);
-                // Who watched it knows now.
-                for table in &mut self.tables {
-                    table.retain(|_, fd| self.files[fd.0].what != What::PidFd(pid));
+                self.gone.extend(self.processes.remove(&pid).and_then(|p| p.dead));
+                for file in self.files.iter_mut().filter(|f| f.what == What::PidFd(pid)) {
+                    file.what = What::DeadPidFd(self.gone.len() as u32 - 1);
                 }
-                self.forget_closed();
                 Ok(pid.into())
             }
             _ => Err(libc::ECHILD),
@@ -303,7 +352,7 @@ impl World {
 
     pub(super) fn epoll_add(&mut self, pid: i32, epoll: i32, fd: i32) -> Outcome {
         let &(target, _) = self.table(pid).get(&fd).ok_or(libc::EBADF)?;
-        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_)) {
+        if !matches!(self.files[target].what, What::Pipe(_) | What::EventFd(_) | What::PidFd(_) | What::DeadPidFd(_)) {
             return Err(libc::EPERM);
         }
         match &mut self.file(pid, epoll)?.what {
@@ -320,7 +369,7 @@ impl World {
 
     /// Maps pages where nothing is mapped.
     pub(super) fn map(&mut self, pid: i32, start: u64, pages: impl Iterator<Item = Page>) -> Outcome {
-        let memory = &mut self.process(pid).memory;
+        let memory = self.pages(pid);
         for (n, page) in pages.enumerate() {
             if memory.insert(start + n as u64 * PAGE, page).is_some() {
                 return Err(libc::EEXIST);
@@ -356,7 +405,7 @@ impl World {
 
     /// Unmaps a range; what must stay may not be in it.
     pub(super) fn munmap(&mut self, pid: i32, start: u64, len: u64) -> Outcome {
-        let memory = &mut self.process(pid).memory;
+        let memory = self.pages(pid);
         let gone: Vec<u64> = memory.range(start..start + len).map(|(at, _)| *at).collect();
         for at in gone {
             if memory.remove(&at).is_some_and(|p| p.from == Origin::Foreign { stays: true }) {
@@ -368,7 +417,7 @@ impl World {
 
     /// Moves the whole of one of the kernel's mappings.
     pub(super) fn mremap(&mut self, pid: i32, from: u64, len: u64, to: u64) -> Outcome {
-        let memory = &mut self.process(pid).memory;
+        let memory = self.pages(pid);
         let mut pages = Vec::new();
         for at in (from..from + len).step_by(PAGE as usize) {
             pages.push(memory.remove(&at).ok_or(libc::EFAULT)?);
@@ -378,7 +427,7 @@ impl World {
 
     /// Changes every page of a range, all of which must be mapped.
     pub(super) fn change(&mut self, pid: i32, start: u64, len: u64, change: impl Fn(u64, &mut Page)) -> Outcome {
-        let memory = &mut self.process(pid).memory;
+        let memory = self.pages(pid);
         for (n, at) in (start..start + len).step_by(PAGE as usize).enumerate() {
             let page = memory.get_mut(&at).filter(|p| p.from != Origin::Foreign { stays: true });
             change(n as u64, page.ok_or(libc::ENOMEM)?);
@@ -389,7 +438,7 @@ impl World {
     pub(super) fn mprotect(&mut self, pid: i32, start: u64, len: u64, prot: u8) -> Outcome {
         let read_only = |p: &Page| matches!(p.from, Origin::Shared { may_write: false, .. });
         let writes = prot & libc::PROT_WRITE as u8 != 0;
-        if writes && self.process(pid).memory.range(start..start + len).any(|(_, p)| read_only(p)) {
+        if writes && self.pages(pid).range(start..start + len).any(|(_, p)| read_only(p)) {
             return Err(libc::EACCES);
         }
         self.change(pid, start, len, |_, page| page.prot = prot)
@@ -398,7 +447,7 @@ impl World {
     /// Fills pages from the store.
     pub(super) fn fill(&mut self, pid: i32, start: u64, len: u64, store: u64) -> Outcome {
         let writable = |p: &Page| p.is_private() && p.prot & libc::PROT_WRITE as u8 != 0 && !p.guard;
-        if !self.process(pid).memory.range(start..start + len).all(|(_, p)| writable(p)) {
+        if !self.pages(pid).range(start..start + len).all(|(_, p)| writable(p)) {
             return Err(libc::EFAULT);
         }
         self.change(pid, start, len, |n, page| page.content = Some(store + n))
@@ -412,10 +461,10 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
         return Err(format!("processes {:?} instead of {:?}", pids(found), pids(wanted)));
     }
     let mut files = BTreeMap::new();
-    let mut pipes = BTreeMap::new();
+    let (mut pipes, mut dead) = (BTreeMap::new(), BTreeMap::new());
     for (pid, a) in wanted.processes.iter().filter(|p| *p.0 != OUTSIDE) {
         let b = &found.processes[pid];
-        let facts = |p: &Process| (p.ppid, p.pgid, p.sid, p.dead, p.tids.clone(), p.exe.clone());
+        let facts = |p: &Process| (p.ppid, p.pgid, p.sid, p.dead, p.tids.clone());
         if facts(a) != facts(b) {
             return Err(format!("process {pid}: {:?} instead of {:?}", facts(b), facts(a)));
         }
@@ -425,7 +474,10 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
             others.map(|p| *p.0).collect::<Vec<_>>()
         };
         if a.dead.is_none() {
-            let shared = |w: &World| (sharers(w, &|p| p.table), sharers(w, &|p| p.fs));
+            let shared = |w: &World| {
+                [|p: &Process| p.table, |p: &Process| p.fs, |p: &Process| p.space, |p: &Process| p.actions]
+                    .map(|same| sharers(w, &same))
+            };
             if shared(wanted) != shared(found) {
                 return Err(format!("process {pid} shares with {:?} instead of {:?}", shared(found), shared(wanted)));
             }
@@ -448,9 +500,13 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
                 return Err(format!("process {pid}: descriptor {fd} has lost its brothers"));
             }
         }
-        let all: BTreeSet<u64> = a.memory.keys().chain(b.memory.keys()).copied().collect();
+        let (a, b) = (wanted.space(*pid), found.space(*pid));
+        if a.exe != b.exe {
+            return Err(format!("process {pid} runs {} instead of {}", b.exe, a.exe));
+        }
+        let all: BTreeSet<u64> = a.pages.keys().chain(b.pages.keys()).copied().collect();
         for at in all {
-            let (a, b) = (a.memory.get(&at), b.memory.get(&at));
+            let (a, b) = (a.pages.get(&at), b.pages.get(&at));
             if a != b && b.is_none_or(|p| p.from != Origin::Foreign { stays: true }) {
                 return Err(format!("process {pid}: page {at:x} is {b:?} instead of {a:?}"));
             }
@@ -464,6 +520,9 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
         let same = match (&a.what, &b.what) {
             (What::Pipe(a), What::Pipe(b)) => {
                 *pipes.entry(*a).or_insert(*b) == *b && wanted.pipes[*a] == found.pipes[*b]
+            }
+            (What::DeadPidFd(a), What::DeadPidFd(b)) => {
+                *dead.entry(*a).or_insert(*b) == *b && wanted.gone[*a as usize] == found.gone[*b as usize]
             }
             (What::Epoll(a), What::Epoll(b)) => {
                 let target = |world: &World, file: usize, same: usize| match world.files[file].what {
@@ -482,6 +541,9 @@ pub(super) fn compare(wanted: &World, found: &World) -> Result<(), String> {
     }
     if pipes.values().collect::<BTreeSet<_>>().len() != pipes.len() {
         return Err("different pipes have become one".into());
+    }
+    if dead.values().collect::<BTreeSet<_>>().len() != dead.len() {
+        return Err("pidfds of different processes have become those of one".into());
     }
     Ok(())
 }

@@ -1,0 +1,103 @@
+//! Files that have lost the name under which they were opened.
+
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use standstill_tests::harness::left::{expect_no_process, expect_nothing_left, expect_refused};
+use standstill_tests::harness::{Target, Turn, say, standstill};
+
+/// The links that dumps have made for a target.
+fn links(target: &Target) -> Vec<PathBuf> {
+    let entries = fs::read_dir(target.dir().join("unnamed")).expect("list the files").flatten();
+    let names = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(".standstill-link."));
+    names.map(|entry| entry.path()).collect()
+}
+
+#[test]
+fn files_that_have_other_names() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("unnamed", &[]);
+    target.assert_well();
+    expect_refused(&tool, &mut target, &[], 4, &["its name is gone", "--link-remap"]);
+    expect_refused(&tool, &mut target, &["--reader", "procfs"], 4, &["its name is gone", "--link-remap"]);
+    for reader in ["auto", "procfs"] {
+        let images = target.images(reader);
+        tool.dump(target.pid(), &images).args(["--link-remap", "--reader", reader]).run().expect_success();
+        target.await_gone();
+        // One for each file, however often it is open.
+        assert_eq!(links(&target).len(), 2, "{:?}", links(&target));
+        let shown = tool.command(["inspect", "-D"]).arg(&images).run().expect_success();
+        assert!(shown.stdout.contains("linked to as"), "{shown}");
+        tool.restore(&images).arg("-d").run().expect_success();
+        assert!(links(&target).is_empty(), "links are left");
+        target.assert_well();
+        tool.restore(&images).arg("-d").run().expect_error(7, &["the first restore removes it"]);
+    }
+    target.finish(0);
+}
+
+#[test]
+fn links_of_a_dump_that_fails() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("unnamed", &["--ring"]);
+    expect_refused(&tool, &mut target, &["--link-remap"], 4, &["io_uring"]);
+    assert!(links(&target).is_empty(), "links are left");
+    target.finish(0);
+}
+
+#[test]
+fn links_of_a_restore_that_fails() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("unnamed", &[]);
+    let images = target.images("image");
+    tool.dump(target.pid(), &images).args(["--link-remap", "-R"]).run().expect_success();
+    let made = links(&target);
+    assert_eq!(made.len(), 2);
+    target.assert_free();
+    tool.restore(&images).arg("-d").run().expect_error(8, &[&target.pid().to_string()]);
+    assert_eq!(links(&target), made);
+    target.kill_tree();
+    tool.restore(&images).arg("-d").run().expect_success();
+    assert!(links(&target).is_empty(), "links are left");
+    target.assert_well();
+    target.finish(0);
+}
+
+#[test]
+fn links_of_killed_dumps() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("unnamed", &[]);
+    let images = target.images("killed");
+    let dump = || tool.dump(target.pid(), &images).args(["--link-remap", "-R"]);
+    let usual = (0..3).map(|_| dump().run().expect_success().wall).min().expect("three dumps");
+    links(&target).iter().for_each(|link| fs::remove_file(link).expect("remove a link"));
+    let (mut killed, mut left) = (0, 0);
+    for number in 0..50 {
+        let running = dump().spawn();
+        thread::sleep(usual.mul_f64(f64::from(number) / 30.0));
+        running.kill();
+        killed += i32::from(running.wait().signal.is_some());
+        expect_no_process(&tool);
+        // What is left can be told by its name, and does no harm.
+        target.assert_well();
+        let links = links(&target);
+        left += links.len();
+        links.iter().for_each(|link| fs::remove_file(link).expect("remove a link"));
+    }
+    say(&format!("{killed} of 50 dumps were killed, {left} links were left"));
+    assert!(killed > 10 && left > 0, "the instants do not fit: {killed} killed, {left} links");
+    thread::sleep(Duration::from_millis(100));
+    target.assert_free();
+    target.assert_well();
+    fs::remove_dir_all(&images).expect("remove the images");
+    let images = target.images("after");
+    tool.dump(target.pid(), &images).run().expect_error(4, &["--link-remap"]);
+    expect_nothing_left(&tool, &images);
+    target.finish(0);
+}
