@@ -1,5 +1,6 @@
 //! What few processes and threads have.
 
+use super::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// Attributes of a process that are not the usual ones. Most processes have no such record.
@@ -21,6 +22,17 @@ pub struct Attributes {
     pub memory_policies: Vec<(u64, u64, MemoryPolicy)>,
     /// Threads that have unusual attributes.
     pub threads: Vec<ThreadAttributes>,
+}
+
+/// Label that a security module has given to a process (`/proc/pid/attr`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// The process.
+    pub pid: i32,
+    /// Its label.
+    pub current: Bytes,
+    /// What it has asked for its objects: `exec`, `fscreate`, `keycreate`, `sockcreate`, as far as it has.
+    pub others: Vec<(Bytes, Bytes)>,
 }
 
 /// Attributes of a thread that are not the usual ones.

@@ -227,6 +227,7 @@ records! {
     Attributes = 15 v 1;
     Clocks = 16 v 1;
     SharedActions = 18 v 1;
+    Label = 20 v 1;
 }
 
 #[cfg(test)]

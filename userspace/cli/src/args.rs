@@ -1,10 +1,12 @@
 //! Command line. Flags that CRIU has too have its names and meanings.
 
+mod surroundings;
+
+pub(crate) use surroundings::{CgroupsArg, TimensArg};
+
 use crate::watch::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use standstill_engine::{
-    At, CgroupMode, MemorySnapshot, Precopy, PrecopyOptions, Reader, TimeNamespace, observe::Scope,
-};
+use standstill_engine::{At, MemorySnapshot, Precopy, PrecopyOptions, Reader, observe::Scope};
 use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -95,72 +97,6 @@ pub(crate) struct DumpArgs {
     pub json: bool,
     #[command(flatten)]
     pub log: LogArgs,
-}
-
-/// What to do about cgroups
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum CgroupsArg {
-    /// Nothing
-    #[default]
-    Ignore,
-    /// They must exist, and stay as they are
-    None,
-    /// They must exist, and get the properties that they had
-    Props,
-    /// Those that are missing are made, with their properties
-    Soft,
-    /// As soft, and those that exist get the properties that they had
-    Full,
-    /// All are made, and none may exist
-    Strict,
-}
-
-impl From<CgroupsArg> for CgroupMode {
-    fn from(arg: CgroupsArg) -> Self {
-        match arg {
-            CgroupsArg::Ignore => Self::Ignore,
-            CgroupsArg::None => Self::None,
-            CgroupsArg::Props => Self::Props,
-            CgroupsArg::Soft => Self::Soft,
-            CgroupsArg::Full => Self::Full,
-            CgroupsArg::Strict => Self::Strict,
-        }
-    }
-}
-
-/// `[CONTROLLER:]/PATH`
-fn cgroup_root(text: &str) -> Result<(Option<String>, PathBuf), String> {
-    let (controller, path) = match text.rsplit_once(":/") {
-        Some((controller, _)) => (Some(controller.to_owned()), &text[controller.len() + 1..]),
-        None => (None, text),
-    };
-    let path = PathBuf::from(path);
-    if !path.is_absolute() || path.components().any(|part| part == std::path::Component::ParentDir) {
-        return Err("a path from the root of the hierarchy, as /a/b or cpu:/a/b".into());
-    }
-    Ok((controller, path))
-}
-
-/// What to do about the tree's clocks
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum TimensArg {
-    /// As `new` if the tree had a time namespace of its own, otherwise as `none`
-    #[default]
-    Auto,
-    /// They go on, in a new time namespace
-    New,
-    /// They are those of this machine
-    None,
-}
-
-impl From<TimensArg> for TimeNamespace {
-    fn from(arg: TimensArg) -> Self {
-        match arg {
-            TimensArg::Auto => Self::AsBefore,
-            TimensArg::New => Self::New,
-            TimensArg::None => Self::None,
-        }
-    }
 }
 
 /// How a tree is checkpointed
@@ -315,7 +251,7 @@ pub(crate) struct RestoreArgs {
     pub manage_cgroups: CgroupsArg,
     /// What takes the place of the cgroup that the root was in; those below it move along. Can be given for several
     /// controllers, and without one for all others
-    #[arg(long, value_name = "[CONTROLLER:]/PATH", value_parser = cgroup_root)]
+    #[arg(long, value_name = "[CONTROLLER:]/PATH", value_parser = surroundings::cgroup_root)]
     pub cgroup_root: Vec<(Option<String>, PathBuf)>,
     /// A time namespace in which CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from where they were at the dump: `new`, the default
     /// where the tree had one that whoever dumped it was not in; `none`, the clocks are those of this machine
@@ -508,15 +444,6 @@ mod tests {
         assert!(time("-1s").is_err());
         for text in ["", "s", "0", "1ms", "-1s", "1d", "inf", "nan", "99999999h", "ä"] {
             assert!(interval(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn cgroup_roots() {
-        assert_eq!(cgroup_root("/a"), Ok((None, "/a".into())));
-        assert_eq!(cgroup_root("name=x:/a/b"), Ok((Some("name=x".into()), "/a/b".into())));
-        for text in ["", "a", "cpu:a", "/a/../b"] {
-            assert!(cgroup_root(text).is_err(), "{text}");
         }
     }
 

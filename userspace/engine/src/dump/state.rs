@@ -13,11 +13,11 @@ use crate::{
     observe::FdEntry,
     restore::{births, environment},
     task::FrozenTree,
-    tree::{cgroups, clocks::Moment, process, sharing::Sharing},
+    tree::{cgroups, clocks::Moment, labels, process, sharing::Sharing},
 };
 use standstill_images::types::{
     AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, Clocks, Descriptor, DumpCounts, FdTable, FileKind,
-    Inventory, OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
+    Inventory, Label, OpenFileId, Seccomp, SharedActions, SharedFs, Task, Vma,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -38,6 +38,7 @@ pub(super) struct State {
     shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     attributes: Vec<Attributes>,
+    labels: Vec<Label>,
     pub cgroups: Option<Cgroups>,
     clocks: Clocks,
     pub objects: Collected,
@@ -80,6 +81,7 @@ pub(super) fn collect(
         seccomp: None,
         attributes: Vec::new(),
         clocks: Clocks::default(),
+        labels: labels::collect(tree.processes())?,
         cgroups: None,
         objects: Collected::new(next, moment),
         vdso: Vec::new(),
@@ -243,6 +245,7 @@ impl State {
             shared_actions: self.shared_actions,
             seccomp: self.seccomp,
             attributes: self.attributes,
+            labels: self.labels,
             cgroups: self.cgroups,
             clocks: self.clocks,
             files: self.objects.files,

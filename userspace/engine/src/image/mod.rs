@@ -18,7 +18,7 @@ use standstill_images::{
     store::{PageSet, PageStoreIndex},
     types::{
         AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
-        FdTableId, FileKind, Inventory, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
+        FdTableId, FileKind, Inventory, Label, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
         PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
         SharedMemoryV1, Task, TaskState, Vma,
     },
@@ -38,6 +38,7 @@ pub(crate) struct Records {
     pub shared_actions: Vec<SharedActions>,
     pub seccomp: Option<Seccomp>,
     pub attributes: Vec<Attributes>,
+    pub labels: Vec<Label>,
     pub cgroups: Option<Cgroups>,
     pub clocks: Clocks,
     pub files: Vec<OpenFile>,
@@ -72,6 +73,7 @@ pub(crate) fn publish(
     all(&mut writer, &records.shared_actions)?;
     all(&mut writer, &records.seccomp)?;
     all(&mut writer, &records.attributes)?;
+    all(&mut writer, &records.labels)?;
     all(&mut writer, &records.cgroups)?;
     writer.push(&records.clocks)?;
     all(&mut writer, &records.files)?;
@@ -106,6 +108,8 @@ pub struct Image {
     pub seccomp: Seccomp,
     /// Unusual attributes of processes, by pid.
     pub attributes: BTreeMap<i32, Attributes>,
+    /// Labels of processes, by pid, if a security module gave them any.
+    pub labels: BTreeMap<i32, Label>,
     /// Cgroups, if they were recorded.
     pub cgroups: Cgroups,
     /// Clocks at the freeze; `None`: it is an old image.
@@ -135,7 +139,7 @@ impl Image {
         let (mut files, mut pipes, mut shared) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut shared_fs, mut shared_actions) = (Vec::new(), Vec::new());
         let (mut seccomp, mut attributes) = (None, BTreeMap::new());
-        let (mut cgroups, mut clocks) = (None, None);
+        let (mut cgroups, mut clocks, mut labels) = (None, None, BTreeMap::new());
         let mut twice = false;
         for record in RecordReader::new(&open.manifest_path(), &bytes)? {
             let record = record?;
@@ -157,6 +161,7 @@ impl Image {
                 SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
+                Label::KIND => twice |= insert(&mut labels, record.decode::<Label>()?, |l| l.pid),
                 Cgroups::KIND if record.version() == CgroupsV1::VERSION => {
                     twice |= cgroups.replace(record.decode::<CgroupsV1>()?.into()).is_some();
                 }
@@ -190,6 +195,7 @@ impl Image {
             shared_actions,
             seccomp: seccomp.unwrap_or_default(),
             attributes,
+            labels,
             cgroups: cgroups.unwrap_or_default(),
             clocks,
             files,
@@ -261,6 +267,9 @@ impl Image {
         self.check_shared_actions()?;
         self.check_seccomp(&ids)?;
         self.attributes.values().try_for_each(|a| self.check_attributes(a))?;
+        if let Some(label) = self.labels.values().find(|l| !crate::tree::labels::is_whole(l)) {
+            return Err(format!("process {} has a label of an unknown kind", label.pid));
+        }
         self.check_cgroups(&ids)?;
         self.spaces.values().try_for_each(|s| self.check_space(s))?;
         for table in self.tables.values() {

@@ -101,6 +101,7 @@ fn records(private: Vec<PageRun>, shared: Vec<PageRun>) -> Records {
         shared_actions: Vec::new(),
         seccomp: None,
         attributes: Vec::new(),
+        labels: Vec::new(),
         cgroups: None,
         clocks: Clocks::default(),
         tables: vec![FdTable { id: 0, fds: Vec::new() }],

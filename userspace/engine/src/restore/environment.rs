@@ -3,9 +3,9 @@
 use crate::{
     error::{Context, Result},
     kernel::{arch, proc},
-    tree::{attributes, creds, sched},
+    tree::{attributes, creds, labels, sched},
 };
-use standstill_images::types::{Attributes, Creds, Sched, ThreadAttributes};
+use standstill_images::types::{Attributes, Bytes, Creds, Sched, ThreadAttributes};
 use std::path::Path;
 
 /// One of the kernel's own mappings.
@@ -27,6 +27,8 @@ pub(crate) struct Environment {
     pub ignored: u64,
     pub personality: u32,
     pub loginuid: u32,
+    /// Label by a security module.
+    pub label: Option<Bytes>,
     pub may_raise_limits: bool,
     /// May install seccomp filters and suspend them.
     pub may_filter: bool,
@@ -99,6 +101,7 @@ impl Environment {
             ignored: status.ignored,
             personality,
             loginuid: proc::number(&proc::path(pid, "loginuid")).unwrap_or(u32::MAX),
+            label: labels::own(),
             may_raise_limits: may(CAP_SYS_RESOURCE),
             may_filter: may(CAP_SYS_ADMIN) && status.seccomp == 0,
             kernel_mappings: kernel_mappings(pid)?,

@@ -22,7 +22,7 @@ use crate::{
         pages::PageFiles,
     },
     objects::{self, Referenced, pidfd, shared_memory, unix},
-    tree::{attributes, clocks::Continued, creds, limits, process, seccomp, signals, thread, timers},
+    tree::{attributes, clocks::Continued, creds, labels, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{
     AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
@@ -269,6 +269,11 @@ impl<'a> Planner<'a> {
             attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
         }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
+        if let Some(label) = self.image.labels.get(&task.pid) {
+            let fd = numbers.lowest();
+            labels::restore(label, self.env.label.as_ref(), fd, &mut program)?;
+            numbers.release(fd);
+        }
         // Before there are threads: none of them may take a signal that is queued for the process.
         signals::restore_block(&mut program);
         let filters = seccomp::common(&self.image.seccomp, live.threads.iter().map(|t| t.tid));

@@ -39,6 +39,7 @@ fn environment(fd_limit: i32) -> Environment {
         ignored: 0,
         personality: 0,
         loginuid: u32::MAX,
+        label: None,
         may_raise_limits: true,
         may_filter: true,
         used: USED.into_iter().chain(kernel.iter().map(|m| (m.start, m.start + m.len))).collect(),

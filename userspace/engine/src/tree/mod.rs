@@ -6,6 +6,7 @@ pub(crate) mod cgroup_properties;
 pub(crate) mod cgroups;
 pub(crate) mod clocks;
 pub(crate) mod creds;
+pub(crate) mod labels;
 pub(crate) mod limits;
 pub(crate) mod namespaces;
 pub(crate) mod process;
