@@ -239,6 +239,11 @@ fn a_pidfd_of_a_process_outside_of_the_tree() {
 }
 
 #[test]
+fn asynchronous_io_that_is_under_way() {
+    expect_unsupported("requests in flight");
+}
+
+#[test]
 fn a_pidfd_of_another_thread_than_the_first() {
     expect_unsupported("pidfd of thread");
 }

@@ -125,6 +125,11 @@ fn processes_with_one_memory_survive_a_killed_dump() {
 }
 
 #[test]
+fn rings_of_asynchronous_io_survive_a_killed_dump() {
+    kill_dumps("aio", &[], 20, 13);
+}
+
+#[test]
 fn descriptors_survive_a_killed_dump() {
     kill_dumps("fds", &[], 30, 4);
 }

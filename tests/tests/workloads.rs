@@ -111,6 +111,11 @@ fn descriptors_of_processes() {
 }
 
 #[test]
+fn rings_of_asynchronous_io() {
+    thoroughly("aio", &[]);
+}
+
+#[test]
 fn filters_and_strict_mode_of_seccomp() {
     thoroughly("seccomp", &[]);
 }

@@ -3,8 +3,9 @@
 //! Options: `--kind io_uring`, `--kind userfaultfd` (hold such a descriptor), `--kind vfork` (a thread waits for a child
 //! that shares its memory, and cannot be stopped meanwhile), `--kind CLONE_VM` (a grandchild that shares memory, whose parent does not), `--kind
 //! CLONE_FILES`, `--kind CLONE_FS` (a thread that does not share), `--kind "pidfd of process"` (its parent), `--kind "pidfd
-//! of thread"` (another than the first), `--kind SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind "urgent data"` (wait in a
-//! socket), `--kind "outside the tree"` (the peer of a socket belongs to an orphan).
+//! of thread"` (another than the first), `--kind "requests in flight"` (of io_submit, for what never happens), `--kind
+//! SCM_RIGHTS`, `--kind SCM_CREDENTIALS`, `--kind "urgent data"` (wait in a socket), `--kind "outside the tree"` (the peer of
+//! a socket belongs to an orphan).
 
 use std::fs;
 use std::io::IoSlice;
@@ -47,6 +48,7 @@ fn main() {
             });
             Some(pidfd(receiver.recv().expect("a thread id"), libc::O_EXCL))
         }
+        "requests in flight" => Some(requests_in_flight()),
         "CLONE_FILES" => go_apart(libc::CLONE_FILES),
         "CLONE_FS" => go_apart(libc::CLONE_FS),
         "SCM_RIGHTS" => Some(socket(|from, _| {
@@ -84,6 +86,23 @@ fn userfaultfd() -> OwnedFd {
     // SAFETY: the call takes flags only.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     own(fd, "userfaultfd")
+}
+
+/// Waits for a pipe by AIO.
+fn requests_in_flight() -> OwnedFd {
+    const POLL: u64 = 5;
+    let (reader, writer) = nix::unistd::pipe().expect("pipe");
+    let mut context = 0_u64;
+    // SAFETY: the calls read and write the words given to them.
+    unsafe {
+        let made = libc::syscall(libc::SYS_io_setup, 4, &raw mut context);
+        assert_eq!(made, 0, "io_setup");
+        let request = [1, 0, (reader.as_raw_fd() as u64) << 32 | POLL, libc::POLLIN as u64, 0, 0, 0, 0_u64];
+        let requests = [&raw const request];
+        assert_eq!(libc::syscall(libc::SYS_io_submit, context, 1, requests.as_ptr()), 1, "io_submit");
+    }
+    std::mem::forget(writer);
+    reader
 }
 
 fn pidfd(pid: i32, flags: i32) -> OwnedFd {

@@ -5,6 +5,7 @@
 //! numbers and forgets them.
 #![no_std]
 
+pub mod aio;
 pub mod aliases;
 mod layout;
 pub mod track;

@@ -113,6 +113,17 @@ pub enum Backing {
         /// MAP_SHARED.
         shared: bool,
     },
+    /// The ring of an io_setup(2) context with nothing in flight.
+    AioRing {
+        /// Its place among the contexts of the process.
+        slot: u32,
+        /// Where the oldest event is that was not reaped.
+        head: u32,
+        /// Where the next event goes.
+        tail: u32,
+        /// Events, also those that were reaped: `struct io_event`. What is missing at the end is zeros.
+        events: Vec<[u64; 4]>,
+    },
 }
 
 /// Attributes of a mapping that mmap(2), mlock(2) and madvise(2) give it.

@@ -31,7 +31,7 @@ pub enum Kind {
 pub const MAY_FAIL: u32 = 1;
 /// Flag of an [`Op`]: any result but [`Op::expected`] is an error (EBADFD).
 pub const EXPECT: u32 = 2;
-/// Flag of an [`Op`]: `args[0]` is the address of a 32-bit word that holds the argument.
+/// Flag of an [`Op`]: `args[0]` is the address of a 64-bit word that holds the argument.
 pub const LOAD: u32 = 4;
 
 /// One step of a restorer program.

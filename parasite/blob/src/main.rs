@@ -56,7 +56,9 @@ unsafe extern "C" fn interpret(task: *mut Task) -> ! {
 fn run(op: &Op) -> Result<(), u64> {
     let mut args = op.args;
     if op.flags & LOAD != 0 {
-        args[0] = word(args[0]).load(Ordering::Relaxed).into();
+        // SAFETY: the engine placed the word, aligned, in the memory of the restorer; the kernel has written it in an earlier
+        // operation of this program.
+        args[0] = unsafe { (args[0] as *const u64).read_volatile() };
     }
     let result = match op.kind {
         k if k == Kind::Syscall as u32 => syscall(op.nr, args),
@@ -78,7 +80,7 @@ fn run(op: &Op) -> Result<(), u64> {
     if op.flags & EXPECT != 0 && result as u64 != op.expected { Err(EBADFD) } else { Ok(()) }
 }
 
-/// A word that tasks wait for, or that the kernel has written.
+/// A word that tasks wait for.
 fn word(address: u64) -> &'static AtomicU32 {
     // SAFETY: the engine placed the word, aligned, in the memory of the restorer, which outlives every program; all
     // accesses to it are atomic.

@@ -43,7 +43,7 @@ pub(crate) fn build() {
         }
         Err(e) => give_up(&format!("cargo does not run: {e}")),
     }
-    for name in ["observers", "tracker", "aliases"] {
+    for name in ["observers", "tracker", "aliases", "aio"] {
         let object = target_dir.join(TARGET).join("release").join(name);
         fs::copy(object, target_dir.with_file_name(format!("{name}.o")))
             .expect("cargo has written the object into OUT_DIR");

@@ -128,6 +128,7 @@ impl Mapping {
             Backing::SharedAnonymous { object, offset, .. } | Backing::SystemV { object, offset, .. } => {
                 (None, None, Some(*object), *offset, true)
             }
+            Backing::AioRing { .. } => (None, None, None, 0, true),
             Backing::Kernel { name, .. } => (Some(text(&name.0)), None, None, 0, false),
         };
         let bit = |bit: i32, letter| if i32::from(vma.prot) & bit != 0 { letter } else { '-' };
@@ -196,6 +197,7 @@ fn kind(vma: &Vma, space: &AddressSpace, image: &Image) -> &'static str {
         Backing::SharedAnonymous { .. } => "shared anonymous",
         Backing::SystemV { .. } => "System V shared memory",
         Backing::HugePages { .. } => "huge pages",
+        Backing::AioRing { .. } => "AIO ring",
         Backing::Kernel { .. } => "kernel",
     }
 }

@@ -2,7 +2,8 @@
 
 use crate::{
     error::{Error, Result},
-    observe::{self, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry, vmas_by_process},
+    memory::aio,
+    observe::{self, AioContexts, FdEntry, Iterators, ObserveError, ProcessState, VmaEntry, vmas_by_process},
 };
 use std::collections::HashMap;
 use tracing::{info, warn};
@@ -23,6 +24,8 @@ pub enum Reader {
 pub(crate) struct Observer {
     source: Source,
     reader: Reader,
+    /// Tells of AIO contexts, if the tree had any before the freeze.
+    pub(super) aio: Option<AioContexts>,
 }
 
 enum Source {
@@ -49,13 +52,13 @@ impl Seen {
 impl Observer {
     /// The best one there is for the tree of `root`.
     pub(crate) fn open(reader: Reader, root: i32) -> Result<Self> {
-        Ok(Self { source: source(reader, root)?, reader })
+        Ok(Self { source: source(reader, root)?, reader, aio: None })
     }
 
     /// The same without a tracker.
     pub(crate) fn own(reader: Reader) -> Result<Self> {
         let source = if reader == Reader::Procfs { Source::Procfs } else { own(reader)? };
-        Ok(Self { source, reader })
+        Ok(Self { source, reader, aio: None })
     }
 
     /// Its name for people.
@@ -78,8 +81,11 @@ impl Observer {
         }
     }
 
-    /// Reads the paths of open files while the tree runs.
+    /// Reads the paths of open files while the tree runs, and loads what AIO contexts need.
     pub(super) fn read_ahead(&mut self, pids: &[i32]) {
+        if self.aio.is_none() {
+            self.aio = aio::read_ahead(pids);
+        }
         if let Some(iterators) = self.iterators()
             && let Err(e) = iterators.prefetch_paths(pids)
         {

@@ -115,6 +115,8 @@ pub(super) fn collect(
             mappings.push((process, areas));
         }
     }
+    let firsts: Vec<i32> = mappings.iter().map(|(process, _)| process.pid).collect();
+    memory::aio::collect(&firsts, &mut state.spaces, observer.aio.as_mut())?;
     if options.cgroups {
         state.cgroups = Some(cgroups::collect(tree.processes(), known.namespaces.cgroup())?);
     }
@@ -130,7 +132,6 @@ pub(super) fn collect(
     // Nobody else in the tree needs the processors now.
     let threads = pagemap::scanners();
     if trackings.sharing.objects().next().is_some() {
-        let firsts: Vec<i32> = mappings.iter().map(|(process, _)| process.pid).collect();
         state.shared = trackings.look_at_shared(&firsts, observer.iterators(), protect, threads);
     }
     for ((process, areas), space) in mappings.into_iter().zip(&mut state.spaces) {

@@ -3,7 +3,9 @@
 use crate::{
     error::{Context, Error, Result},
     kernel::{proc, sys},
+    tree::sharing,
 };
+use std::collections::HashSet;
 
 /// Refuses what can never be a target.
 pub(crate) fn check(pid: i32) -> Result<()> {
@@ -54,7 +56,9 @@ impl InUse {
     /// That of some processes.
     pub(crate) fn by(pids: &[i32]) -> Self {
         let (mut anonymous, mut shared, mut huge) = (0, 0, 0);
-        for &pid in pids {
+        // Memory that several have counts once.
+        let others: HashSet<i32> = sharing::of_running(pids).into_iter().map(|(other, _)| other).collect();
+        for &pid in pids.iter().filter(|pid| !others.contains(pid)) {
             let status = std::fs::read_to_string(proc::path(pid, "status")).unwrap_or_default();
             anonymous += amount(&status, "RssAnon");
             shared = amount(&status, "RssShmem").max(shared);

@@ -423,6 +423,9 @@ impl Image {
                     let aligned = |at: &u64| at.is_multiple_of(*page_size);
                     huge_page_size(*page_size) && [vma.start, vma.end, *offset].iter().all(aligned) && file(id)
                 }
+                Backing::AioRing { head, tail, events, .. } => {
+                    crate::memory::aio::fits(vma, *head, *tail, events.len())
+                }
                 Backing::Anonymous { .. } | Backing::Kernel { .. } => true,
             };
             if !whole {

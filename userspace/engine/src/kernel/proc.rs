@@ -312,6 +312,13 @@ pub(crate) fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
 }
 
+/// From the last number in a list of ranges like `0-3,8`.
+pub(crate) fn possible_cpus() -> Option<usize> {
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").ok()?;
+    let last = list.trim_end().rsplit([',', '-']).next()?;
+    last.parse::<usize>().ok().map(|n| n + 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,7 @@
 //! The mappings of a frozen process as records.
 
 use super::{
+    aio,
     area::{Area, REGISTERED},
     smaps::{self, Mapped},
 };
@@ -130,8 +131,6 @@ fn refuse_special(pid: i32, map: &Mapped, tracked: bool) -> Result<()> {
         "it is a shadow stack: run the program without one (glibc.cpu.x86_shstk=off)"
     } else if map.name.starts_with(b"/secretmem") {
         "memfd_secret memory cannot be read by anybody else: end its use before the dump"
-    } else if map.name.starts_with(b"/[aio]") {
-        "it is an AIO ring: end the use of io_setup before the dump"
     } else if map.name.starts_with(b"anon_inode:") {
         "it belongs to a kernel object that cannot be read: close it before the dump"
     } else if map.key != 0 && map.prot != libc::PROT_EXEC as u8 {
@@ -182,6 +181,9 @@ fn backing(pid: i32, map: &Mapped, all: &mut Collected) -> Result<Backing> {
     if map.shared && !huge && map.name.starts_with(b"/dev/zero (deleted)") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;
         return Ok(Backing::SharedAnonymous { object, offset });
+    }
+    if aio::is_ring(&map.name) {
+        return Ok(Backing::AioRing { slot: 0, head: 0, tail: 0, events: Vec::new() });
     }
     if map.shared && map.name.starts_with(b"/SYSV") {
         let object = shared_memory::collect(&name, &link(), map.dev, map.ino, all)?;

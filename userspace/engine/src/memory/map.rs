@@ -23,8 +23,9 @@ pub(crate) struct MapFds<'a> {
 
 const WRITE: u8 = libc::PROT_WRITE as u8;
 
-fn is_kernel(vma: &Vma) -> bool {
-    matches!(vma.backing, Backing::Kernel { .. })
+/// Whether a mapping is made by other means than mmap(2), and later.
+fn is_special(vma: &Vma) -> bool {
+    matches!(vma.backing, Backing::Kernel { .. } | Backing::AioRing { .. })
 }
 
 /// Whether `parent` has exactly the same private mapping, so that its child need not make it.
@@ -42,7 +43,7 @@ pub(crate) fn to_unmap(space: &AddressSpace, parent: &AddressSpace) -> Vec<(u64,
     parent
         .vmas
         .iter()
-        .filter(|v| !is_kernel(v))
+        .filter(|v| !is_special(v))
         .filter(|v| {
             let same = space.vmas.binary_search_by_key(&v.start, |o| o.start).map(|i| &space.vmas[i]);
             !same.is_ok_and(|own| is_inherited(own, parent))
@@ -77,7 +78,7 @@ pub(crate) fn restore(
     let (kept, new): (Vec<_>, Vec<_>) = space
         .vmas
         .iter()
-        .filter(|v| !is_kernel(v))
+        .filter(|v| !is_special(v))
         .map(|vma| Wanted { vma, own: cut(&space.pages, vma) })
         .partition(|wanted| inherited.is_some_and(|i| is_inherited(wanted.vma, i.space)));
     for joined in new.chunk_by(Wanted::joins) {
@@ -162,7 +163,7 @@ pub(crate) fn files_needed(space: &AddressSpace, inherited: Option<Inherited<'_>
 
 /// Brings protections and attributes to their final state, once all children are forked.
 pub(crate) fn finish(space: &AddressSpace, prots: &Prots, program: &mut Program) {
-    for vma in space.vmas.iter().filter(|v| !is_kernel(v)) {
+    for vma in space.vmas.iter().filter(|v| !is_special(v)) {
         if prots[&vma.start] != vma.prot {
             protect(vma, vma.prot, program);
         }
@@ -191,7 +192,7 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) -> u8 {
                 _ => prot,
             };
         }
-        Backing::Kernel { .. } => return prot,
+        Backing::Kernel { .. } | Backing::AioRing { .. } => return prot,
     };
     let mut flags = kind | libc::MAP_FIXED_NOREPLACE;
     if vma.flags.droppable {
@@ -222,7 +223,7 @@ fn map(vma: &Vma, prot: u8, fds: &MapFds<'_>, program: &mut Program) -> u8 {
     prot
 }
 
-fn protect(vma: &Vma, prot: u8, program: &mut Program) {
+pub(super) fn protect(vma: &Vma, prot: u8, program: &mut Program) {
     let args = [vma.start.into(), (vma.end - vma.start).into(), u64::from(prot).into()];
     program.call(format!("protect {:x}-{:x}", vma.start, vma.end), libc::SYS_mprotect, &args);
 }
@@ -233,7 +234,7 @@ fn madvise(vma: &Vma, advice: i32, program: &mut Program) {
     program.try_call(format!("advise {:x}-{:x}", vma.start, vma.end), libc::SYS_madvise, &args);
 }
 
-fn advise(vma: &Vma, program: &mut Program) {
+pub(super) fn advise(vma: &Vma, program: &mut Program) {
     let f = &vma.flags;
     for (set, advice) in [
         (f.dontfork, libc::MADV_DONTFORK),

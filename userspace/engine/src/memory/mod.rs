@@ -1,5 +1,6 @@
 //! Address spaces: what is mapped, which pages hold something, and how both come back.
 
+pub(crate) mod aio;
 pub(crate) mod area;
 pub(crate) mod collect;
 pub(crate) mod copy;

@@ -48,7 +48,7 @@ pub(super) fn create_dead(files: &[&OpenFile], ends: usize, numbers: &mut Number
     let open = |file: &&OpenFile| {
         let fd = numbers.lowest();
         let flags = [open_flags(file.flags).into()];
-        program.call_with("pidfd of a process that ends", libc::SYS_pidfd_open, id, &flags, Some(fd));
+        program.call_with("pidfd of a process that ends", libc::SYS_pidfd_open, id, &flags, Some(fd as u64));
         keep_open(fd, program);
         fd
     };

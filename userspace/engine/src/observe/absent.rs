@@ -1,7 +1,8 @@
 //! The iterators of a build without the feature `ebpf`: there are none.
 
 use super::{
-    FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, SocketEntry, Space, ThreadState, VmaEntry,
+    AioContext, FdEntry, Lineage, ObserveError, ProcessState, Result, SharedMapping, SocketEntry, Space, ThreadState,
+    VmaEntry,
 };
 
 /// Reader of a tree's state through BPF iterators; cannot exist in this build.
@@ -99,6 +100,21 @@ impl Aliases {
 
     /// Cannot be called.
     pub(crate) fn of(&self, _pid: i32) -> Result<Option<Space>> {
+        match *self {}
+    }
+}
+
+/// Contexts of io_setup(2); cannot exist in this build.
+pub(crate) enum AioContexts {}
+
+impl AioContexts {
+    /// Loads the program: always [`ObserveError::NotBuilt`].
+    pub(crate) fn load() -> Result<Self> {
+        Err(ObserveError::NotBuilt)
+    }
+
+    /// Cannot be called.
+    pub(crate) fn read(&mut self, _pids: &[i32]) -> Result<Vec<AioContext>> {
         match *self {}
     }
 }

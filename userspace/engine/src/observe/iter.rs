@@ -101,7 +101,7 @@ impl Iterators {
             programs,
             ahead: Ahead::default(),
             tree: HashSet::new(),
-            possible_cpus: possible_cpus(),
+            possible_cpus: kernel::proc::possible_cpus(),
             restrictable: true,
             stream: Vec::new(),
         }
@@ -307,23 +307,16 @@ impl Iterators {
     }
 }
 
-/// From the last number in a list of ranges like `0-3,8`.
-fn possible_cpus() -> Option<usize> {
-    let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").ok()?;
-    let last = list.trim_end().rsplit([',', '-']).next()?;
-    last.parse::<usize>().ok().map(|n| n + 1)
-}
-
-fn map_failed(error: aya::maps::MapError) -> ObserveError {
+pub(super) fn map_failed(error: aya::maps::MapError) -> ObserveError {
     ObserveError::io("update a BPF map")(io::Error::other(error))
 }
 
-fn iter_failed(error: io::Error) -> ObserveError {
+pub(super) fn iter_failed(error: io::Error) -> ObserveError {
     ObserveError::io("read a BPF iterator")(error)
 }
 
 /// Appends what an iterator writes.
-fn read(program: BorrowedFd<'_>, tgid: Option<i32>, to: &mut Vec<u8>) -> io::Result<()> {
+pub(super) fn read(program: BorrowedFd<'_>, tgid: Option<i32>, to: &mut Vec<u8>) -> io::Result<()> {
     let link = sys::iter_link(program, tgid)?;
     let mut iterator = sys::iter_create(link.as_fd())?;
     loop {

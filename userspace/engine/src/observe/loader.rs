@@ -91,7 +91,7 @@ impl Programs {
 }
 
 /// Loads one program for an iterator.
-fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<OwnedFd> {
+pub(super) fn program(ebpf: &mut Ebpf, btf: &Btf, name: &'static str, iterator: &str) -> Result<OwnedFd> {
     let mut load = || -> std::result::Result<OwnedFd, ProgramError> {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         let iter: &mut Iter = program.try_into()?;

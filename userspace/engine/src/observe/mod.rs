@@ -7,6 +7,8 @@
 //! Kernel addresses decide which objects are the same. They are turned into small numbers here and go no further.
 
 #[cfg(feature = "ebpf")]
+mod aio;
+#[cfg(feature = "ebpf")]
 mod aliases;
 #[cfg(feature = "ebpf")]
 mod btf;
@@ -37,10 +39,12 @@ mod tests;
 mod track;
 
 #[cfg(feature = "ebpf")]
+pub(crate) use aio::AioContexts;
+#[cfg(feature = "ebpf")]
 pub(crate) use aliases::Aliases;
-#[cfg(not(feature = "ebpf"))]
-pub(crate) use iter::Aliases;
 pub use iter::Iterators;
+#[cfg(not(feature = "ebpf"))]
+pub(crate) use iter::{AioContexts, Aliases};
 pub use sockets::SocketEntry;
 #[cfg(feature = "ebpf")]
 pub use track::{Calls, Counters, Difference, Freshness, Lease, Serving, Shadow, Status, Tracker};
@@ -125,6 +129,19 @@ pub struct FdEntry {
     pub nlink: u32,
     /// What readlink(2) of `/proc/pid/fd/N` says: `/x`, `/x (deleted)`, `pipe:[7]`, `anon_inode:[eventfd]`.
     pub path: PathBuf,
+}
+
+/// A context of io_setup(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AioContext {
+    /// Process.
+    pub pid: i32,
+    /// Its id: the address of its ring.
+    pub id: u64,
+    /// Requests that may be made and that the CPUs looked at have put aside.
+    aside: u32,
+    /// Requests that the kernel works on, once all CPUs were looked at.
+    pub in_flight: u32,
 }
 
 /// Where a task stands among others.

@@ -42,6 +42,8 @@ pub(crate) struct Environment {
     /// Mappings that a process may have.
     pub max_mappings: usize,
     pub xstate_size: usize,
+    /// CPUs that the machine may ever have.
+    pub cpus: usize,
 }
 
 /// Names of the kernel's mappings that a process may move.
@@ -114,6 +116,7 @@ impl Environment {
             fd_limit: i32::try_from(hard.min(1 << 20)).unwrap_or(1 << 20),
             max_mappings: proc::number(Path::new("/proc/sys/vm/max_map_count")).unwrap_or(usize::MAX),
             xstate_size: arch::xstate_size(),
+            cpus: proc::possible_cpus().unwrap_or(1),
         })
     }
 }

@@ -4,6 +4,7 @@ use super::environment::Environment;
 use crate::{
     error::{Error, Result},
     image::Image,
+    memory::aio,
     tree::{limits, thread},
 };
 use standstill_images::types::Attributes;
@@ -30,7 +31,14 @@ pub(super) fn check(image: &Image, env: &Environment) -> Result<()> {
                 )));
             }
         }
-        let mappings = image.spaces[&live.address_space].vmas.len();
+        let space = &image.spaces[&live.address_space];
+        if !aio::has_room(space, env.cpus) {
+            return Err(Error::Missing {
+                what: format!("room in an AIO ring of process {} for {} processors", task.pid, env.cpus),
+                remedy: "restore on a machine that can have no more of them than that of the dump".into(),
+            });
+        }
+        let mappings = space.vmas.len();
         if mappings + OURS > env.max_mappings {
             return Err(Error::Missing {
                 what: format!("room for the {mappings} mappings of process {}", task.pid),

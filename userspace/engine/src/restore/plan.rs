@@ -18,6 +18,7 @@ use crate::{
     image::Image,
     kernel::{PAGE, arch, sys::CLONE_AS_THREAD},
     memory::{
+        aio,
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
@@ -265,7 +266,7 @@ impl<'a> Planner<'a> {
         }
         Share::wait(self.tables.get(&task.pid), "descriptors", &mut program);
         if !shares_memory {
-            self.finish_memory(space, &prots, &mut numbers, &mut program)?;
+            self.finish_memory(task.pid, (space, &prots), &mut numbers, &mut program)?;
             attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
         }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
@@ -392,12 +393,13 @@ impl<'a> Planner<'a> {
 
     fn finish_memory(
         &self,
-        space: &AddressSpace,
-        prots: &Prots,
+        pid: i32,
+        (space, prots): (&AddressSpace, &Prots),
         numbers: &mut Numbers,
         program: &mut Program,
     ) -> Result<()> {
         map::finish(space, prots, program);
+        aio::restore(pid, space, numbers, program);
         let fd = self.open(space.exe, numbers, program)?;
         let auxv = program.data(&space.auxv);
         let l = &space.layout;

@@ -48,6 +48,7 @@ fn environment(fd_limit: i32) -> Environment {
         fd_limit,
         max_mappings: usize::MAX,
         xstate_size: 0,
+        cpus: 1,
     }
 }
 

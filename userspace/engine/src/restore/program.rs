@@ -20,6 +20,13 @@ pub(crate) enum Arg {
     Word(usize),
 }
 
+impl Arg {
+    /// The address so many bytes further on in the data.
+    pub(crate) fn byte(self, offset: u64) -> Self {
+        if let Self::Data(first) = self { Self::Data(first + offset) } else { self }
+    }
+}
+
 macro_rules! arg_from {
     ($($ty:ty),*) => { $(impl From<$ty> for Arg {
         fn from(value: $ty) -> Self {
@@ -160,7 +167,7 @@ impl Program {
     /// clone3(2) of a child with any id, that runs the program number `child` untraced and has no exit signal: where its id
     /// is found, for [`Self::call_with`].
     pub(crate) fn clone_untraced(&mut self, label: impl Into<String>, child: usize) -> Arg {
-        let id = self.data(&[0; 4]);
+        let id = self.data(&[0; 8]);
         let flags = libc::CLONE_UNTRACED as u64 | libc::CLONE_PARENT_SETTID as u64;
         let block = self.words(&[flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         self.point(block, offset_of!(CloneArgs, parent_tid) as u64, id);
@@ -176,13 +183,13 @@ impl Program {
         nr: libc::c_long,
         at: Arg,
         args: &[Arg],
-        expected: Option<i32>,
+        expected: Option<u64>,
     ) {
         let args: Vec<Arg> = std::iter::once(at).chain(args.iter().copied()).collect();
         let flags = LOAD | if expected.is_some() { EXPECT } else { 0 };
         self.push(Kind::Syscall, nr as u64, &args, flags, label.into());
         if let (Some(step), Some(expected)) = (self.steps.last_mut(), expected) {
-            step.expected = expected as u64;
+            step.expected = expected;
         }
     }
 
