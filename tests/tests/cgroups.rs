@@ -382,5 +382,12 @@ fn a_cgroup_namespace_of_its_own() {
         assert_eq!(inside(target.pid()).as_deref(), Some("0::/inner"), "as the process sees itself");
         target.assert_well();
     }
+    // Where the command is.
+    let images = dump(&tool, &mut target);
+    tool.restore(&images).arg("-d").run().expect_success();
+    assert_ne!(namespace(target.pid()), namespace(nix::unistd::getpid()));
+    assert_eq!(inside(target.pid()).as_deref(), Some("0::/"), "as the process sees itself");
+    assert_eq!(cgroup_of(target.pid()), cgroup_of(nix::unistd::getpid()), "cgroup of the restoring command");
+    target.assert_well();
     target.finish(0);
 }

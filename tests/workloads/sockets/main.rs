@@ -92,6 +92,7 @@ fn pairs() -> Vec<Pair> {
         ]);
     }
     pairs.extend([
+        Pair::of_user(SockType::Stream, 1234, 4321).with(A, vec![bytes(46, 10)]),
         // The peer is closed with something unread.
         Pair::new(SockType::Stream).with(A, vec![bytes(40, 5000)]).with(B, vec![bytes(41, 1)]).widow(),
         Pair::new(SockType::SeqPacket).with(B, vec![bytes(42, 1)]).widow(),

@@ -6,7 +6,10 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 
+use nix::sys::socket::{UnixCredentials, getsockopt, sockopt};
 use standstill_tests::workload::Checker;
+
+use super::pair::as_user;
 
 /// A client, and who accepted it.
 struct Connection {
@@ -16,6 +19,12 @@ struct Connection {
     sent: [Vec<u8>; 2],
 }
 
+impl Connection {
+    fn creds(&self) -> [UnixCredentials; 2] {
+        [&self.client, &self.server].map(|end| getsockopt(end, sockopt::PeerCredentials).expect("SO_PEERCRED"))
+    }
+}
+
 /// A listening socket and its connections.
 struct Service {
     listener: Option<UnixListener>,
@@ -23,24 +32,30 @@ struct Service {
     connections: Vec<Connection>,
     /// A client whose server is closed.
     widow: UnixStream,
+    /// Who has the other end, by the first client and its server.
+    creds: [UnixCredentials; 2],
 }
 
 impl Service {
-    fn new(address: SocketAddr, keep: bool) -> Self {
-        let listener = UnixListener::bind_addr(&address).expect("listen");
+    /// `user`: an id that listens.
+    fn new(address: SocketAddr, keep: bool, user: u32) -> Self {
+        let listener = as_user(user, user + 1, || UnixListener::bind_addr(&address).expect("listen"));
+        let other = as_user(0, user + 2, || UnixStream::connect_addr(&address).expect("connect"));
+        let mut connected = Some((other, listener.accept().expect("accept").0));
         let connect = || {
             let client = UnixStream::connect_addr(&address).expect("connect");
             (client, listener.accept().expect("accept").0)
         };
         let connections = (1..4).map(|n| {
-            let (client, server) = connect();
+            let (client, server) = connected.take().unwrap_or_else(connect);
             let sent = [vec![n; 1000 * usize::from(n)], vec![n + 100; usize::from(n)]];
             (&client).write_all(&sent[0]).and_then(|()| (&server).write_all(&sent[1])).expect("send");
             Connection { client, server, sent }
         });
-        let connections = connections.collect();
+        let connections: Vec<Connection> = connections.collect();
         let widow = connect().0;
-        Self { listener: keep.then_some(listener), address, connections, widow }
+        let creds = connections[0].creds();
+        Self { listener: keep.then_some(listener), address, connections, widow, creds }
     }
 
     fn look(&self, checker: &Checker) {
@@ -55,6 +70,7 @@ impl Service {
             );
             checker.equal("clients without a name", &unnamed, &(true, true));
         }
+        checker.equal("SO_PEERCRED of a connection", &self.connections[0].creds(), &self.creds);
         checker.equal("name of a peer that is closed", &name(self.widow.peer_addr()), &want);
         let listening = self.listener.as_ref().map(|l| name(l.local_addr()));
         checker.that(listening.as_ref().is_none_or(|name| *name == want), || format!("{listening:?} listens"));
@@ -98,10 +114,10 @@ impl Named {
         };
         let path = |name: &str| SocketAddr::from_pathname(dir.join(name)).expect("a path");
         let services = vec![
-            Service::new(path("service"), true),
-            Service::new(path("ended service"), false),
-            Service::new(abstract_name("listening"), true),
-            Service::new(abstract_name("ended"), false),
+            Service::new(path("service"), true, 0),
+            Service::new(path("ended service"), false, 0),
+            Service::new(abstract_name("listening"), true, 500),
+            Service::new(abstract_name("ended"), false, 600),
         ];
         let bound_to = abstract_name("client");
         let client = bound_client(&bound_to);

@@ -5,12 +5,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::prctl;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, getsockopt, recv, send, setsockopt, shutdown, socketpair,
-    sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixCredentials, getsockopt, recv, send, setsockopt,
+    shutdown, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::unistd::getpid;
+use nix::unistd::{getpid, setegid, seteuid};
 use standstill_tests::workload::Checker;
 
 /// Who of the two.
@@ -31,6 +32,8 @@ pub(crate) struct Pair {
     options: bool,
     signals: bool,
     peek_offset: i32,
+    /// Who A says has made the other end.
+    creds: UnixCredentials,
     /// A's next reader is told that B did not read everything.
     reset: bool,
 }
@@ -38,8 +41,10 @@ pub(crate) struct Pair {
 impl Pair {
     pub(crate) fn new(kind: SockType) -> Self {
         let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).expect("socketpair");
-        let (queues, reset) = (Default::default(), false);
-        Self { kind, ends: (a, Some(b)), queues, shut: None, options: false, signals: false, peek_offset: -1, reset }
+        let creds = getsockopt(&a, sockopt::PeerCredentials).expect("SO_PEERCRED");
+        let queues = Default::default();
+        let (options, signals, reset) = (false, false, false);
+        Self { kind, ends: (a, Some(b)), queues, shut: None, options, signals, peek_offset: -1, creds, reset }
     }
 
     /// The same sockets in another process.
@@ -47,6 +52,11 @@ impl Pair {
         let clone = |fd: &OwnedFd| fd.try_clone().expect("duplicate a descriptor");
         let ends = (clone(&self.ends.0), self.ends.1.as_ref().map(clone));
         Self { ends, queues: self.queues.clone(), ..*self }
+    }
+
+    /// A pair made by another user.
+    pub(crate) fn of_user(kind: SockType, user: u32, group: u32) -> Self {
+        as_user(user, group, || Self::new(kind))
     }
 
     fn end(&self, end: End) -> Option<&OwnedFd> {
@@ -143,7 +153,7 @@ impl Pair {
             };
             checker.equal(&format!("bytes waiting in a {kind:?} socket"), &waiting(fd), &want);
             checker.equal("type of a socket", &getsockopt(fd, sockopt::SockType), &Ok(self.kind));
-            checker.equal("user of the peer", &getsockopt(fd, sockopt::PeerCredentials).map(|c| c.uid()), &Ok(0));
+            checker.equal("SO_PEERCRED", &getsockopt(fd, sockopt::PeerCredentials), &Ok(self.creds));
         }
         let flags = fcntl(a, FcntlArg::F_GETFL).map(|flags| flags & (libc::O_ASYNC | libc::O_NONBLOCK));
         let want = if self.signals { libc::O_ASYNC | libc::O_NONBLOCK } else { 0 };
@@ -222,6 +232,15 @@ impl Pair {
         checker.that(buffer[..length] == *behind, || format!("{length} peeked bytes are wrong"));
         checker.works("set SO_PEEK_OFF", set_peek_offset(a, self.peek_offset));
     }
+}
+
+/// Does something with other effective ids.
+pub(crate) fn as_user<T>(user: u32, group: u32, action: impl FnOnce() -> T) -> T {
+    setegid(group.into()).and_then(|()| seteuid(user.into())).expect("take on ids");
+    let result = action();
+    seteuid(0.into()).and_then(|()| setegid(0.into())).expect("take them back");
+    prctl::set_dumpable(true).expect("PR_SET_DUMPABLE");
+    result
 }
 
 const F_SETSIG: i32 = 10;

@@ -380,10 +380,12 @@ impl Image {
             FileKind::DeadPidFd { status, .. } => !stops(status.unwrap_or(0)),
             FileKind::Epoll { targets } => targets.iter().all(|t| self.files.contains_key(&t.file)),
             FileKind::Socket(s) => {
-                let whole = s.local.is_empty()
-                    || (8..=128).contains(&s.local.len())
-                    || s.family == libc::AF_UNIX && s.local.len() > 2;
-                whole && self.is_mutual(file)
+                let whole = |name: &[u8]| {
+                    name.is_empty()
+                        || (8..=128).contains(&name.len())
+                        || s.family == libc::AF_UNIX && (3..=128).contains(&name.len())
+                };
+                whole(&s.local) && whole(&s.peer) && self.is_mutual(file)
             }
             _ => true,
         };

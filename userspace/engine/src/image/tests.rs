@@ -457,3 +457,34 @@ fn records_about_processes_that_are_not_there_are_refused() {
         assert!(found.contains(wanted), "{found:?} does not say {wanted}");
     }
 }
+
+#[test]
+fn connections_that_are_not_mutual_are_refused() {
+    let end = |id: u32, peer: u32, kind: i32, family: i32| {
+        let pair = SocketPair { peer: Some(peer), queue: Vec::new(), shutdown: 0 };
+        let socket = Socket {
+            family,
+            kind,
+            protocol: 0,
+            local: Vec::new(),
+            peer: Vec::new(),
+            backlog: None,
+            options: Vec::new(),
+            bound_file: None,
+            pair: Some(pair),
+        };
+        OpenFile { id, flags: 0, pos: 0, owner: None, kind: FileKind::Socket(socket) }
+    };
+    let (stream, unix) = (libc::SOCK_STREAM, libc::AF_UNIX);
+    let with = |files: &[OpenFile]| refusal(|records| records.files.extend_from_slice(files));
+    assert_eq!(with(&[end(1, 2, stream, unix), end(2, 1, stream, unix)]), "");
+    for wrong in [
+        [end(1, 2, stream, unix), end(2, 2, stream, unix)],
+        [end(1, 3, stream, unix), end(2, 1, stream, unix)],
+        [end(1, 0, stream, unix), end(2, 1, stream, unix)],
+        [end(1, 2, stream, unix), end(2, 1, libc::SOCK_DGRAM, unix)],
+        [end(1, 2, stream, libc::AF_INET), end(2, 1, stream, libc::AF_INET)],
+    ] {
+        assert!(with(&wrong).contains("open file"), "{wrong:?}");
+    }
+}

@@ -1,9 +1,10 @@
 //! What waits in a unix socket, read without taking anything out of it (MSG_PEEK).
 
 use super::sys::Mapping;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair, sockopt};
 use std::{
     io, mem,
-    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     ptr,
 };
 
@@ -106,6 +107,34 @@ pub(crate) fn waiting_bytes(fd: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: FIONREAD stores an int.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes as usize) }
+}
+
+/// Whether what a socket has sent to its peer is more than these messages. Once a message without bytes was looked at with
+/// SO_PEEK_OFF, it cannot be seen any more; but the sender is charged for it, as for the same messages in a pair of ours.
+pub(crate) fn hides_empty_messages(sender: BorrowedFd<'_>, kind: i32, messages: &[Vec<u8>]) -> io::Result<bool> {
+    let charged = sent_bytes(sender)?;
+    if charged == 0 {
+        return Ok(false);
+    }
+    let kind = SockType::try_from(kind)?;
+    let (from, _to) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    let send = |message: &[u8]| {
+        // Without the privilege there is room for less, and the comparison fails as an error.
+        _ = setsockopt(&from, sockopt::SndBufForce, &(i32::MAX as usize));
+        send(from.as_raw_fd(), message, MsgFlags::empty())?;
+        sent_bytes(from.as_fd())
+    };
+    let empty = send(&[])?;
+    let ours = messages.iter().try_fold(empty, |_, message| send(message))? - empty;
+    Ok(charged > ours && (charged - ours).is_multiple_of(empty))
+}
+
+/// Memory that a unix socket is charged for what it has sent and nobody has read.
+fn sent_bytes(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes = 0u32;
+    // SAFETY: TIOCOUTQ stores an int.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
 
 fn option(fd: RawFd, name: i32) -> io::Result<i32> {
@@ -236,13 +265,11 @@ impl Job {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{
-        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, send, sendmsg, setsockopt, socketpair, sockopt,
-    };
+    use nix::sys::socket::{ControlMessage, sendmsg};
     use std::{
         io::{IoSlice, Read},
         os::{
-            fd::{AsFd, OwnedFd},
+            fd::OwnedFd,
             unix::net::{UnixDatagram, UnixStream},
         },
     };
@@ -270,6 +297,24 @@ mod tests {
             assert!(bytes(&a, false).is_empty());
             drop(a);
             assert_eq!(bytes(&b, false), messages);
+        }
+    }
+
+    #[test]
+    fn empty_messages_do_not_get_lost() {
+        for kind in [SockType::Datagram, SockType::SeqPacket] {
+            let (a, b) = pair(kind);
+            let messages = [vec![1; 5], vec![], vec![2; 70_000], vec![], vec![3; 1]];
+            for (n, message) in messages.iter().enumerate() {
+                assert!(!hides_empty_messages(a.as_fd(), kind as i32, &messages[..n]).unwrap());
+                send(a.as_raw_fd(), message, MsgFlags::MSG_DONTWAIT).unwrap();
+            }
+            let seen = bytes(&b, false);
+            assert_eq!(seen, messages);
+            assert!(!hides_empty_messages(a.as_fd(), kind as i32, &seen).unwrap());
+            let seen = bytes(&b, false);
+            assert_eq!(seen.len(), 3);
+            assert!(hides_empty_messages(a.as_fd(), kind as i32, &seen).unwrap());
         }
     }
 

@@ -27,7 +27,7 @@ use crate::{
     tree::clocks::{Continued, Moment},
 };
 use standstill_images::types::{
-    FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
+    Creds, FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -221,6 +221,8 @@ pub(crate) struct Referenced<'a> {
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
     /// Abstract names of several unix sockets.
     pub shared_names: &'a HashSet<Vec<u8>>,
+    /// Credentials of whoever makes files.
+    pub creds: &'a Creds,
     /// How the clocks go on, if they do.
     pub clocks: Option<&'a Continued>,
     /// Programs of processes that end, by the number of the dead one that they stand for.
@@ -239,7 +241,7 @@ pub(crate) fn create(
     let file = files[0];
     let made = match &file.kind {
         FileKind::Pipe { pipe } => pipe::create(&refs.pipes[pipe], files, numbers, program),
-        FileKind::Socket(_) => socket::create(files, refs.shared_names, numbers, program),
+        FileKind::Socket(_) => socket::create(files, refs, numbers, program),
         FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) | FileKind::Linked { file: f, .. } => regular::create(f, file.flags, numbers, program),

@@ -1,6 +1,6 @@
 //! Sockets: listening TCP and unix sockets without connections, connected unix sockets, and sockets nobody has used yet.
 
-use super::{Collected, refuse, unix};
+use super::{Collected, Referenced, refuse, unix};
 use crate::{
     error::{Context, Result},
     observe::FdEntry,
@@ -8,7 +8,6 @@ use crate::{
 };
 use standstill_images::types::{FileKind, OpenFile, Socket};
 use std::{
-    collections::HashSet,
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -43,6 +42,9 @@ const OPTIONS: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
     (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
 ];
+
+/// Process, user and group at the other end; only recorded of connections, and not set but taken on when they are made.
+pub(super) const PEER_CREDENTIALS: (i32, i32) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
 
 /// As SO_PEEK_OFF is in the beginning.
 const NO_PEEK_OFFSET: (i32, i32, &[u8]) = (libc::SOL_SOCKET, libc::SO_PEEK_OFF, &[0xff; 4]);
@@ -111,6 +113,10 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         return Err(refuse(entry, "the socket is connected by a name: close the connection before the dump"));
     }
     let mut options = Vec::new();
+    if pair.is_some() {
+        let (level, name) = PEER_CREDENTIALS;
+        options.push((level, name, option(&fd, level, name).context(context)?));
+    }
     for &(level, name) in OPTIONS {
         if let Ok(value) = option(&fd, level, name)
             && (level, name, value.as_slice()) != NO_PEEK_OFFSET
@@ -171,12 +177,12 @@ fn backlog(_: &FdEntry, _: i32) -> u32 {
 /// Makes the sockets of one group.
 pub(super) fn create(
     files: &[&OpenFile],
-    shared_names: &HashSet<Vec<u8>>,
+    refs: &Referenced<'_>,
     numbers: &mut Numbers,
     program: &mut Program,
 ) -> Vec<i32> {
     if unix::end(files[0]).is_some() {
-        return unix::create(files, shared_names, numbers, program);
+        return unix::create(files, refs, numbers, program);
     }
     files
         .iter()
@@ -219,7 +225,7 @@ fn one(socket: &Socket, flags: u32, numbers: &mut Numbers, program: &mut Program
 
 /// Sets the options of a socket.
 pub(super) fn set_options(socket: &Socket, fd: i32, program: &mut Program) {
-    for (level, name, value) in &socket.options {
+    for (level, name, value) in socket.options.iter().filter(|o| (o.0, o.1) != PEER_CREDENTIALS) {
         let block = program.data(value);
         let args = [fd.into(), (*level).into(), (*name).into(), block, value.len().into()];
         program.try_call(format!("socket option {level}/{name}"), libc::SYS_setsockopt, &args);

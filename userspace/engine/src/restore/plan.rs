@@ -348,6 +348,7 @@ impl<'a> Planner<'a> {
             first_writers: &self.first_writers,
             shared_fds: &self.shared_fds,
             shared_names: &self.shared_names,
+            creds: &self.env.creds,
             ends: &self.ends,
             clocks: self.clocks,
         }

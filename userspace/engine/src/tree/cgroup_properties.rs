@@ -103,7 +103,7 @@ pub(super) fn read(dir: &Path) -> io::Result<Vec<(Bytes, Bytes)>> {
 /// Where a file is in the order of writing; `None`: it is no property. Those of hugetlb have sizes in their names.
 fn place(name: &str) -> Option<usize> {
     let limit = [".max", ".limit_in_bytes"].iter().any(|end| name.ends_with(end));
-    if name.starts_with("hugetlb.") && limit {
+    if name.starts_with("hugetlb.") && limit && !name.contains('/') {
         return Some(FILES.len());
     }
     FILES.iter().position(|file| *file == name)
@@ -206,9 +206,15 @@ mod tests {
     #[test]
     fn what_is_a_property() {
         assert!(place("hugetlb.2MB.max").is_some() && place("hugetlb.1GB.rsvd.limit_in_bytes").is_some());
-        for name in
-            ["hugetlb.2MB.current", "memory.force_empty", "cgroup.kill", "freezer.state", "tasks", "../pids.max"]
-        {
+        for name in [
+            "hugetlb.2MB.current",
+            "memory.force_empty",
+            "cgroup.kill",
+            "freezer.state",
+            "tasks",
+            "../pids.max",
+            "hugetlb./../x.max",
+        ] {
             assert_eq!(place(name), None, "{name}");
         }
     }

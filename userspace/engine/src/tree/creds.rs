@@ -11,7 +11,7 @@ use standstill_images::types::Creds;
 const PR_CAP_AMBIENT_RAISE: i32 = 2;
 const CAPABILITY_VERSION_3: u64 = 0x2008_0522;
 /// Securebits that let ids change without touching capabilities.
-const SECBIT_NO_SETUID_FIXUP: i32 = 1 << 2;
+pub(crate) const SECBIT_NO_SETUID_FIXUP: i32 = 1 << 2;
 
 /// Securebits: only the thread itself can tell.
 pub(crate) fn ask_securebits(tid: i32, remote: &mut Remote) -> Result<u32> {
