@@ -283,7 +283,7 @@ impl<'a> Copier<'a> {
             parts.iter().try_for_each(|part| {
                 copier.copy(part.start, part.end, &mut copied, |at, buffer| {
                     // The last page of a file may be cut short: the rest of it is zeros.
-                    let n = read_all(&file, at, buffer).context(context)?;
+                    let n = read_all(|part, at| file.read_at(part, at), at, buffer).context(context)?;
                     buffer[n..].fill(0);
                     Ok(buffer.len())
                 })
@@ -314,11 +314,15 @@ fn clusters(parts: &[(Range, Zeros)]) -> impl Iterator<Item = &[(Range, Zeros)]>
     parts.chunk_by(|a, b| b.0.start - a.0.end <= NEAR)
 }
 
-/// Reads until the buffer is full or the file ends.
-pub(super) fn read_all(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+/// Reads until the buffer is full or `read` finds nothing more.
+pub(super) fn read_all(
+    read: impl Fn(&mut [u8], u64) -> io::Result<usize>,
+    offset: u64,
+    buffer: &mut [u8],
+) -> io::Result<usize> {
     let mut n = 0;
     while n < buffer.len() {
-        match file.read_at(&mut buffer[n..], offset + n as u64)? {
+        match read(&mut buffer[n..], offset + n as u64)? {
             0 => break,
             read => n += read,
         }

@@ -5,13 +5,13 @@ use crate::{
     error::{Context, Result},
     image::Image,
     kernel::{PAGE, proc},
-    memory::{copy::read_all, pages::OpenPages},
+    memory::{copy::read_all, pages::OpenPages, source::Source},
 };
 use standstill_images::{ImageError, types::SharedMemoryId};
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
 /// Pages of the store that follow each other where they were put.
@@ -23,6 +23,12 @@ struct Piece {
     memory: usize,
     /// Byte address there.
     at: u64,
+}
+
+/// Where pages were put.
+enum Memory {
+    Process(Source),
+    Shared(File),
 }
 
 /// Checks all pages. Nothing writes to the memory of the tree's processes since it was filled.
@@ -41,9 +47,7 @@ pub(crate) fn verify(image: &Image, pages: &OpenPages<'_>, shared: &HashMap<Shar
         if space.pages.is_empty() || !seen.insert(space.id) {
             continue;
         }
-        let path = proc::path(pid, "mem");
-        let file = File::open(&path).context(|| format!("open the memory of {pid}"))?;
-        memories.push((path, file));
+        memories.push((proc::path(pid, "mem"), Memory::Process(Source::open(pid)?)));
         pieces.extend(space.pages.iter().map(|r| Piece {
             store: r.store,
             pages: r.pages,
@@ -53,7 +57,7 @@ pub(crate) fn verify(image: &Image, pages: &OpenPages<'_>, shared: &HashMap<Shar
     }
     for (id, fd) in shared {
         let file = File::from(fd.try_clone().context(|| "duplicate a descriptor".into())?);
-        memories.push((format!("shared memory object {id}").into(), file));
+        memories.push((format!("shared memory object {id}").into(), Memory::Shared(file)));
         let runs = image.shared[id].pages.iter();
         pieces.extend(runs.map(|r| Piece { store: r.store, pages: r.pages, memory: memories.len(), at: r.start }));
     }
@@ -62,10 +66,14 @@ pub(crate) fn verify(image: &Image, pages: &OpenPages<'_>, shared: &HashMap<Shar
     let read = |first: u64, buffer: &mut [u8]| {
         each_piece(&pieces, first, buffer.len() as u64 / PAGE, |piece, place| {
             let part = &mut buffer[(place * PAGE) as usize..][..(piece.pages * PAGE) as usize];
-            let Some((path, file)) = piece.memory.checked_sub(1).map(|n| &memories[n]) else {
+            let Some((path, memory)) = piece.memory.checked_sub(1).map(|n| &memories[n]) else {
                 return pages.read(piece.store, part);
             };
-            let n = read_all(file, piece.at, part).map_err(|source| ImageError::Io { path: path.clone(), source })?;
+            let read = |part: &mut [u8], at: u64| match memory {
+                Memory::Process(source) => source.read(at, part),
+                Memory::Shared(file) => file.read_at(part, at),
+            };
+            let n = read_all(read, piece.at, part).map_err(|source| ImageError::Io { path: path.clone(), source })?;
             // The last page of a shared file may reach beyond the file's end.
             part[n..].fill(0);
             Ok(())
