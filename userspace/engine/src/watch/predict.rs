@@ -308,12 +308,13 @@ mod tests {
 
     #[test]
     fn the_phases_add_up() {
-        let counts = DumpCounts { processes: 2, threads: 3, ..Default::default() };
+        let counts = DumpCounts { processes: 2, threads: 3, ranges: 1, ..Default::default() };
         let amounts = Amounts { counts, scanned: 1000, copied: 1000, ..Default::default() };
         let p = predict(1, "ebpf", &amounts, 900, &costs(), &[]);
         let us = |phase: &str| p.parts.iter().find(|part| part.phase == phase).unwrap().us;
         assert_eq!(us("freezing"), 232);
-        assert_eq!(us("pages"), 540);
+        // One of the processes has nothing to copy.
+        assert_eq!(us("pages"), 521);
         assert_eq!(us("thaw"), 9);
         assert_eq!(p.freeze_us, p.parts.iter().map(|part| part.us).sum::<u64>());
         assert!(p.image_bytes > 900 * 4096 && p.image_bytes < 950 * 4096, "{}", p.image_bytes);
