@@ -114,11 +114,16 @@ pub(super) fn create(file: &RegularFile, flags: u32, numbers: &mut Numbers, prog
 
 /// Opens a path at the lowest free number.
 pub(super) fn open(path: &[u8], flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+    open_at(libc::AT_FDCWD, path, flags, numbers, program)
+}
+
+/// The same from a directory.
+pub(super) fn open_at(dir: i32, path: &[u8], flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
     let fd = numbers.lowest();
     let name = program.string(path);
     // O_NOCTTY: opening a terminal must not make it the controlling one.
     let flags = flags & !(libc::O_ASYNC as u32) | libc::O_NOCTTY as u32;
-    let args = [libc::AT_FDCWD.into(), name, u64::from(flags).into()];
+    let args = [dir.into(), name, u64::from(flags).into()];
     program.call_expecting(format!("open {}", String::from_utf8_lossy(path)), libc::SYS_openat, &args, fd);
     fd
 }

@@ -14,12 +14,13 @@ fn sleeper() -> Pid {
     // SAFETY: the child makes system calls only.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
-        ForkResult::Child => unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        ForkResult::Child => {
+            // SAFETY: prctl takes no memory.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             loop {
-                libc::pause();
+                nix::unistd::pause();
             }
-        },
+        }
     }
 }
 
