@@ -72,6 +72,33 @@ fn a_directory_of_a_dead_process_whose_number_another_has() {
 }
 
 #[test]
+fn a_symbolic_link() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &[]);
+    let (images, link) = (target.images("image"), target.dir().join("link"));
+    tool.dump(target.pid(), &images).run().expect_success();
+    target.await_gone();
+    fs::rename(&link, target.dir().join("kept")).expect("rename the link");
+    fs::write(&link, "a file").expect("write a file");
+    tool.restore(&images).arg("-d").run().expect_error(7, &["link", "not a symbolic link"]);
+    expect_no_process(&tool);
+    fs::rename(target.dir().join("kept"), link).expect("rename the link");
+    tool.restore(&images).arg("-d").run().expect_success();
+    target.assert_well();
+    target.finish(0);
+}
+
+#[test]
+fn a_symbolic_link_without_its_name() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &["--unlink"]);
+    expect_refused(&tool, &mut target, &[], 4, &["link (deleted)", "its name is gone"]);
+    target.finish(0);
+}
+
+#[test]
 fn a_removed_directory_that_is_there_again() {
     let _turn = Turn::take();
     let Some(tool) = standstill() else { return };

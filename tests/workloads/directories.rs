@@ -1,15 +1,16 @@
-//! Directories that are gone: the working directory and descriptors.
+//! Directories that are gone: the working directory and descriptors; and a symbolic link.
 //!
-//! Options: `--dead` (of a process that is gone, in procfs), `--reused` (as before, and another process has its number).
+//! Options: `--unlink` (the link, too, has lost its name), `--dead` (of a process that is gone, in procfs), `--reused` (as before, and another process has its number).
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::readlinkat;
 use standstill_tests::workload::{Args, Checker, Control, Request};
 
 fn main() {
@@ -17,7 +18,7 @@ fn main() {
     let control = Control::new("directories", &args);
     let reused = args.flag("reused");
     let directories = match reused || args.flag("dead") {
-        false => Directories::removed(&args.dir().join("gone")),
+        false => Directories { link: Some(Link::new(&args)), ..Directories::removed(&args.dir().join("gone")) },
         true => Directories::of_a_dead_process(),
     };
     let _other = reused.then(|| born_as(directories.process));
@@ -38,6 +39,30 @@ fn born_as(pid: u32) -> Child {
     }
 }
 
+/// A symbolic link that leads nowhere.
+struct Link(File);
+
+impl Link {
+    fn new(args: &Args) -> Self {
+        let path = args.dir().join("link");
+        symlink(Self::target(), &path).expect("make a symbolic link");
+        let link = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(&path);
+        if args.flag("unlink") {
+            fs::remove_file(path).expect("remove a symbolic link");
+        }
+        Self(link.expect("open a symbolic link"))
+    }
+
+    fn target() -> &'static Path {
+        Path::new("to nowhere")
+    }
+
+    fn check(&self, checker: &Checker) {
+        let leads = readlinkat(&self.0, "");
+        checker.equal("symbolic link", &leads.ok().as_deref().map(Path::new), &Some(Self::target()));
+    }
+}
+
 struct Directories {
     /// Where they were.
     path: PathBuf,
@@ -47,6 +72,7 @@ struct Directories {
     outer: File,
     /// The process that they are about, or 0.
     process: u32,
+    link: Option<Link>,
 }
 
 impl Directories {
@@ -54,7 +80,7 @@ impl Directories {
         let inner = path.join("inner");
         fs::create_dir_all(&inner).expect("make directories");
         let open = |path: &Path| File::open(path).expect("open a directory");
-        let all = Self { inner: open(&inner), outer: open(path), path: path.into(), process: 0 };
+        let all = Self { inner: open(&inner), outer: open(path), path: path.into(), process: 0, link: None };
         std::env::set_current_dir(&inner).expect("change to a directory");
         fs::remove_dir(inner).and_then(|()| fs::remove_dir(path)).expect("remove directories");
         all
@@ -66,7 +92,7 @@ impl Directories {
         let path = PathBuf::from(format!("/proc/{process}"));
         let open = |path: &Path| File::open(path).expect("open a directory");
         std::env::set_current_dir(&path).expect("change to a directory");
-        let all = Self { inner: open(&path), outer: open(&path.join("net")), path, process };
+        let all = Self { inner: open(&path), outer: open(&path.join("net")), path, process, link: None };
         child.kill().and_then(|()| child.wait()).expect("end a process");
         all
     }
@@ -82,6 +108,9 @@ impl Directories {
         let shown = fs::read_link("/proc/self/cwd").unwrap_or_default();
         let path = if self.process == 0 { self.path.join("inner") } else { self.path.clone() };
         checker.equal("path", &shown, &PathBuf::from(format!("{} (deleted)", path.display())));
+        if let Some(link) = &self.link {
+            link.check(checker);
+        }
         if self.process == 0 {
             let outer = fs::metadata(format!("/proc/self/fd/{}/..", self.inner.as_raw_fd())).ok().map(id);
             checker.equal("the directory above", &outer, &of(&self.outer));

@@ -169,6 +169,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         // Linux 6.9 and later: pidfds are files of a file system of their own.
         libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry, all)?,
         libc::S_IFREG => regular::dump(entry, all)?,
+        libc::S_IFLNK => regular::dump_link(entry)?,
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
         libc::S_IFIFO => pipe::dump(entry, all)?,
