@@ -1,4 +1,4 @@
-//! Files that have lost the name under which they were opened.
+//! Files and directories that have lost the name under which they were opened.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use standstill_tests::harness::left::{expect_no_process, expect_nothing_left, expect_refused};
-use standstill_tests::harness::{Target, Turn, say, standstill};
+use standstill_tests::harness::{Target, Turn, dump_and_restore, dump_and_restore_twice, say, standstill};
 
 /// The links that dumps have made for a target.
 fn links(target: &Target) -> Vec<PathBuf> {
@@ -36,6 +36,84 @@ fn files_that_have_other_names() {
         target.assert_well();
         tool.restore(&images).arg("-d").run().expect_error(7, &["the first restore removes it"]);
     }
+    target.finish(0);
+}
+
+fn directories(options: &[&str]) {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", options);
+    target.assert_well();
+    dump_and_restore_twice(&tool, &mut target, |run| run, &mut |target| {
+        target.assert_well();
+    });
+    dump_and_restore(&tool, &mut target, "procfs", |run| run.args(["--reader", "procfs"]));
+    target.assert_well();
+    target.finish(0);
+}
+
+#[test]
+fn removed_directories() {
+    directories(&[]);
+}
+
+#[test]
+fn directories_of_a_dead_process() {
+    directories(&["--dead"]);
+}
+
+#[test]
+fn a_directory_of_a_dead_process_whose_number_another_has() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &["--reused"]);
+    expect_refused(&tool, &mut target, &[], 4, &["/proc/", "another has the number"]);
+    target.finish(0);
+}
+
+#[test]
+fn a_symbolic_link() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &[]);
+    let (images, link) = (target.images("image"), target.dir().join("link"));
+    tool.dump(target.pid(), &images).run().expect_success();
+    target.await_gone();
+    fs::rename(&link, target.dir().join("kept")).expect("rename the link");
+    fs::write(&link, "a file").expect("write a file");
+    tool.restore(&images).arg("-d").run().expect_error(7, &["link", "not a symbolic link"]);
+    expect_no_process(&tool);
+    fs::rename(target.dir().join("kept"), link).expect("rename the link");
+    tool.restore(&images).arg("-d").run().expect_success();
+    target.assert_well();
+    target.finish(0);
+}
+
+#[test]
+fn a_symbolic_link_without_its_name() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &["--unlink"]);
+    expect_refused(&tool, &mut target, &[], 4, &["link (deleted)", "its name is gone"]);
+    target.finish(0);
+}
+
+#[test]
+fn a_removed_directory_that_is_there_again() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut target = Target::workload("directories", &[]);
+    let images = target.images("image");
+    tool.dump(target.pid(), &images).run().expect_success();
+    target.await_gone();
+    let again = target.dir().join("gone/inner");
+    fs::create_dir_all(&again).expect("make directories");
+    tool.restore(&images).arg("-d").run().expect_error(7, &["gone", "is there again"]);
+    expect_no_process(&tool);
+    fs::remove_dir(again).expect("it is left alone");
+    fs::remove_dir(target.dir().join("gone")).expect("it is left alone");
+    tool.restore(&images).arg("-d").run().expect_success();
+    target.assert_well();
     target.finish(0);
 }
 

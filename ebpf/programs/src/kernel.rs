@@ -37,7 +37,16 @@ pub struct Meta {
     pub session_id: u64,
 }
 
-/// Process and thread number in the reader's pid namespace.
+/// A pid namespace.
+#[derive(Clone, Copy)]
+pub struct PidNamespace {
+    /// Tells it from others.
+    pub address: u64,
+    /// How many namespaces are around it.
+    level: u32,
+}
+
+/// Process and thread number in the reader's pid namespace; 0: it is not in there.
 #[inline(always)]
 pub fn numbers(task: Address) -> (i32, i32) {
     // SAFETY: `task` is a task_struct in all callers, and the fields are of the types loaded.
@@ -47,8 +56,8 @@ pub fn numbers(task: Address) -> (i32, i32) {
         if level == 0 {
             return (load(task, known(&COMMON.task_tgid)), load(task, known(&COMMON.task_pid)));
         }
-        let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
-        let number = |task| probe_word(pointer(task, known(&COMMON.task_thread_pid)), offset);
+        let ours = pid_namespace(reader);
+        let number = |task| number_in(ours, pointer(task, known(&COMMON.task_thread_pid)));
         (number(pointer(task, known(&COMMON.task_group_leader))), number(task))
     }
 }
@@ -60,21 +69,29 @@ pub fn reader() -> Address {
     unsafe { bpf_get_current_task_btf().cast_const().cast() }
 }
 
-/// The pid namespace that a task is in, and the offset of the task's number there in its `struct pid`.
+/// The pid namespace that a task is in.
 #[inline(always)]
-pub fn pid_namespace(task: Address) -> (u64, u32) {
+pub fn pid_namespace(task: Address) -> PidNamespace {
     let pid = pointer(task, known(&COMMON.task_thread_pid));
-    let level: u32 = probe_word(pid, known(&COMMON.pid_level));
-    let offset = known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)));
-    (probe_word(pid, offset.wrapping_add(known(&COMMON.upid_ns))), offset)
+    let level = probe_word(pid, known(&COMMON.pid_level));
+    PidNamespace { address: probe_word(pid, number_at(level).wrapping_add(known(&COMMON.upid_ns))), level }
 }
 
-/// Number of a `struct pid` in the reader's namespace, which [`pid_namespace`] gave; 0: it has none.
+/// Number of a `struct pid` in a namespace; 0: it has none.
 #[inline(always)]
-pub fn number_in((namespace, offset): (u64, u32), pid: Address) -> i32 {
-    // A namespace further out has fewer levels: what is read behind them is another namespace, or nothing.
-    let inside = probe_word::<u64>(pid, offset.wrapping_add(known(&COMMON.upid_ns))) == namespace;
+pub fn number_in(namespace: PidNamespace, pid: Address) -> i32 {
+    // One of a namespace further out has fewer numbers. Behind them may be what is left of another `struct pid`, which
+    // was in this namespace, or in one that had the same address.
+    let offset = number_at(namespace.level);
+    let inside = probe_word::<u32>(pid, known(&COMMON.pid_level)) >= namespace.level
+        && probe_word::<u64>(pid, offset.wrapping_add(known(&COMMON.upid_ns))) == namespace.address;
     if inside { probe_word(pid, offset) } else { 0 }
+}
+
+/// Offset in a `struct pid` of its number in the namespaces of a level.
+#[inline(always)]
+fn number_at(level: u32) -> u32 {
+    known(&COMMON.pid_numbers).wrapping_add(level.wrapping_mul(known(&COMMON.upid_size)))
 }
 
 /// Whether a process is of interest.

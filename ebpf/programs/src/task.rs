@@ -1,8 +1,8 @@
 //! `iter/task`: the threads of a process, and what they share; and who descends from whom.
 
 use crate::kernel::{
-    Address, COMMON, Meta, Output, bit, known, number_in, numbers, pid_namespace, pointer, probe, probe_word, reader,
-    wanted, zero,
+    Address, COMMON, Meta, Output, PidNamespace, bit, known, number_in, numbers, pid_namespace, pointer, probe,
+    probe_word, reader, wanted, zero,
 };
 use aya_ebpf::{
     helpers::generated::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_snprintf},
@@ -131,7 +131,7 @@ extern "C" fn lineage(ctx: &Task) -> i32 {
 
 /// The parent process.
 #[inline(always)]
-fn parent(task: Address, namespace: (u64, u32)) -> i32 {
+fn parent(task: Address, namespace: PidNamespace) -> i32 {
     let leader = pointer(pointer(task, known(&TASK.real_parent)), known(&COMMON.task_group_leader));
     number_in(namespace, pointer(leader, known(&COMMON.task_thread_pid)))
 }
@@ -247,12 +247,13 @@ fn identity(r: &mut ProcessRecord, task: Address, signal: Address) {
     let (its_proxy, our_proxy) =
         (pointer(task, known(&COMMON.task_nsproxy)), pointer(reader, known(&COMMON.task_nsproxy)));
     let user = |task| pointer(pointer(task, known(&COMMON.task_cred)), known(&COMMON.cred_user_ns));
-    let mut foreign = u32::from(user(task) != user(reader)) << 8 | u32::from(pid_namespace(task).0 != ours.0) << 9;
+    let mut foreign =
+        u32::from(user(task) != user(reader)) << 8 | u32::from(pid_namespace(task).address != ours.address) << 9;
     let mut time = 0;
     for (n, offset) in TASK.nsproxy.iter().enumerate() {
         // What is for children is compared with what we are in ourselves: that of time comes before, that of pids is known.
         let own: u64 = match n {
-            6 => ours.0,
+            6 => ours.address,
             7 => time,
             _ => probe_word(our_proxy, known(offset)),
         };

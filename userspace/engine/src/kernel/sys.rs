@@ -132,6 +132,22 @@ pub(crate) struct CloneArgs {
     pub cgroup: u64,
 }
 
+/// clone3(2) of a child with this id that does nothing until it is killed, or this thread ends.
+pub(crate) fn stand_in(pid: i32) -> io::Result<()> {
+    let args = CloneArgs { set_tid: (&raw const pid) as u64, set_tid_size: 1, ..Default::default() };
+    // SAFETY: like fork(2) in a program with threads: the child makes system calls only.
+    unsafe {
+        let made = check(libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()))?;
+        if made == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    Ok(())
+}
+
 /// sched_getattr(2): policy, flags, nice, priority of a task.
 pub(crate) fn sched_getattr(tid: i32) -> io::Result<libc::sched_attr> {
     let size = size_of::<libc::sched_attr>() as u32;

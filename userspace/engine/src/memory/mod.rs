@@ -12,6 +12,6 @@ pub(crate) mod private;
 pub(crate) mod ranges;
 pub(crate) mod shared;
 pub(crate) mod smaps;
-mod source;
+pub(crate) mod source;
 pub(crate) mod tracking;
 pub(crate) mod verify;

@@ -15,26 +15,26 @@ use std::{
 };
 
 /// The memory of a process.
-pub(super) struct Source {
+pub(crate) struct Source {
     pid: i32,
     memory: File,
     pages: Pagemap,
 }
 
 impl Source {
-    pub(super) fn open(pid: i32) -> Result<Self> {
+    pub(crate) fn open(pid: i32) -> Result<Self> {
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
         let pages = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?;
         Ok(Self { pid, memory, pages })
     }
 
     /// Its page tables.
-    pub(super) fn pages(&self) -> &Pagemap {
+    pub(crate) fn pages(&self) -> &Pagemap {
         &self.pages
     }
 
     /// Fills a buffer of whole pages from `at` on, as far as it can; bytes.
-    pub(super) fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
         /// Pages from which on it costs less to ask first who has them.
         const BULK: u64 = 32;
         let count = buffer.len() as u64 / PAGE;

@@ -27,7 +27,8 @@ use crate::{
     tree::clocks::{Continued, Moment},
 };
 use standstill_images::types::{
-    Creds, FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId, SharedMemoryKind,
+    Bytes, Creds, FileKind, FileOwner, OpenFile, OpenFileId, Pipe, PipeId, SharedMemory, SharedMemoryId,
+    SharedMemoryKind,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -168,6 +169,7 @@ pub(crate) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
         // Linux 6.9 and later: pidfds are files of a file system of their own.
         libc::S_IFREG if entry.path == std::path::Path::new("anon_inode:[pidfd]") => pidfd::dump(entry, all)?,
         libc::S_IFREG => regular::dump(entry, all)?,
+        libc::S_IFLNK => regular::dump_link(entry)?,
         libc::S_IFDIR => directory::dump(entry)?,
         libc::S_IFCHR | libc::S_IFBLK => device::dump(entry)?,
         libc::S_IFIFO => pipe::dump(entry, all)?,
@@ -219,6 +221,8 @@ pub(crate) struct Referenced<'a> {
     pub first_writers: &'a HashMap<SharedMemoryId, OpenFileId>,
     /// Descriptor that the restoring process holds of each shared object, inherited by every task.
     pub shared_fds: &'a HashMap<SharedMemoryId, i32>,
+    /// The same of each removed directory.
+    pub removed_fds: &'a BTreeMap<Bytes, i32>,
     /// Abstract names of several unix sockets.
     pub shared_names: &'a HashSet<Vec<u8>>,
     /// Credentials of whoever makes files.
@@ -245,7 +249,10 @@ pub(crate) fn create(
         FileKind::DeadPidFd { process, .. } => pidfd::create_dead(files, refs.ends[process], numbers, program),
         kind => vec![match kind {
             FileKind::Regular(f) | FileKind::Linked { file: f, .. } => regular::create(f, file.flags, numbers, program),
-            FileKind::Directory { path, removed } => directory::create(path, *removed, file.flags, numbers, program),
+            FileKind::Directory { path, removed } => {
+                let held = removed.then(|| refs.removed_fds[path]);
+                directory::create(path, held, file.flags, numbers, program)
+            }
             FileKind::Device { path, .. } => device::create(path, file.flags, numbers, program),
             FileKind::SharedMemory { object } => {
                 let first = refs.first_writers.get(object) == Some(&file.id);

@@ -1,4 +1,4 @@
-//! Regular files (open(2)): restored by path, after a check that the file is still the same.
+//! Regular files and symbolic links (open(2)): restored by path, after a check that the file is still the same.
 
 use super::{Collected, link_remap, refuse, shared_memory};
 use crate::{
@@ -34,6 +34,14 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
     all.names.push(Name { file: entry.file.0, entry: entry.clone() });
     let (size, mtime) = (entry.size, entry.mtime);
     Ok(FileKind::Regular(RegularFile { path: path.as_path().into(), size, mtime, mode: entry.mode }))
+}
+
+/// A descriptor of a symbolic link (O_PATH and O_NOFOLLOW).
+pub(super) fn dump_link(entry: &FdEntry) -> Result<FileKind> {
+    let is_it = std::fs::symlink_metadata(&entry.path).is_ok_and(|m| m.ino() == entry.ino);
+    let (path, size, mtime, mode) = (entry.path.as_path().into(), entry.size, entry.mtime, entry.mode);
+    let link = is_it.then_some(FileKind::Regular(RegularFile { path, size, mtime, mode }));
+    link.ok_or_else(|| refuse(entry, "its name is gone or leads elsewhere: give the link its name back, or close it"))
 }
 
 /// A name under which a file is recorded, not checked yet.
@@ -90,9 +98,12 @@ pub(crate) fn check(file: &RegularFile) -> Result<()> {
         return Ok(()); // made up by the kernel, perhaps only once the tree exists (/proc/<pid>)
     }
     let changed = |reason: String| Error::File { path: path.into(), reason };
-    let found = std::fs::metadata(path).map_err(|e| changed(format!("cannot be restored: {e}")))?;
+    let is_link = file.mode & libc::S_IFMT == libc::S_IFLNK;
+    let found = if is_link { std::fs::symlink_metadata(path) } else { std::fs::metadata(path) };
+    let found = found.map_err(|e| changed(format!("cannot be restored: {e}")))?;
     if found.mode() & libc::S_IFMT != file.mode & libc::S_IFMT {
-        return Err(changed("is not a regular file any more".into()));
+        let what = if is_link { "symbolic link" } else { "regular file" };
+        return Err(changed(format!("is not a {what} any more")));
     }
     if found.size() != file.size {
         return Err(changed(format!(
@@ -114,11 +125,16 @@ pub(super) fn create(file: &RegularFile, flags: u32, numbers: &mut Numbers, prog
 
 /// Opens a path at the lowest free number.
 pub(super) fn open(path: &[u8], flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
+    open_at(libc::AT_FDCWD, path, flags, numbers, program)
+}
+
+/// The same from a directory.
+pub(super) fn open_at(dir: i32, path: &[u8], flags: u32, numbers: &mut Numbers, program: &mut Program) -> i32 {
     let fd = numbers.lowest();
     let name = program.string(path);
     // O_NOCTTY: opening a terminal must not make it the controlling one.
     let flags = flags & !(libc::O_ASYNC as u32) | libc::O_NOCTTY as u32;
-    let args = [libc::AT_FDCWD.into(), name, u64::from(flags).into()];
+    let args = [dir.into(), name, u64::from(flags).into()];
     program.call_expecting(format!("open {}", String::from_utf8_lossy(path)), libc::SYS_openat, &args, fd);
     fd
 }

@@ -396,6 +396,7 @@ mod tests {
             pipes: &Default::default(),
             first_writers: &Default::default(),
             shared_fds: &Default::default(),
+            removed_fds: &Default::default(),
             shared_names: names,
             creds: &creds,
             clocks: None,

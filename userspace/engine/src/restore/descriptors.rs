@@ -89,7 +89,7 @@ pub(crate) struct Distribution<'a> {
 fn is_about_a_task(file: &OpenFile) -> bool {
     let path = match &file.kind {
         FileKind::Regular(f) => &f.path,
-        FileKind::Directory { path, .. } => path,
+        FileKind::Directory { path, removed: false } => path,
         _ => return false,
     };
     path.0.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))

@@ -15,7 +15,7 @@ use crate::{
         sys::{self, CloneArgs, Mapping},
     },
     memory::{huge, pages::OpenPages, verify::verify},
-    objects::{link_remap, shared_memory, system_v::Segment},
+    objects::{directory::Held, link_remap, shared_memory, system_v::Segment},
     tree::cgroups::{CgroupOptions, Placement},
 };
 use standstill_images::types::SharedMemoryId;
@@ -73,10 +73,11 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result
     layout.write(memory.bytes_mut(), BLOB, &plan.programs);
     let pages = OpenPages::open(image, &plan.pages)?;
     let (shared, segments) = make_shared(image, &pages)?;
+    let removed = Held::make(&plan.removed_fds)?;
     let mut links = link_remap::Removal::prepare(image)?;
     let mut placement = Placement::new(&image.cgroups, cgroups);
     let mut run = Execution { image, plan, layout, memory, programs: plan.program_of(), created: BTreeSet::new() };
-    let root = run.create_root(pages.descriptors(), &shared, &mut placement)?;
+    let root = run.create_root(pages.descriptors(), &shared, &removed, &mut placement)?;
     debug!(root, "root created");
     // The pages are checked before the kernel or a task changes one (registering a thread's rseq area does): in the
     // page cache while the tasks read them from there, otherwise where they were put, while these get their protections.
@@ -93,6 +94,7 @@ pub(crate) fn run(image: &Image, plan: &Plan, cgroups: &CgroupOptions) -> Result
     drop((pages, shared));
     debug!("pages verified");
     [Stage::Joined, Stage::Done].into_iter().try_for_each(|stage| run.reach(stage))?;
+    drop(removed);
     placement.place_threads(root)?;
     info!(tasks = plan.tasks.len(), "all tasks restored, handing over");
     links.remove()?;
@@ -150,17 +152,19 @@ fn make_shared(image: &Image, pages: &OpenPages<'_>) -> Result<(HashMap<SharedMe
 
 impl Execution<'_> {
     /// clone3(2) of the root: a copy of this process that leaves it for the restorer at once.
-    /// It gets descriptors of files with pages and of the shared memory.
+    /// It gets descriptors of files with pages, of the shared memory and of removed directories.
     fn create_root(
         &mut self,
         pages: Vec<(&File, i32)>,
         shared: &HashMap<SharedMemoryId, OwnedFd>,
+        removed: &Held,
         cgroups: &mut Placement<'_>,
     ) -> Result<i32> {
         let root = self.image.inventory.root;
         let context = || format!("create process {root}");
         let mut fds: Vec<(i32, i32)> =
             shared.iter().map(|(id, fd)| (fd.as_raw_fd(), self.plan.shared_fds[id])).collect();
+        fds.extend(removed.files.iter().map(|(file, to)| (file.as_raw_fd(), *to)));
         fds.extend(pages.into_iter().map(|(file, to)| (file.as_raw_fd(), to)));
         // Sources must not be among the targets.
         let highest = fds.iter().map(|f| f.1).max().unwrap_or(0) + 1;

@@ -22,11 +22,11 @@ use crate::{
         map::{self, Inherited, MapFds, MemoryPolicies, Prots},
         pages::PageFiles,
     },
-    objects::{self, Referenced, pidfd, shared_memory, unix},
+    objects::{self, Referenced, directory, pidfd, shared_memory, unix},
     tree::{attributes, clocks::Continued, creds, labels, limits, process, seccomp, signals, thread, timers},
 };
 use standstill_images::types::{
-    AddressSpace, Attributes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
+    AddressSpace, Attributes, Bytes, FileKind, LiveTask, OpenFileId, SharedMemoryId, Task, TaskState,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -94,6 +94,8 @@ pub(crate) struct Plan {
     pub pages: PageFiles,
     /// Numbers at which every task inherits shared memory objects.
     pub shared_fds: HashMap<SharedMemoryId, i32>,
+    /// The same of removed directories.
+    pub removed_fds: BTreeMap<Bytes, i32>,
 }
 
 struct Planner<'a> {
@@ -112,6 +114,7 @@ struct Planner<'a> {
     orphaned: BTreeSet<i32>,
     files: Distribution<'a>,
     shared_fds: HashMap<SharedMemoryId, i32>,
+    removed_fds: BTreeMap<Bytes, i32>,
     first_writers: HashMap<SharedMemoryId, OpenFileId>,
     shared_names: HashSet<Vec<u8>>,
     /// Programs of processes whose pidfds outlive them.
@@ -155,10 +158,13 @@ fn build(
     let mut high = HighNumbers::new(image.tables.values(), image.files.values(), env.fd_limit);
     let pages = PageFiles::plan(image, || high.take())?;
     let shared_fds: HashMap<_, _> = image.shared.keys().map(|&id| Ok((id, high.take()?))).collect::<Result<_>>()?;
+    let removed = directory::removed(image.files.values(), image.tasks.values());
+    let removed_fds: BTreeMap<_, _> =
+        removed.into_iter().map(|path| Ok((path.clone(), high.take()?))).collect::<Result<_>>()?;
     let opened: BTreeSet<OpenFileId> = image.tables.values().flat_map(|t| t.fds.iter().map(|d| d.file)).collect();
     let first_writers = shared_memory::first_writers(opened.iter().map(|id| &image.files[id]), &image.shared);
     let files = Distribution::new(&image.files, &image.tables, &mut high)?;
-    let high = pages.numbers().chain(shared_fds.values().copied()).collect();
+    let high = pages.numbers().chain(shared_fds.values().copied()).chain(removed_fds.values().copied()).collect();
     let mut planner = Planner {
         image,
         env,
@@ -171,6 +177,7 @@ fn build(
         orphaned,
         files,
         shared_fds,
+        removed_fds,
         first_writers,
         shared_names: unix::shared_names(image.files.values()),
         ends: HashMap::new(),
@@ -189,8 +196,8 @@ fn build(
             reason: "some processes are not descendants of the root".into(),
         });
     }
-    let Planner { programs, tasks, pages, shared_fds, .. } = planner;
-    Ok(Plan { programs, tasks, base, pages, shared_fds })
+    let Planner { programs, tasks, pages, shared_fds, removed_fds, .. } = planner;
+    Ok(Plan { programs, tasks, base, pages, shared_fds, removed_fds })
 }
 
 /// A range that is free in every task and in this process.
@@ -347,6 +354,7 @@ impl<'a> Planner<'a> {
             pipes: &self.image.pipes,
             first_writers: &self.first_writers,
             shared_fds: &self.shared_fds,
+            removed_fds: &self.removed_fds,
             shared_names: &self.shared_names,
             creds: &self.env.creds,
             ends: &self.ends,
@@ -432,7 +440,8 @@ impl<'a> Planner<'a> {
 
     fn descriptors(&self, pid: i32, live: &LiveTask, numbers: &mut Numbers, program: &mut Program) -> Result<()> {
         if Share::restores(self.directories.get(&pid)) {
-            process::restore_cwd(live, program);
+            let held = live.cwd_removed.then(|| self.removed_fds[&live.cwd]);
+            directory::enter(&live.cwd, held, program);
         }
         let fd = numbers.lowest();
         process::restore_loginuid(live, self.env.loginuid, fd, program);

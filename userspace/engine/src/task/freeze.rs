@@ -20,6 +20,9 @@ use tracing::{debug, warn};
 /// So many threads take longer to stop than a short sleep does.
 const MANY: usize = 16;
 
+/// So long a thread may take, after the thaw, to be stopped by job control again.
+const BACK_TO_ITS_STOP: Duration = Duration::from_millis(500);
+
 /// How a thread was when it was frozen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stopped {
@@ -326,12 +329,15 @@ impl FrozenTree {
             // SAFETY: kill takes no memory.
             unsafe { libc::kill(process.id(), libc::SIGSTOP) };
         }
+        for stopped in self.seized.values_mut() {
+            *stopped = Some(Stopped::ByJobControl(libc::SIGSTOP));
+        }
         self.thaw();
     }
 
     fn thaw(&mut self) {
         let order: BTreeMap<_, _> = std::mem::take(&mut self.seized).into_iter().collect();
-        for (tid, stopped) in order {
+        for (&tid, stopped) in &order {
             if stopped.is_none() {
                 // Not stopped yet (we gave up on it): a running task cannot be detached. Give it a moment; otherwise
                 // the kernel detaches it when this thread ends.
@@ -344,6 +350,13 @@ impl FrozenTree {
                 Ok(()) => {}
                 Err(e) if proc::is_gone(&e) => debug!(tid, "gone before the thaw"),
                 Err(e) => warn!(tid, "cannot detach: {e}; the kernel does it when this process ends"),
+            }
+        }
+        // Inside of the kernel a thread runs from our stop to that of job control. Nobody shall see it on its way.
+        let end = Instant::now() + BACK_TO_ITS_STOP;
+        for (tid, _) in order.into_iter().filter(|(_, stopped)| matches!(stopped, Some(Stopped::ByJobControl(_)))) {
+            while proc::stat(tid).is_ok_and(|s| matches!(s.state, b'R' | b't')) && Instant::now() < end {
+                std::thread::sleep(Duration::from_micros(50));
             }
         }
     }
@@ -359,7 +372,13 @@ impl Drop for FrozenTree {
 mod tests {
     use super::*;
     use crate::observe::Iterators;
-    use std::fs;
+    use std::{
+        fs,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::Relaxed},
+        },
+    };
 
     /// A process whose children die at once and leave it their own children.
     fn collector_of_orphans() -> i32 {
@@ -381,6 +400,59 @@ mod tests {
                 libc::usleep(100);
                 while libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) > 0 {}
             }
+        }
+    }
+
+    /// A process of many threads that sleep.
+    fn sleepers() -> i32 {
+        const THREADS: usize = 100;
+        // SAFETY: the child makes system calls and threads, for which it allocates memory: the C library allows that.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            // SAFETY: prctl takes no memory.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            for _ in 1..THREADS {
+                std::thread::spawn(|| std::thread::sleep(Duration::from_secs(1000)));
+            }
+            std::thread::sleep(Duration::from_secs(1000));
+        }
+        while proc::threads(pid).unwrap().len() < THREADS {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        pid
+    }
+
+    /// Threads of a process that are not stopped; those that go on last are looked at first.
+    fn running(pid: i32) -> Vec<i32> {
+        let mut tids = proc::threads(pid).unwrap();
+        tids.reverse();
+        tids.retain(|tid| proc::stat(*tid).unwrap().state != b'T');
+        tids
+    }
+
+    #[test]
+    fn who_is_stopped_after_the_thaw_is_so_at_once() {
+        let pid = sleepers();
+        let freeze = || FrozenTree::freeze(pid, Duration::from_secs(10), &mut Family::procfs()).unwrap();
+        // Where nobody else wants a processor they are back too soon to be seen.
+        let over = Arc::new(AtomicBool::new(false));
+        for _ in 0..2 * std::thread::available_parallelism().unwrap().get() {
+            let over = over.clone();
+            std::thread::spawn(move || while !over.load(Relaxed) {});
+        }
+        for round in 0..20 {
+            freeze().leave_stopped();
+            assert_eq!(running(pid), [0; 0], "left stopped, round {round}");
+            drop(freeze());
+            assert_eq!(running(pid), [0; 0], "stopped before, round {round}");
+            // SAFETY: kill takes no memory.
+            unsafe { libc::kill(pid, libc::SIGCONT) };
+        }
+        over.store(true, Relaxed);
+        // SAFETY: kill and waitpid take no memory; the process is a child of ours that nobody has waited for.
+        unsafe {
+            libc::kill(pid, libc::SIGKILL);
+            libc::waitpid(pid, std::ptr::null_mut(), 0);
         }
     }
 

@@ -162,8 +162,10 @@ fn link(pid: i32, name: &str) -> Result<Bytes> {
 
 /// The working directory, and whether it was removed.
 fn cwd(pid: i32) -> Result<(Bytes, bool)> {
-    let removed = std::fs::metadata(proc::path(pid, "cwd")).is_ok_and(|m| m.nlink() == 0);
-    Ok(directory::path(link(pid, "cwd")?, removed))
+    let (nlink, ino) = std::fs::metadata(proc::path(pid, "cwd")).map_or((1, 0), |m| (m.nlink(), m.ino()));
+    let shown = link(pid, "cwd")?;
+    let object = || format!("working directory {}", shown.lossy());
+    directory::record(shown.clone(), nlink, ino).ok_or_else(|| Error::unsupported(pid, object(), directory::REMEDY))
 }
 
 fn outer(process: &FrozenProcess, seen: Option<&ProcessState>) -> Result<Outer> {
@@ -301,12 +303,4 @@ pub(crate) fn restore(live: &LiveTask, own_personality: u32, program: &mut Progr
     if live.personality != own_personality {
         program.call("set the personality", libc::SYS_personality, &[live.personality.into()]);
     }
-}
-
-/// Changes to the working directory; before a chroot, whose paths it does not know.
-pub(crate) fn restore_cwd(live: &LiveTask, program: &mut Program) {
-    directory::around_removal(&live.cwd, live.cwd_removed, program, |program| {
-        let cwd = program.string(&live.cwd.0);
-        program.call(format!("change to {}", live.cwd.lossy()), libc::SYS_chdir, &[cwd]);
-    });
 }

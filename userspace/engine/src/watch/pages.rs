@@ -5,10 +5,10 @@ use super::{
     stopwatch::Stopwatch,
 };
 use crate::{
-    kernel::{PAGE, pagemap::Range, proc},
-    memory::{copy::is_zero, private::PrivatePages},
+    kernel::{PAGE, pagemap::Range},
+    memory::{copy::is_zero, private::PrivatePages, source::Source},
 };
-use std::{fs::File, os::unix::fs::FileExt, time::Instant};
+use std::time::Instant;
 
 /// So many pages are read to find out what reading costs: more than a processor's caches hold of them.
 const READ: usize = 4096;
@@ -65,10 +65,10 @@ impl Pages {
         for (pid, range) in slices {
             let length = (range.end - range.start) as usize;
             let Some(slice) = self.buffer.get_mut(used..used + length) else { break };
-            let Some(file) = memory.of(pid) else { continue };
+            let Some(source) = memory.of(pid) else { continue };
             let (read_at, begin) = (Instant::now(), Stopwatch::start());
             // The page can be gone by now; what is read of the others counts.
-            let Ok(n) = file.read_at(slice, range.start) else { continue };
+            let Ok(n) = source.read(range.start, slice) else { continue };
             let pages = slice[..n].chunks_exact(PAGE as usize);
             zeros += pages.clone().filter(|page| is_zero(page)).count();
             samples.push((1.0, pages.len() as f64, begin.nanoseconds()));
@@ -90,9 +90,9 @@ impl Pages {
             let before = &self.buffer[at..at + slice.length];
             at += slice.length;
             let now = &mut self.again[..slice.length];
-            let Some(file) = memory.of(slice.pid) else { continue };
+            let Some(source) = memory.of(slice.pid) else { continue };
             let seconds = slice.read.elapsed().as_secs_f64();
-            let Ok(n) = file.read_at(now, slice.start) else { continue };
+            let Ok(n) = source.read(slice.start, now) else { continue };
             let page = PAGE as usize;
             let mut last = false;
             for (a, b) in before.chunks_exact(page).zip(now[..n].chunks_exact(page)) {
@@ -111,15 +111,15 @@ impl Pages {
 
 /// The memory of one process after the other.
 #[derive(Default)]
-struct Memory(Option<(i32, File)>);
+struct Memory(Option<(i32, Source)>);
 
 impl Memory {
     /// `None`: it is gone.
-    fn of(&mut self, pid: i32) -> Option<&File> {
+    fn of(&mut self, pid: i32) -> Option<&Source> {
         if self.0.as_ref().is_none_or(|(open, _)| *open != pid) {
-            self.0 = Some((pid, File::open(proc::path(pid, "mem")).ok()?));
+            self.0 = Some((pid, Source::open(pid).ok()?));
         }
-        self.0.as_ref().map(|(_, file)| file)
+        self.0.as_ref().map(|(_, source)| source)
     }
 }
 

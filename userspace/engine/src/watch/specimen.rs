@@ -218,7 +218,8 @@ fn measure(specimen: &Specimen, iterators: &mut Option<Iterators>) -> Result<Tim
             false => plain.push(took),
         }
     }
-    (times.plain, times.asked) = (mean(&plain), mean(&asked));
+    // The first ones wait for memory that the others of many find in the caches.
+    (times.plain, times.asked) = (middle(plain), middle(asked));
     let begin = Instant::now();
     drop(tree);
     times.thaw = elapsed(begin);
@@ -235,10 +236,6 @@ fn read(pids: &[i32], iterators: &mut Option<Iterators>) -> Result<(Vec<FdEntry>
         ),
         None => (observe::procfs::files(pids).map_err(other).context(what)?, Vec::new()),
     })
-}
-
-fn mean(values: &[f64]) -> f64 {
-    if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
 }
 
 /// Measures what the steps of a dump that nobody may try on a running tree cost.

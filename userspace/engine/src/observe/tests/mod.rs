@@ -3,6 +3,7 @@
 mod aliases;
 mod attributes;
 mod files;
+mod namespaces;
 mod restless;
 mod sockets;
 mod threads;
