@@ -81,7 +81,7 @@ mod tests {
         let mut n = 0;
         while n < bytes.len() {
             let read = source.read(memory.start() + n as u64, &mut bytes[n..]).unwrap();
-            assert!(read >= PAGE as usize && read % PAGE as usize == 0, "{read}");
+            assert!(read > 0 && read.is_multiple_of(PAGE as usize), "{read}");
             n += read;
         }
         bytes
