@@ -248,6 +248,8 @@ plain! {
         pub mm_exe_file: u32,
         /// `mm_struct.flags`
         pub mm_flags: u32,
+        /// `mm_struct.membarrier_state`, if the kernel has it
+        pub mm_membarrier: u32,
         /// Fields of `mm_struct` in the order of `ProcessRecord::layout`.
         pub mm_layout: [u32; 11],
     }

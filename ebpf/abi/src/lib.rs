@@ -315,6 +315,8 @@ plain! {
         pub layout: [u64; 11],
         /// `mm->flags`: what PR_GET_DUMPABLE gives, the filter of core dumps, and options of prctl(2).
         pub mm_flags: u64,
+        /// `mm->membarrier_state`: what membarrier(2) was registered for.
+        pub membarrier: u64,
         /// End of ITIMER_REAL on CLOCK_MONOTONIC.
         pub real_expires_ns: u64,
         /// Its period.

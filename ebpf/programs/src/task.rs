@@ -196,6 +196,10 @@ fn process(r: &mut ProcessRecord, task: Address) {
         *word = probe_word(mm, known(offset));
     }
     r.mm_flags = probe_word(mm, known(&TASK.mm_flags));
+    r.membarrier = match known(&TASK.mm_membarrier) {
+        ABSENT => 0,
+        state => probe_word::<u32>(mm, state).into(),
+    };
     r.real_expires_ns = probe_word(signal, known(&TASK.real_expires));
     r.real_interval_ns = probe_word(signal, known(&TASK.real_incr));
     r.real_state = match known(&TASK.real_state) {

@@ -18,10 +18,44 @@ pub struct Attributes {
     pub mdwe: u32,
     /// `PR_GET_MEMORY_MERGE`.
     pub memory_merge: bool,
+    /// What membarrier(2) was registered for (MEMBARRIER_CMD_GET_REGISTRATIONS).
+    pub barriers: u32,
     /// Memory policies of mappings (mbind(2)): start, end and policy.
     pub memory_policies: Vec<(u64, u64, MemoryPolicy)>,
     /// Threads that have unusual attributes.
     pub threads: Vec<ThreadAttributes>,
+}
+
+/// [`Attributes`] before they had registrations for membarrier(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttributesV1 {
+    pid: i32,
+    leader_exited: Option<i32>,
+    coredump_filter: Option<u32>,
+    thp_disable: u32,
+    mdwe: u32,
+    memory_merge: bool,
+    memory_policies: Vec<(u64, u64, MemoryPolicy)>,
+    threads: Vec<ThreadAttributes>,
+}
+
+impl From<AttributesV1> for Attributes {
+    fn from(old: AttributesV1) -> Self {
+        let AttributesV1 { pid, leader_exited, coredump_filter, thp_disable, mdwe, memory_merge, .. } = old;
+        let AttributesV1 { memory_policies, threads, .. } = old;
+        let barriers = 0;
+        Self {
+            pid,
+            leader_exited,
+            coredump_filter,
+            thp_disable,
+            mdwe,
+            memory_merge,
+            barriers,
+            memory_policies,
+            threads,
+        }
+    }
 }
 
 /// Label that a security module has given to a process (`/proc/pid/attr`).

@@ -224,7 +224,8 @@ records! {
     Seccomp = 13 v 1;
     CgroupsV1 = 14 v 1;
     Cgroups = 14 v 2;
-    Attributes = 15 v 1;
+    AttributesV1 = 15 v 1;
+    Attributes = 15 v 2;
     Clocks = 16 v 1;
     SharedActions = 18 v 1;
     Label = 20 v 1;
@@ -261,6 +262,25 @@ mod tests {
         assert_eq!((record.kind(), record.version()), (SharedMemory::KIND, 1));
         let new = SharedMemory::from(record.decode::<SharedMemoryV1>().unwrap());
         assert_eq!(new, SharedMemory { id: 3, size: 12288, kind, pages, page_size: 4096 });
+    }
+
+    #[test]
+    fn old_attributes_have_no_barriers() {
+        // As version 1 wrote it.
+        type Old = (i32, Option<i32>, Option<u32>, u32, u32, bool, Vec<()>, Vec<()>);
+        let old: Old = (7, Some(256), Some(0x1f4), 3, 1, true, Vec::new(), Vec::new());
+        let bytes = postcard::to_allocvec(&old).unwrap();
+        let new = Attributes::from(postcard::from_bytes::<AttributesV1>(&bytes).unwrap());
+        let expected = Attributes {
+            pid: 7,
+            leader_exited: Some(256),
+            coredump_filter: Some(0x1f4),
+            thp_disable: 3,
+            mdwe: 1,
+            memory_merge: true,
+            ..Default::default()
+        };
+        assert_eq!(new, expected);
     }
 
     #[test]

@@ -61,7 +61,7 @@ struct Member {
     get: fn() -> Vec<i64>,
 }
 
-const MEMBERS: [Member; 10] = [
+const MEMBERS: [Member; 12] = [
     Member { name: "usual", set: || Ok(()), get: everything },
     Member { name: "coredump_filter", set: || std::fs::write("/proc/self/coredump_filter", "0x1f4"), get: everything },
     Member { name: "THP_DISABLE", set: || prctl(libc::PR_SET_THP_DISABLE, [1, 0, 0, 0]), get: everything },
@@ -72,6 +72,8 @@ const MEMBERS: [Member; 10] = [
     Member { name: "MEMORY_MERGE", set: || prctl(PR_SET_MEMORY_MERGE, [1, 0, 0, 0]), get: everything },
     Member { name: "MCE_KILL early", set: || mce_kill(libc::PR_MCE_KILL_EARLY), get: everything },
     Member { name: "MCE_KILL late", set: || mce_kill(libc::PR_MCE_KILL_LATE), get: everything },
+    Member { name: "a membarrier", set: || register(&[1 << 4]), get: everything },
+    Member { name: "every membarrier", set: || register(&[1 << 2, 1 << 4, 1 << 6, 1 << 8]), get: everything },
     Member { name: "policy of a thread", set: || set_mempolicy(libc::MPOL_BIND), get: everything },
 ];
 
@@ -102,6 +104,19 @@ fn set_mempolicy(mode: i32) -> Result<(), Error> {
     }
 }
 
+/// MEMBARRIER_CMD_REGISTER_*
+fn register(commands: &[i32]) -> Result<(), Error> {
+    commands.iter().try_for_each(|command| match membarrier(*command) {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()),
+    })
+}
+
+fn membarrier(command: i32) -> i64 {
+    // SAFETY: membarrier(2) takes numbers only.
+    unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) }
+}
+
 /// Mode and first nodes of the calling thread's policy, or of the memory at an address.
 fn get_mempolicy(address: Option<usize>) -> [i64; 2] {
     let (mut mode, mut nodes) = (0_i32, [0_u64; 16]);
@@ -126,6 +141,8 @@ fn everything() -> Vec<i64> {
     // SAFETY: these options take numbers only.
     all.extend([0, 1].map(|kind| i64::from(unsafe { libc::prctl(libc::PR_GET_SPECULATION_CTRL, kind, 0, 0, 0) })));
     all.extend(get_mempolicy(None));
+    // What was registered, and whether the process may use it.
+    all.extend([1 << 9, 1 << 3].map(membarrier));
     all
 }
 

@@ -17,10 +17,10 @@ use standstill_images::{
     publish::ImageDir,
     store::{PageSet, PageStoreIndex},
     types::{
-        AddressSpace, AddressSpaceId, Attributes, Backing, Cgroups, CgroupsV1, Clocks, DumpStats, DumpStatsV1, FdTable,
-        FdTableId, FileKind, Inventory, Label, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe, PipeId, PrecopyStats,
-        PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory, SharedMemoryId, SharedMemoryKind,
-        SharedMemoryV1, Task, TaskState, Vma,
+        AddressSpace, AddressSpaceId, Attributes, AttributesV1, Backing, Cgroups, CgroupsV1, Clocks, DumpStats,
+        DumpStatsV1, FdTable, FdTableId, FileKind, Inventory, Label, MemoryPolicy, OpenFile, OpenFileId, PageRun, Pipe,
+        PipeId, PrecopyStats, PrecopyStatsV1, Seccomp, SeccompMode, SharedActions, SharedFs, SharedMemory,
+        SharedMemoryId, SharedMemoryKind, SharedMemoryV1, Task, TaskState, Vma,
     },
 };
 use std::{
@@ -160,6 +160,9 @@ impl Image {
                 SharedFs::KIND => shared_fs.push(record.decode::<SharedFs>()?),
                 SharedActions::KIND => shared_actions.push(record.decode::<SharedActions>()?),
                 Seccomp::KIND => twice |= seccomp.replace(record.decode::<Seccomp>()?).is_some(),
+                Attributes::KIND if record.version() == AttributesV1::VERSION => {
+                    twice |= insert(&mut attributes, record.decode::<AttributesV1>()?.into(), |a: &Attributes| a.pid);
+                }
                 Attributes::KIND => twice |= insert(&mut attributes, record.decode::<Attributes>()?, |a| a.pid),
                 Label::KIND => twice |= insert(&mut labels, record.decode::<Label>()?, |l| l.pid),
                 Cgroups::KIND if record.version() == CgroupsV1::VERSION => {

@@ -290,7 +290,7 @@ fn process_state(
         layout: (leader.mm != 0).then_some(layout),
         dumpable: (process.mm_flags & 3) as u32,
         coredump_filter: (process.mm_flags >> 2 & 0x1ff) as u32,
-        unusual_memory: process.mm_flags & flags::MMF_UNUSUAL != 0,
+        unusual_memory: process.mm_flags & flags::MMF_UNUSUAL != 0 || process.membarrier != 0,
         umask: process.umask,
         child_subreaper: process.child_subreaper != 0,
         personality: process.personality,

@@ -324,6 +324,8 @@ fn tasks(btf: &Btf) -> Result<TaskLayout> {
         mm_auxv: at("mm_struct", "saved_auxv")?,
         mm_exe_file: at("mm_struct", "exe_file")?,
         mm_flags: at("mm_struct", "flags")?,
+        // CONFIG_MEMBARRIER.
+        mm_membarrier: at("mm_struct", "membarrier_state").unwrap_or(ABSENT),
         mm_layout: all(btf, "mm_struct", mm)?,
     })
 }

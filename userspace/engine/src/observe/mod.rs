@@ -303,7 +303,7 @@ pub struct ProcessState {
     pub dumpable: u32,
     /// `/proc/pid/coredump_filter`.
     pub coredump_filter: u32,
-    /// Whether PR_SET_THP_DISABLE, PR_SET_MDWE or PR_SET_MEMORY_MERGE may be in effect.
+    /// Whether PR_SET_THP_DISABLE, PR_SET_MDWE or PR_SET_MEMORY_MERGE may be in effect, or a membarrier(2) registration.
     pub unusual_memory: bool,
     /// File mode creation mask.
     pub umask: u32,

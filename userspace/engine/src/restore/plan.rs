@@ -279,6 +279,7 @@ impl<'a> Planner<'a> {
         if !shares_memory {
             self.layout(task.pid, space, &mut numbers, &mut program)?;
             attributes::restore_memory_merge(unusual, &self.env.attributes, space, &mut program);
+            attributes::restore_barriers(unusual, &mut program);
         }
         self.descriptors(task.pid, live, &mut numbers, &mut program)?;
         if let Some(label) = self.image.labels.get(&task.pid) {

@@ -21,6 +21,8 @@ const PR_SET_MDWE: i32 = 65;
 const PR_GET_MDWE: i32 = 66;
 const PR_SET_MEMORY_MERGE: i32 = 67;
 const PR_GET_MEMORY_MERGE: i32 = 68;
+/// MEMBARRIER_CMD_GET_REGISTRATIONS, which the libc crate lacks.
+const GET_REGISTRATIONS: u64 = 1 << 9;
 /// Words of a node mask that get_mempolicy(2) is asked for: as many nodes as any kernel has.
 const NODE_WORDS: usize = 16;
 
@@ -32,6 +34,7 @@ pub(crate) static USUAL: Attributes = Attributes {
     thp_disable: 0,
     mdwe: 0,
     memory_merge: false,
+    barriers: 0,
     memory_policies: Vec::new(),
     threads: Vec::new(),
 };
@@ -66,6 +69,7 @@ pub(crate) fn collect(
         all.thp_disable = ask(pid, remote, libc::PR_GET_THP_DISABLE)?;
         all.mdwe = ask(pid, remote, PR_GET_MDWE)?;
         all.memory_merge = ask(pid, remote, PR_GET_MEMORY_MERGE)? != 0;
+        all.barriers = barriers(pid, remote)?;
     }
     for &(start, end) in policies {
         if let Some(policy) = memory_policy(pid, Some(start), remote)? {
@@ -100,6 +104,16 @@ fn ask(tid: i32, remote: &mut Remote, option: i32) -> Result<u32> {
     match remote.syscall(tid, libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0]) {
         Err(Error::System { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Ok(0),
         other => other.map(|value| value as u32),
+    }
+}
+
+/// What membarrier(2) was registered for, Linux 6.3; nothing without CONFIG_MEMBARRIER.
+fn barriers(tid: i32, remote: &mut Remote) -> Result<u32> {
+    match remote.syscall(tid, libc::SYS_membarrier, [GET_REGISTRATIONS, 0, 0, 0, 0, 0]) {
+        Err(Error::System { source, .. }) if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
+            Ok(0)
+        }
+        other => other.map(|commands| commands as u32),
     }
 }
 
@@ -234,6 +248,14 @@ pub(crate) fn restore_memory_merge(wanted: &Attributes, own: &Attributes, space:
             let args = [vma.start.into(), (vma.end - vma.start).into(), libc::MADV_UNMERGEABLE.into()];
             program.try_call("do not merge pages", libc::SYS_madvise, &args);
         }
+    }
+}
+
+/// Once no process is forked any more, which would have the registrations too, and before there are threads, with which
+/// they take longer.
+pub(crate) fn restore_barriers(wanted: &Attributes, program: &mut Program) {
+    for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|command: &u32| wanted.barriers & command != 0) {
+        program.call("register for membarrier(2)", libc::SYS_membarrier, &[command.into(), 0.into(), 0.into()]);
     }
 }
 

@@ -98,6 +98,7 @@ pub(super) fn act() {
     for [option, value, flags] in UNUSUAL {
         process(move || drop_result(call_result(libc::SYS_prctl, [option, value, flags, 0, 0])));
     }
+    process(|| drop_result(call_result(libc::SYS_membarrier, [1 << 4, 0, 0, 0, 0])));
     process(|| call(libc::SYS_umask, [0o123, 0, 0, 0, 0]));
     process(|| std::env::set_current_dir("/usr").unwrap());
     process(|| std::os::unix::fs::chroot(".").unwrap());
