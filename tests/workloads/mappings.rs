@@ -1,9 +1,13 @@
 //! Every kind of private mapping: protections, gaps, growing stacks, file mappings clean and written, zero pages, heap.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
 use standstill_tests::workload::{Args, Checker, Control, Mapping, Meter, Pattern, SelfState, smaps_entry};
 
 const PAGE: usize = 4096;
@@ -11,8 +15,12 @@ const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: i32 = libc::MAP_PRIVATE;
 /// Flags of smaps' `VmFlags` line that belong to the mapping rather than to its content.
-const VM_FLAGS: [&str; 18] =
-    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "sr", "rr", "dc", "dd", "hg", "nh", "mg", "wf"];
+const VM_FLAGS: [&str; 19] =
+    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "sr", "rr", "dc", "dd", "hg", "nh", "mg", "wf", "dp"];
+/// Takes the place of MAP_PRIVATE, Linux 6.11.
+const MAP_DROPPABLE: i32 = 8;
+/// Linux 6.13.
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// What a mapping should contain.
 enum Content {
@@ -83,6 +91,7 @@ fn main() {
     let mut regions = anonymous_regions();
     regions.extend(file_regions(&args));
     let gaps = Gaps::new();
+    let guarded = Guarded::new();
     let mut heap = Heap::new();
     let mut stack = GrowingStack::new();
     let mut depth = 32;
@@ -94,6 +103,7 @@ fn main() {
     control.serve(Some(&meter), Duration::from_millis(300), |request| {
         SelfState::of_process().check(&checker, "process", &before);
         gaps.check(&checker);
+        guarded.check(&checker);
         for region in &regions {
             region.check(&checker);
         }
@@ -121,6 +131,12 @@ fn anonymous_regions() -> Vec<Region> {
         let result = unsafe { libc::mlock(memory.start() as *const _, memory.length()) };
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     };
+    let lock_on_fault = |memory: &Mapping| {
+        // SAFETY: as above.
+        let result = unsafe { libc::mlock2(memory.start() as *const _, memory.length(), libc::MLOCK_ONFAULT) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    let droppable = Mapping::new(64 << 10, WRITE, MAP_DROPPABLE, None).expect("map memory that the kernel may drop");
     vec![
         Region::anonymous("plain", 1, 0, |_| Ok(())),
         Region::anonymous("read-only", 2, 0, |memory| memory.protect(READ)),
@@ -132,6 +148,11 @@ fn anonymous_regions() -> Vec<Region> {
         Region::anonymous("wipeonfork", 8, 0, |memory| memory.advise(libc::MADV_WIPEONFORK)),
         Region::anonymous("nohugepage", 9, 0, |memory| memory.advise(libc::MADV_NOHUGEPAGE)),
         Region::anonymous("random access", 10, 0, |memory| memory.advise(libc::MADV_RANDOM)),
+        Region::anonymous("sequential access", 13, 0, |memory| memory.advise(libc::MADV_SEQUENTIAL)),
+        Region::anonymous("hugepage", 14, 0, |memory| memory.advise(libc::MADV_HUGEPAGE)),
+        Region::anonymous("mergeable", 15, 0, |memory| memory.advise(libc::MADV_MERGEABLE)),
+        Region::anonymous("locked on fault", 16, 0, lock_on_fault),
+        Region::new("droppable", droppable, Content::Zeros(false)),
         Region::anonymous("noreserve", 11, libc::MAP_NORESERVE, |_| Ok(())),
         Region::anonymous("locked", 12, 0, lock),
         Region::new("read but never written", zeros, Content::Zeros(true)),
@@ -253,6 +274,39 @@ impl Gaps {
                 let wrong = Pattern::new(page as u64).first_wrong(part.words(), 0);
                 checker.equal(&format!("first wrong word of page {page}"), &wrong, &None);
             }
+        }
+    }
+}
+
+/// A mapping with a guard page in it.
+struct Guarded {
+    memory: Mapping,
+}
+
+impl Guarded {
+    const PAGES: usize = 8;
+    const GUARD: usize = 3;
+
+    fn new() -> Self {
+        let memory = Mapping::private(Self::PAGES * PAGE).expect("map");
+        Pattern::new(50).fill(memory.words_mut(), 0);
+        memory.part(Self::GUARD * PAGE, PAGE).advise(MADV_GUARD_INSTALL).expect("make a page a guard");
+        Self { memory }
+    }
+
+    fn check(&self, checker: &Checker) {
+        let first_wrong = |page: usize| {
+            let part = self.memory.part(page * PAGE, PAGE);
+            let mut bytes = vec![0; PAGE];
+            let remote = [RemoteIoVec { base: part.start(), len: PAGE }];
+            // What would be a signal is an error here.
+            let read = process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut bytes)], &remote);
+            let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+            read.map(|_| Pattern::new(50).first_wrong(&words, (page * PAGE / 8) as u64))
+        };
+        for page in 0..Self::PAGES {
+            let want = if page == Self::GUARD { Err(Errno::EFAULT) } else { Ok(None) };
+            checker.equal(&format!("page {page} beside a guard"), &first_wrong(page), &want);
         }
     }
 }

@@ -61,7 +61,7 @@ struct Member {
     get: fn() -> Vec<i64>,
 }
 
-const MEMBERS: [Member; 12] = [
+const MEMBERS: [Member; 16] = [
     Member { name: "usual", set: || Ok(()), get: everything },
     Member { name: "coredump_filter", set: || std::fs::write("/proc/self/coredump_filter", "0x1f4"), get: everything },
     Member { name: "THP_DISABLE", set: || prctl(libc::PR_SET_THP_DISABLE, [1, 0, 0, 0]), get: everything },
@@ -74,6 +74,11 @@ const MEMBERS: [Member; 12] = [
     Member { name: "MCE_KILL late", set: || mce_kill(libc::PR_MCE_KILL_LATE), get: everything },
     Member { name: "a membarrier", set: || register(&[1 << 4]), get: everything },
     Member { name: "every membarrier", set: || register(&[1 << 2, 1 << 4, 1 << 6, 1 << 8]), get: everything },
+    // SECBIT_NOROOT, SECBIT_KEEP_CAPS_LOCKED.
+    Member { name: "securebits", set: || prctl(libc::PR_SET_SECUREBITS, [0x21, 0, 0, 0]), get: everything },
+    Member { name: "parent-death signal", set: || prctl(libc::PR_SET_PDEATHSIG, [10, 0, 0, 0]), get: everything },
+    Member { name: "timer slack", set: || prctl(libc::PR_SET_TIMERSLACK, [123_456, 0, 0, 0]), get: everything },
+    Member { name: "login uid", set: || std::fs::write("/proc/self/loginuid", "4711"), get: everything },
     Member { name: "policy of a thread", set: || set_mempolicy(libc::MPOL_BIND), get: everything },
 ];
 
@@ -137,7 +142,12 @@ fn everything() -> Vec<i64> {
     let filter = std::fs::read_to_string("/proc/self/coredump_filter").unwrap_or_default();
     let mut all = vec![i64::from_str_radix(filter.trim(), 16).unwrap_or(-1)];
     all.extend([libc::PR_GET_THP_DISABLE, PR_GET_MDWE, PR_GET_MEMORY_MERGE, libc::PR_MCE_KILL_GET].map(get));
-    all.push(get(PR_GET_IO_FLUSHER));
+    all.extend([PR_GET_IO_FLUSHER, libc::PR_GET_SECUREBITS, libc::PR_GET_TIMERSLACK].map(get));
+    let mut signal = 0_i32;
+    // SAFETY: the kernel writes an int.
+    unsafe { libc::prctl(libc::PR_GET_PDEATHSIG, &raw mut signal) };
+    let loginuid = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
+    all.extend([signal.into(), loginuid.parse().unwrap_or(-1)]);
     // SAFETY: these options take numbers only.
     all.extend([0, 1].map(|kind| i64::from(unsafe { libc::prctl(libc::PR_GET_SPECULATION_CTRL, kind, 0, 0, 0) })));
     all.extend(get_mempolicy(None));
