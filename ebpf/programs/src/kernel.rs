@@ -1,4 +1,5 @@
 //! Looking into kernel structures, and writing records.
+#![allow(dead_code, unused_imports, reason = "each binary uses a part of it")]
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, seq_file},
