@@ -1,6 +1,5 @@
 //! The same work for many items, by several threads.
 
-use crate::error::Result;
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -14,17 +13,16 @@ pub(crate) fn workers(items: usize, threads: usize) -> usize {
     threads.min(items / WORTH_A_THREAD).max(1)
 }
 
-/// What `each` makes of the items, in their order; the calling thread is one of at most `threads`.
+/// What `each` makes of the items, in their order; the calling thread is one of the `workers`.
 ///
 /// # Errors
 /// One of those of `each`, after which no more items are begun.
-pub(crate) fn map<T: Sync, R: Send>(
+pub(crate) fn map<T: Sync, R: Send, E: Send>(
     items: &[T],
-    threads: usize,
-    each: impl Fn(&T) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
-    let workers = workers(items.len(), threads);
-    if workers == 1 {
+    workers: usize,
+    each: impl Fn(&T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    if workers < 2 {
         return items.iter().map(each).collect();
     }
     let next = AtomicUsize::new(0);
@@ -42,7 +40,7 @@ pub(crate) fn map<T: Sync, R: Send>(
             }
         }
     };
-    let mut all = thread::scope(|scope| -> Result<_> {
+    let mut all = thread::scope(|scope| -> Result<_, E> {
         let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
         let mut all = work()?;
         for other in others {
@@ -63,9 +61,10 @@ mod tests {
     fn results_are_in_the_order_of_the_items() {
         let items: Vec<usize> = (0..500).collect();
         for threads in [1, 2, 3, 8] {
-            assert_eq!(map(&items, threads, |n| Ok(2 * n)).unwrap(), (0..1000).step_by(2).collect::<Vec<_>>());
+            let doubled = map(&items, threads, |n| Ok::<_, Error>(2 * n)).unwrap();
+            assert_eq!(doubled, (0..1000).step_by(2).collect::<Vec<_>>());
         }
-        assert!(map(&items[..0], 4, |n| Ok(*n)).unwrap().is_empty());
+        assert!(map(&items[..0], 4, |n| Ok::<_, Error>(*n)).unwrap().is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Kernel doc: Documentation/admin-guide/mm/pagemap.rst.
 
 use super::PAGE;
+use crate::parallel;
 use serde::{Deserialize, Serialize};
 use std::{fs::File, io, num::NonZero, os::fd::AsRawFd, os::unix::fs::FileExt, thread};
 
@@ -178,30 +179,16 @@ impl Pagemap {
         scan: impl Fn(Range, &mut Vec<T>) -> io::Result<()> + Sync,
     ) -> io::Result<()> {
         let edges = edges(range, if mapped.is_empty() { std::slice::from_ref(&range) } else { mapped }, self.threads);
-        let parts = edges.len() - 1;
-        if parts < 2 {
+        let parts: Vec<Range> = edges.windows(2).map(|edge| Range { start: edge[0], end: edge[1] }).collect();
+        if parts.len() < 2 {
             return scan(range, found);
         }
-        let part = |n: usize| {
+        let part = |part: &Range| {
             let mut found = Vec::new();
-            scan(Range { start: edges[n], end: edges[n + 1] }, &mut found).map(|()| found)
+            scan(*part, &mut found).map(|()| found)
         };
-        thread::scope(|scope| {
-            let others: Vec<_> = (1..parts)
-                .map(|n| {
-                    scope.spawn({
-                        let part = &part;
-                        move || part(n)
-                    })
-                })
-                .collect();
-            let first = part(0);
-            for result in std::iter::once(first).chain(others.into_iter().map(|other| other.join().expect("no panic")))
-            {
-                found.extend(result?);
-            }
-            Ok(())
-        })
+        parallel::map(&parts, parts.len(), part)?.into_iter().for_each(|part| found.extend(part));
+        Ok(())
     }
 
     /// Pages of a range that exist nowhere but in this address space (anonymous, present or swapped, not the zero page),

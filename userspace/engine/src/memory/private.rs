@@ -93,7 +93,8 @@ pub(crate) type Job<'a> = (i32, &'a [Area], Option<&'a Tracking>);
 
 /// The same for several processes that do not run, by `threads` threads.
 pub(crate) fn look_at_all(jobs: &[Job<'_>], protect: bool, threads: usize) -> Result<Vec<(PrivatePages, Vec<Range>)>> {
-    parallel::map(jobs, threads, |&(pid, areas, tracking)| look(pid, areas, tracking, protect, threads))
+    let workers = parallel::workers(jobs.len(), threads);
+    parallel::map(jobs, workers, |&(pid, areas, tracking)| look(pid, areas, tracking, protect, threads))
 }
 
 /// Pages that hold something, and guards.

@@ -219,8 +219,10 @@ fn scan(mapped: &[(i32, Vec<Area>)], found: &mut Found) -> Result<Vec<PrivatePag
     let looked = private::look_at_all(&jobs, false, threads).map_err(|e| gone(jobs[0].0, e))?;
     let looking = begin.nanoseconds() / workers;
     let begin = Stopwatch::of_all_threads();
-    parallel::map(&jobs, threads, |&(pid, areas, _)| tracking::rehearse(pid, areas, threads).context(failed(pid)))
-        .map_err(|e| gone(jobs[0].0, e))?;
+    parallel::map(&jobs, parallel::workers(jobs.len(), threads), |&(pid, areas, _)| {
+        tracking::rehearse(pid, areas, threads).context(failed(pid))
+    })
+    .map_err(|e| gone(jobs[0].0, e))?;
     let tracking = looking + begin.nanoseconds() / workers;
     let spaces: Vec<PrivatePages> = looked.into_iter().map(|(pages, _)| pages).collect();
     let pages = |r: &Range| (r.end - r.start) / PAGE;
