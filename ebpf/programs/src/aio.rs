@@ -15,7 +15,7 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, PerCpuArray},
 };
-use kernel::{Address, COMMON, Meta, Output, known, number, numbers, pointer, probe_word, wanted, zero};
+use kernel::{Address, COMMON, Output, Task, known, number, numbers, pointer, probe_word, wanted, zero};
 use standstill_ebpf_abi::aio::{AioLayout, AioRecord, CONTEXTS};
 
 #[unsafe(no_mangle)]
@@ -28,13 +28,6 @@ static BEACON: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// The CPU whose counts are asked for.
 #[map]
 static CPU: Array<u32> = Array::with_max_entries(1, 0);
-
-/// `struct bpf_iter__task`.
-#[repr(C)]
-pub struct Task {
-    meta: *const Meta,
-    task: Address,
-}
 
 /// Writes an [`AioRecord`] for each context of a process.
 #[unsafe(link_section = "iter/task")]

@@ -38,6 +38,15 @@ pub struct Meta {
     pub session_id: u64,
 }
 
+/// `struct bpf_iter__task`.
+#[repr(C)]
+pub struct Task {
+    /// The iterator.
+    pub meta: *const Meta,
+    /// A task, or null after the last one.
+    pub task: Address,
+}
+
 /// A pid namespace.
 #[derive(Clone, Copy)]
 pub struct PidNamespace {

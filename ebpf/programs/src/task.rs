@@ -1,7 +1,7 @@
 //! `iter/task`: the threads of a process, and what they share; and who descends from whom.
 
 use crate::kernel::{
-    Address, COMMON, Meta, Output, PidNamespace, bit, known, number_in, numbers, pid_namespace, pointer, probe,
+    Address, COMMON, Output, PidNamespace, Task, bit, known, number_in, numbers, pid_namespace, pointer, probe,
     probe_word, reader, wanted, zero,
 };
 use aya_ebpf::{
@@ -23,13 +23,6 @@ struct Last {
 
 #[map]
 static LAST: PerCpuArray<Last> = PerCpuArray::with_max_entries(1, 0);
-
-/// `struct bpf_iter__task`.
-#[repr(C)]
-pub struct Task {
-    meta: *const Meta,
-    task: Address,
-}
 
 /// Writes a [`ThreadRecord`], and a [`ProcessRecord`] for a leader.
 #[unsafe(link_section = "iter/task")]
