@@ -216,11 +216,14 @@ impl PageWriter {
         self.close().unwrap_or_else(|panic| resume_unwind(panic));
         let Output { path, file, compression, .. } = &*self.output;
         self.output.check()?;
-        let end = match compression {
-            Compression::None => self.pages * PAGE as u64,
-            Compression::Lz4 | Compression::Zstd(_) => self.output.end.load(Ordering::Relaxed),
-        };
-        file.set_len(end).and_then(|()| file.sync_all()).map_err(ImageError::io(path))?;
+        if *self.output.allocated() > 0 {
+            let end = match compression {
+                Compression::None => self.pages * PAGE as u64,
+                Compression::Lz4 | Compression::Zstd(_) => self.output.end.load(Ordering::Relaxed),
+            };
+            file.set_len(end).map_err(ImageError::io(path))?;
+        }
+        file.sync_all().map_err(ImageError::io(path))?;
         let mut chunks = std::mem::take(&mut self.output.done().chunks);
         chunks.sort_unstable_by_key(|(number, _)| *number);
         Ok(PageStoreIndex {
@@ -258,6 +261,10 @@ impl Drop for PageWriter {
 impl Output {
     fn done(&self) -> MutexGuard<'_, Done> {
         self.done.lock().expect("no thread panics while it holds the results")
+    }
+
+    fn allocated(&self) -> MutexGuard<'_, u64> {
+        self.allocated.lock().expect("no thread panics while it holds it")
     }
 
     /// The first error, as often as it is asked for.
@@ -311,7 +318,7 @@ impl Output {
         /// Files that stay smaller are not worth it.
         const LARGE: u64 = 32 << 20;
         const STEP: u64 = 128 << 20;
-        let mut allocated = self.allocated.lock().expect("no thread panics while it holds it");
+        let mut allocated = self.allocated();
         if end > LARGE.max(*allocated) {
             let to = end.next_multiple_of(STEP);
             // Without it the writes tell what is wrong, if anything is.
@@ -358,7 +365,7 @@ mod tests {
         }
         let output = Arc::clone(&writer.output);
         let index = writer.finish().expect("finish");
-        assert!(*output.allocated.lock().expect("nobody panicked") > 70 << 20, "no space was taken ahead");
+        assert!(*output.allocated() > 70 << 20, "no space was taken ahead");
         assert_eq!(std::fs::metadata(&path).expect("it is there").len(), 70 * (CHUNK - PAGE) as u64);
         let reader = crate::store::PageReader::open(&path, &index).expect("open");
         let mut last = vec![0; PAGE];

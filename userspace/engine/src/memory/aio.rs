@@ -88,7 +88,7 @@ pub(crate) fn collect(pids: &[i32], spaces: &mut [AddressSpace], reader: Option<
         return Ok(());
     }
     let contexts = settled(pids, spaces, reader)?;
-    for (&pid, space) in pids.iter().zip(spaces) {
+    for (&pid, space) in pids.iter().zip(spaces).filter(|(_, space)| rings(space).next().is_some()) {
         let own = |vma: &Vma| contexts.iter().any(|c| c.pid == pid && c.id == vma.start);
         let memory = File::open(proc::path(pid, "mem")).context(|| format!("open the memory of {pid}"))?;
         for vma in &mut space.vmas {

@@ -45,10 +45,11 @@ impl Source {
             if own >= BULK * PAGE {
                 let remote = RemoteIoVec { base: at as usize, len: own as usize };
                 let local = &mut [IoSliceMut::new(&mut buffer[..own as usize])];
-                match process_vm_readv(Pid::from_raw(self.pid), local, &[remote]) {
-                    Ok(read) if read >= PAGE as usize => return Ok(read),
-                    // The other way tells why, if it cannot be read.
-                    Ok(_) | Err(_) => {}
+                // Otherwise the other way tells why it cannot be read.
+                if let Ok(read) = process_vm_readv(Pid::from_raw(self.pid), local, &[remote])
+                    && read >= PAGE as usize
+                {
+                    return Ok(read);
                 }
             }
         }
