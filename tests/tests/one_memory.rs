@@ -41,36 +41,38 @@ fn expect_once(pages: &Value, what: &str) {
     assert!((PAGES..PAGES * 3 / 2).contains(&pages), "{what}: {pages} pages, and {PAGES} there are");
 }
 
-#[test]
-fn memory_is_copied_once() {
-    let _turn = Turn::take();
-    let Some(tool) = standstill() else { return };
+/// Dumps the tree as it runs with such options, and takes it back to that, twice. `check`: what the dump told.
+fn out_and_back(options: &[&str], check: impl Fn(&Value)) -> Option<(Tool, Target)> {
+    let tool = standstill()?;
     let mut target = target();
     target.assert_well();
     for name in ["first", "second"] {
         let images = target.images(name);
-        let run = tool.dump(target.pid(), &images).args(["-R", "--precopy=0", "--json"]);
-        expect_once(&run.run().expect_success().json()["pages_stored"], "copied under the freeze");
+        let run = tool.dump(target.pid(), &images).args(["-R", "--json"]).args(options);
+        check(&run.run().expect_success().json());
         expect_well(&mut target);
         take_back(&tool, &mut target, &images);
     }
+    Some((tool, target))
+}
+
+#[test]
+fn memory_is_copied_once() {
+    let _turn = Turn::take();
+    let done = out_and_back(&["--precopy=0"], |stats| {
+        expect_once(&stats["pages_stored"], "copied under the freeze");
+    });
+    let Some((_, target)) = done else { return };
     target.finish(0);
 }
 
 #[test]
 fn memory_is_tracked_once() {
     let _turn = Turn::take();
-    let Some(tool) = standstill() else { return };
-    let mut target = target();
-    target.assert_well();
-    for name in ["first", "second"] {
-        let images = target.images(name);
-        let stats =
-            tool.dump(target.pid(), &images).args(["-R", "--precopy=6", "--json"]).run().expect_success().json();
+    let done = out_and_back(&["--precopy=6"], |stats| {
         expect_once(&stats["precopy"]["rounds"][0]["pages"], "copied in the first round");
-        expect_well(&mut target);
-        take_back(&tool, &mut target, &images);
-    }
+    });
+    let Some((tool, mut target)) = done else { return };
     snapshots_and_back(&tool, &mut target, "80ms", 8, 23);
     target.finish(0);
 }
@@ -78,17 +80,10 @@ fn memory_is_tracked_once() {
 #[test]
 fn memory_is_forked_once() {
     let _turn = Turn::take();
-    let Some(tool) = standstill() else { return };
-    let mut target = target();
-    target.assert_well();
-    for name in ["first", "second"] {
-        let images = target.images(name);
-        let run = tool.dump(target.pid(), &images).args(["-R", "--precopy=0", "--snapshot", "fork", "--json"]);
-        let stats = run.run().expect_success().json();
+    let done = out_and_back(&["--precopy=0", "--snapshot", "fork"], |stats| {
         let phases = stats["phases"].as_array().expect("phases");
         assert!(phases.iter().any(|phase| phase[0] == "forks"), "nothing was copied from forks: {stats}");
-        expect_well(&mut target);
-        take_back(&tool, &mut target, &images);
-    }
+    });
+    let Some((_, target)) = done else { return };
     target.finish(0);
 }
