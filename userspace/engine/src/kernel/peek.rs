@@ -1,6 +1,6 @@
 //! What waits in a unix socket, read without taking anything out of it (MSG_PEEK).
 
-use super::sys::Mapping;
+use super::sys::{self, Mapping};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair, sockopt};
 use std::{
     io, mem,
@@ -71,8 +71,8 @@ struct Job {
 /// More than the first of several messages can only be seen with SO_PEEK_OFF, which all processes that have the socket share.
 /// So it is a child that reads, whom a SIGKILL for this process does not reach, and that puts the option back.
 pub(crate) fn queue(fd: BorrowedFd<'_>, stream: bool) -> io::Result<Vec<Message>> {
-    let offset = option(fd.as_raw_fd(), libc::SO_PEEK_OFF)?;
-    let creds = option(fd.as_raw_fd(), libc::SO_PASSCRED)? != 0;
+    let offset = sys::socket_number(fd, libc::SO_PEEK_OFF)?;
+    let creds = sys::socket_number(fd, libc::SO_PASSCRED)? != 0;
     let mut room = ROOM;
     loop {
         let (slots, bytes) = (Mapping::anonymous(MESSAGES * size_of::<Slot>() as u64)?, Mapping::anonymous(room)?);
@@ -101,14 +101,6 @@ pub(crate) fn queue(fd: BorrowedFd<'_>, stream: bool) -> io::Result<Vec<Message>
     }
 }
 
-/// Bytes that wait: of a stream, or in messages that keep their order (SOCK_SEQPACKET); otherwise those of the first message.
-pub(crate) fn waiting_bytes(fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut bytes = 0i32;
-    // SAFETY: FIONREAD stores an int.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes as usize) }
-}
-
 /// Whether what a socket has sent to its peer is more than these messages. Once a message without bytes was looked at with
 /// SO_PEEK_OFF, it cannot be seen any more; but the sender is charged for it, as for the same messages in a pair of ours.
 pub(crate) fn hides_empty_messages(sender: BorrowedFd<'_>, kind: i32, messages: &[Vec<u8>]) -> io::Result<bool> {
@@ -135,13 +127,6 @@ fn sent_bytes(fd: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: TIOCOUTQ stores an int.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
-}
-
-fn option(fd: RawFd, name: i32) -> io::Result<i32> {
-    let (mut value, mut length) = (0i32, size_of::<i32>() as libc::socklen_t);
-    // SAFETY: `value` is writable for `length` bytes.
-    let result = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut length) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
 impl Job {
@@ -292,7 +277,7 @@ mod tests {
             }
             for _ in 0..2 {
                 assert_eq!(bytes(&b, false), messages);
-                assert_eq!(option(b.as_raw_fd(), libc::SO_PEEK_OFF).unwrap(), -1);
+                assert_eq!(sys::socket_number(b.as_fd(), libc::SO_PEEK_OFF).unwrap(), -1);
             }
             assert!(bytes(&a, false).is_empty());
             drop(a);
@@ -332,7 +317,7 @@ mod tests {
         // SAFETY: the value is an int.
         unsafe { libc::setsockopt(b.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, (&raw const offset).cast(), 4) };
         assert_eq!(bytes(&b, true), [&data[100..]]);
-        assert_eq!(option(b.as_raw_fd(), libc::SO_PEEK_OFF).unwrap(), 7);
+        assert_eq!(sys::socket_number(b.as_fd(), libc::SO_PEEK_OFF).unwrap(), 7);
         let mut rest = vec![0; data.len() - 100];
         b.read_exact(&mut rest).unwrap();
         assert!(rest == data[100..]);

@@ -25,6 +25,31 @@ pub(crate) fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Into::into)
 }
 
+/// FIONREAD: bytes that wait in a pipe, in a stream, or in messages that keep their order (SOCK_SEQPACKET); of other sockets
+/// those of the first message.
+pub(crate) fn waiting_bytes(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes = 0i32;
+    // SAFETY: FIONREAD stores an int.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }.into())?;
+    Ok(bytes as usize)
+}
+
+/// getsockopt(2) of an option of at most 64 bytes.
+pub(crate) fn socket_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<Vec<u8>> {
+    let mut value = [0u8; 64];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: `value` is writable for `len` bytes; the kernel shortens `len` to what it stored.
+    let result = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    check(result.into())?;
+    Ok(value[..len as usize].to_vec())
+}
+
+/// The same of a number at the level SOL_SOCKET.
+pub(crate) fn socket_number(fd: BorrowedFd<'_>, name: i32) -> io::Result<i32> {
+    let bytes = socket_option(fd, libc::SOL_SOCKET, name)?;
+    Ok(i32::from_ne_bytes(bytes.try_into().map_err(|_| io::Error::other("an option of another size"))?))
+}
+
 /// timerfd_gettime(2): interval and time left.
 pub(crate) fn timerfd_gettime(timer: BorrowedFd<'_>) -> io::Result<libc::itimerspec> {
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };

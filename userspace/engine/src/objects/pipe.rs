@@ -3,6 +3,7 @@
 use super::{Collected, directory};
 use crate::{
     error::{Context, Result},
+    kernel::sys,
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
@@ -11,7 +12,10 @@ use nix::{
     unistd::{pipe2, read},
 };
 use standstill_images::types::{FileKind, OpenFile, Pipe};
-use std::os::fd::OwnedFd;
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 /// A descriptor of either end. The content is read with tee(2), which leaves it where it is.
 pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
@@ -37,13 +41,8 @@ pub(super) fn dump(entry: &FdEntry, all: &mut Collected) -> Result<FileKind> {
 }
 
 /// A copy of what waits in a pipe, buffer by buffer: packets of an O_DIRECT pipe stay apart.
-fn peek(pipe: &OwnedFd, capacity: u32) -> nix::Result<Vec<Vec<u8>>> {
-    let mut waiting = 0i32;
-    // SAFETY: FIONREAD stores an int.
-    nix::errno::Errno::result(unsafe {
-        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(pipe), libc::FIONREAD, &raw mut waiting)
-    })?;
-    if waiting == 0 {
+fn peek(pipe: &OwnedFd, capacity: u32) -> io::Result<Vec<Vec<u8>>> {
+    if sys::waiting_bytes(pipe.as_fd())? == 0 {
         return Ok(Vec::new());
     }
     // Packet mode: a read gives one packet, which for a stream pipe is no harm (its buffers come one by one).

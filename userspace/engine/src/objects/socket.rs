@@ -3,6 +3,7 @@
 use super::{Collected, Referenced, refuse, unix};
 use crate::{
     error::{Context, Result},
+    kernel::sys,
     observe::FdEntry,
     restore::{files::Numbers, program::Program},
 };
@@ -10,7 +11,7 @@ use standstill_images::types::{FileKind, OpenFile, Socket};
 use std::{
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -49,19 +50,6 @@ pub(super) const PEER_CREDENTIALS: (i32, i32) = (libc::SOL_SOCKET, libc::SO_PEER
 /// As SO_PEEK_OFF is in the beginning.
 const NO_PEEK_OFFSET: (i32, i32, &[u8]) = (libc::SOL_SOCKET, libc::SO_PEEK_OFF, &[0xff; 4]);
 
-fn option(fd: &OwnedFd, level: i32, name: i32) -> io::Result<Vec<u8>> {
-    let mut value = [0u8; 64];
-    let mut len = value.len() as libc::socklen_t;
-    // SAFETY: `value` is writable for `len` bytes; the kernel shortens `len` to what it stored.
-    let result = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value[..len as usize].to_vec()) }
-}
-
-fn number(fd: &OwnedFd, name: i32) -> io::Result<i32> {
-    let bytes = option(fd, libc::SOL_SOCKET, name)?;
-    Ok(i32::from_ne_bytes(bytes.try_into().map_err(|_| io::Error::other("an option of another size"))?))
-}
-
 type AddressCall = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> i32;
 
 fn address(fd: &OwnedFd, call: AddressCall) -> io::Result<Vec<u8>> {
@@ -76,10 +64,10 @@ fn address(fd: &OwnedFd, call: AddressCall) -> io::Result<Vec<u8>> {
 pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) -> Result<FileKind> {
     let fd = all.duplicate(entry)?;
     let context = || format!("read the options of descriptor {} of process {}", entry.fd, entry.tgid);
-    let family = number(&fd, libc::SO_DOMAIN).context(context)?;
-    let kind = number(&fd, libc::SO_TYPE).context(context)?;
-    let protocol = number(&fd, libc::SO_PROTOCOL).context(context)?;
-    let listening = number(&fd, libc::SO_ACCEPTCONN).context(context)? != 0;
+    let family = sys::socket_number(fd.as_fd(), libc::SO_DOMAIN).context(context)?;
+    let kind = sys::socket_number(fd.as_fd(), libc::SO_TYPE).context(context)?;
+    let protocol = sys::socket_number(fd.as_fd(), libc::SO_PROTOCOL).context(context)?;
+    let listening = sys::socket_number(fd.as_fd(), libc::SO_ACCEPTCONN).context(context)? != 0;
     let stream = matches!(kind, libc::SOCK_STREAM | libc::SOCK_SEQPACKET);
     match (family, kind) {
         (libc::AF_UNIX, _) | (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM | libc::SOCK_DGRAM) => {}
@@ -115,10 +103,10 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
     let mut options = Vec::new();
     if pair.is_some() {
         let (level, name) = PEER_CREDENTIALS;
-        options.push((level, name, option(&fd, level, name).context(context)?));
+        options.push((level, name, sys::socket_option(fd.as_fd(), level, name).context(context)?));
     }
     for &(level, name) in OPTIONS {
-        if let Ok(value) = option(&fd, level, name)
+        if let Ok(value) = sys::socket_option(fd.as_fd(), level, name)
             && (level, name, value.as_slice()) != NO_PEEK_OFFSET
             && (name == libc::SO_REUSEADDR || value.iter().any(|&b| b != 0) || level != libc::SOL_SOCKET)
         {
@@ -127,7 +115,7 @@ pub(super) fn dump(entry: &FdEntry, entries: &[FdEntry], all: &mut Collected) ->
     }
     for (name, force) in [(libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)] {
         // The kernel doubles what is set, and reports the doubled value.
-        let value = number(&fd, name).context(context)? / 2;
+        let value = sys::socket_number(fd.as_fd(), name).context(context)? / 2;
         options.push((libc::SOL_SOCKET, force, value.to_ne_bytes().to_vec()));
     }
     // The name of a connection is of no use to others.

@@ -11,6 +11,7 @@ use crate::{
     kernel::{
         peek,
         sock_diag::{self, UnixSocket},
+        sys,
     },
     observe::FdEntry,
     restore::{
@@ -115,7 +116,7 @@ fn waiting(entry: &FdEntry, fd: &OwnedFd, kind: i32) -> Result<(Vec<Vec<u8>>, bo
     poll(&mut ready, PollTimeout::ZERO).context(context)?;
     let ready = ready[0].revents().unwrap_or(PollFlags::empty());
     let (stream, reset) = (kind == libc::SOCK_STREAM, ready.contains(PollFlags::POLLERR));
-    let bytes = if ready.contains(PollFlags::POLLIN) { peek::waiting_bytes(fd.as_fd()).context(context)? } else { 0 };
+    let bytes = if ready.contains(PollFlags::POLLIN) { sys::waiting_bytes(fd.as_fd()).context(context)? } else { 0 };
     if reset && (kind == libc::SOCK_DGRAM || bytes > 0 && !stream) {
         // Whoever reads messages is given the error first, also if he only looks.
         return Err(refuse(entry, "an error waits to be read (SO_ERROR): read it before the dump"));
