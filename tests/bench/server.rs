@@ -1,7 +1,7 @@
 //! A server under load, with snapshots every two seconds and without, in turn: latencies at a fixed rate of requests,
-//! throughput without one.
+//! throughput without one. All turns of a run are one process's: two that do the same differ by a tenth in what they do,
+//! for where their pages are.
 
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,16 +23,24 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
     let mut runs: Vec<Value> = Vec::new();
     for run in 0..options.runs {
         for rate in [options.rate, 0] {
-            // The undisturbed run is one of them, each time at another place.
+            let setting = Setting { base: options.dir.clone(), ..Setting::default() };
+            let mut target = Target::launch(&setting, "server", &["--rate", &rate.to_string()]);
+            settle(&options.dir);
+            let mut turns: Vec<Value> = Vec::new();
+            // The undisturbed turn is one of them, each time at another place.
             for number in 0..=tools.len() {
                 let disturbed = tools.get((number + run) % (tools.len() + 1));
                 let by = disturbed.map_or("nobody", |(name, _)| name);
                 eprintln!("server: rate {rate}, snapshots by {by}, run {} of {}", run + 1, options.runs);
-                let mut figures = measure(disturbed, rate, seconds, &options.dir)?;
+                let mut figures = measure(&mut target, disturbed, seconds)?;
                 figures["by"] = by.into();
                 figures["rate"] = rate.into();
-                runs.push(figures);
+                turns.push(figures);
             }
+            let throughput = |turn: &Value| turn[FIGURES[0]].as_f64().unwrap_or_default();
+            let alone = turns.iter().find(|turn| turn["by"] == "nobody").map_or(0.0, throughput);
+            turns.iter_mut().for_each(|turn| turn["share"] = (throughput(turn) / alone).into());
+            runs.append(&mut turns);
         }
     }
     println!("server, {} s, a snapshot every {EVERY:?}; medians of {} runs", seconds, options.runs);
@@ -46,9 +54,10 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
             };
             let ms = |name: &str| figure(name) / 1e6;
             println!(
-                "  {by:<11} {:>9.0} requests/s   p50 {:>8.3} ms   p99 {:>8.3} ms   p99.9 {:>8.3} ms   p99.99 {:>8.3} \
+                "  {by:<11} {:>9.0} requests/s ({:.3})   p50 {:>8.3} ms   p99 {:>8.3} ms   p99.9 {:>8.3} ms   p99.99 {:>8.3} \
                  ms   max {:>8.3} ms   longest pause {:>7.1} ms",
                 figure(FIGURES[0]),
+                figure("share"),
                 ms(FIGURES[1]),
                 ms(FIGURES[2]),
                 ms(FIGURES[3]),
@@ -61,18 +70,15 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
     write_json(options, &json!({ "case": "server", "seconds": seconds, "runs": runs }))
 }
 
-fn measure(by: Option<&(&'static str, Tool)>, rate: u64, seconds: u64, dir: &Path) -> Result<Value, String> {
-    let setting = Setting { base: dir.to_owned(), ..Setting::default() };
-    let mut target = Target::launch(&setting, "server", &["--rate", &rate.to_string()]);
-    settle(dir);
+fn measure(target: &mut Target, by: Option<&(&'static str, Tool)>, seconds: u64) -> Result<Value, String> {
     target.reset_meter();
     let begin = Instant::now();
     let length = Duration::from_secs(seconds);
     if let Some((_, tool)) = by {
-        snapshots(tool, &mut target, begin + length)?;
+        snapshots(tool, target, begin + length)?;
     }
     thread::sleep((begin + length).saturating_duration_since(Instant::now()));
-    let verdict = well(&target)?;
+    let verdict = well(target)?;
     let mut figures = json!({ "longest_pause_us": verdict.longest_pause_us });
     for name in FIGURES {
         figures[name] = verdict.notes.get(name).copied().into();

@@ -1,4 +1,7 @@
-use super::{CHUNK, PAGE};
+use super::{
+    CHUNK, PAGE,
+    slab::{HALVES, Half},
+};
 use std::{
     fmt, slice,
     sync::{Arc, Condvar, Mutex},
@@ -15,14 +18,9 @@ impl Page {
         vec![Self([0; PAGE]); bytes.div_ceil(PAGE)].into()
     }
 
-    pub(super) fn bytes(pages: &[Self]) -> &[u8] {
-        // SAFETY: a Page is an array of PAGE bytes without padding (its alignment is its size), so the slice is that
-        // many initialised bytes, borrowed for as long.
-        unsafe { slice::from_raw_parts(pages.as_ptr().cast(), size_of_val(pages)) }
-    }
-
     pub(super) fn bytes_mut(pages: &mut [Self]) -> &mut [u8] {
-        // SAFETY: as in `bytes`, and the borrow is exclusive; any bytes make a valid Page.
+        // SAFETY: a Page is an array of PAGE bytes without padding (its alignment is its size), so the slice is that
+        // many initialised bytes, borrowed exclusively for as long; any bytes make a valid Page.
         unsafe { slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), size_of_val(pages)) }
     }
 }
@@ -34,14 +32,14 @@ pub(super) struct Pool {
 }
 
 struct State {
-    free: Vec<Box<[Page]>>,
+    free: Vec<Half>,
     made: usize,
     /// How many there may be.
     limit: usize,
 }
 
 impl Pool {
-    /// At most so many bytes, but two buffers at least: one is filled while the other is written.
+    /// At most so many bytes, in pairs of buffers, but one pair at least: one is filled while the other is written.
     pub(super) fn new(bytes: u64) -> Arc<Self> {
         let state = State { free: Vec::new(), made: 0, limit: 0 };
         let pool = Arc::new(Self { state: Mutex::new(state), freed: Condvar::new() });
@@ -51,7 +49,7 @@ impl Pool {
 
     /// Sets how many bytes there may be.
     pub(super) fn set_limit(&self, bytes: u64) {
-        self.state().limit = (bytes as usize / CHUNK).max(2);
+        self.state().limit = (bytes as usize / CHUNK / HALVES).max(1) * HALVES;
         self.freed.notify_all();
     }
 
@@ -66,11 +64,18 @@ impl Pool {
             if state.free.len() as u64 * CHUNK as u64 >= bytes || state.made >= state.limit {
                 return;
             }
-            state.made += 1;
+            state.made += HALVES;
             drop(state);
-            let memory = Page::allocate(CHUNK);
-            self.state().free.push(memory);
+            let made = Half::both();
+            self.state().free.extend(made);
         }
+    }
+
+    /// Waits until there are buffers for so many bytes, or all but one that may be in use.
+    pub(super) fn await_room(&self, bytes: u64) {
+        let wanted = |limit: usize| bytes.div_ceil(CHUNK as u64).min(limit as u64 - 1) as usize;
+        let room = |s: &mut State| s.free.len() + s.limit.saturating_sub(s.made);
+        drop(self.freed.wait_while(self.state(), |s| room(s) < wanted(s.limit)).expect("see Pool::state"));
     }
 
     /// An empty buffer; waits until there is one.
@@ -79,17 +84,21 @@ impl Pool {
         let mut state =
             self.freed.wait_while(state, |s| s.free.is_empty() && s.made >= s.limit).expect("see Pool::state");
         let memory = state.free.pop().unwrap_or_else(|| {
-            state.made += 1;
+            state.made += HALVES;
             drop(state);
-            Page::allocate(CHUNK)
+            let [first, second] = Half::both();
+            self.state().free.push(second);
+            self.freed.notify_one();
+            first
         });
-        Buffer { memory, filled: 0, pool: Arc::clone(self) }
+        Buffer { memory: Some(memory), filled: 0, pool: Arc::clone(self) }
     }
 }
 
 /// Memory of a page store's writer for up to 1 MiB of page data. It goes back to the writer when dropped.
 pub struct Buffer {
-    memory: Box<[Page]>,
+    /// Nothing but while it is dropped.
+    memory: Option<Half>,
     filled: usize,
     pool: Arc<Pool>,
 }
@@ -97,12 +106,12 @@ pub struct Buffer {
 impl Buffer {
     /// The page data so far.
     pub fn filled(&self) -> &[u8] {
-        &Page::bytes(&self.memory)[..self.filled]
+        self.memory.as_ref().map_or(&[], |memory| &memory.bytes()[..self.filled])
     }
 
     /// The part without page data yet, whose contents are arbitrary.
     pub fn spare_mut(&mut self) -> &mut [u8] {
-        &mut Page::bytes_mut(&mut self.memory)[self.filled..]
+        self.memory.as_mut().map_or(&mut [], |memory| &mut memory.bytes_mut()[self.filled..])
     }
 
     /// Declares the first bytes of [`Self::spare_mut`] page data.
@@ -123,7 +132,7 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.pool.state().free.push(std::mem::take(&mut self.memory));
+        self.pool.state().free.extend(self.memory.take());
         self.pool.freed.notify_one();
     }
 }

@@ -8,6 +8,7 @@ mod dropped;
 mod progress;
 mod reader;
 mod set;
+mod slab;
 mod writer;
 
 pub use buffer::Buffer;

@@ -175,7 +175,7 @@ fn buffers_are_filled_by_several_threads() {
     let (_dir, path) = scratch();
     let mut writer = PageWriter::create(&path, Compression::Zstd(1)).expect("create");
     // One for each thread, and one for append.
-    writer.set_limit(((THREADS + 1) * CHUNK) as u64);
+    writer.set_limit(((THREADS + 2) * CHUNK) as u64);
     let count = |seed: u64| 1 + seed as usize * 37 % 256;
     let mut places = Vec::new();
     thread::scope(|scope| {
@@ -222,16 +222,38 @@ fn buffers_are_filled_by_several_threads() {
 fn the_pool_is_bounded_and_its_buffers_come_back() {
     let (_dir, path) = scratch();
     let writer = PageWriter::create(&path, Compression::None).expect("create");
-    writer.set_limit(3 * CHUNK as u64);
+    // They are made in pairs.
+    writer.set_limit(5 * CHUNK as u64);
     writer.reserve(u64::MAX);
-    let mut held: Vec<_> = (0..3).map(|_| writer.take_buffer()).collect();
+    let mut held: Vec<_> = (0..4).map(|_| writer.take_buffer()).collect();
     thread::scope(|scope| {
         let (sender, taken) = mpsc::channel();
         let writer = &writer;
         scope.spawn(move || sender.send(writer.take_buffer()));
-        taken.recv_timeout(Duration::from_millis(50)).expect_err("there is no fourth buffer");
+        taken.recv_timeout(Duration::from_millis(50)).expect_err("there is no fifth buffer");
         held.pop();
-        taken.recv_timeout(Duration::from_secs(60)).expect("the third one came back");
+        taken.recv_timeout(Duration::from_secs(60)).expect("the fourth one came back");
+    });
+}
+
+#[test]
+fn room_is_waited_for() {
+    let (_dir, path) = scratch();
+    let writer = PageWriter::create(&path, Compression::None).expect("create");
+    writer.set_limit(4 * CHUNK as u64);
+    let mut held: Vec<_> = (0..3).map(|_| writer.take_buffer()).collect();
+    writer.await_room(CHUNK as u64);
+    thread::scope(|scope| {
+        let (sender, free) = mpsc::channel();
+        let writer = &writer;
+        scope.spawn(move || {
+            writer.await_room(u64::MAX);
+            sender.send(())
+        });
+        held.pop();
+        free.recv_timeout(Duration::from_millis(50)).expect_err("two of four buffers are in use");
+        held.pop();
+        free.recv_timeout(Duration::from_secs(60)).expect("all but one");
     });
 }
 

@@ -137,11 +137,10 @@ impl PageWriter {
         &self.output.told
     }
 
-    /// Waits until all that was handed over is written, or has failed to be.
-    pub fn drain(&self) {
-        let done = self.output.done();
-        let wait = self.output.progress.wait_while(done, |done| !done.stop && done.chunks.len() < self.chunks);
-        drop(wait.expect("no thread panics while it holds the results"));
+    /// Waits until so many bytes can be taken in without waiting for the disk; more than the limit allows count as all of it.
+    /// Nothing but a buffer that is being filled may be in use meanwhile.
+    pub fn await_room(&self, bytes: u64) {
+        self.pool.await_room(bytes);
     }
 
     /// Makes the buffers for so many bytes now, as far as the limit allows: no page fault has to be paid for later.

@@ -1,19 +1,8 @@
 //! The images that a session has made: their page stores, and how many there may be.
 
 use super::trackings::Trackings;
-use crate::{
-    error::Result,
-    image::{
-        self, Store,
-        merge::{self, Moves},
-    },
-    memory::known::Known,
-};
 use serde::{Deserialize, Serialize};
-use standstill_images::{
-    publish::ImageDir,
-    store::{PageIndex, PageStoreIndex, PageWriter},
-};
+use standstill_images::store::{PageIndex, PageStoreIndex};
 use std::path::PathBuf;
 use tracing::debug;
 
@@ -35,32 +24,25 @@ impl Chain {
         self.stores.iter().map(PageStoreIndex::pages).sum()
     }
 
-    /// If there are many stores, copies what is still of use in the newest of them to the next one, whose first pages
-    /// these are, and takes them out of the chain. All stores must be in the image's directory. The number of the page
-    /// that follows.
+    /// If there are many stores, takes the newest of them out of the chain, and what they have is not known any more: to
+    /// copy it again from memory costs less than to read it from the disk.
     ///
-    /// A store is copied again only once those after it are half as large together, so that a page is copied a
-    /// logarithmic number of times.
-    pub(super) fn absorb(&mut self, trackings: &mut Trackings, writer: &mut PageWriter) -> Result<PageIndex> {
+    /// A store goes only once those after it are half as large together, so that a page is copied again a logarithmic
+    /// number of times.
+    pub(super) fn shorten(&mut self, trackings: &mut Trackings) {
         if self.stores.len() < STORES {
-            return Ok(self.pages());
+            return;
         }
-        let all = image::locate(&ImageDir::open(&self.dir)?, self.stores.clone())?;
-        let kept = suffix(&all.iter().map(|store| store.pages).collect::<Vec<u64>>());
-        let used = image::pages_of(trackings.known().flat_map(Known::runs));
-        let (kept, joined): (Vec<&Store>, Vec<&Store>) = (all[..kept].iter().collect(), all[kept..].iter().collect());
-        for store in &joined {
-            merge::copy(store, &used, writer, |_| ())?;
-        }
-        let moves = Moves::new(&kept, &joined, &used);
-        trackings.known_mut().for_each(|known| known.renumber(|runs| moves.runs(runs)));
-        self.stores.truncate(kept.len());
-        debug!(stores = joined.len(), pages = moves.written, "page stores joined");
-        Ok(self.pages() + moves.written)
+        let sizes: Vec<u64> = self.stores.iter().map(PageStoreIndex::pages).collect();
+        let kept = suffix(&sizes);
+        debug!(stores = self.stores.len() - kept, "page stores given up");
+        self.stores.truncate(kept);
+        let end = self.pages();
+        trackings.known_mut().for_each(|known| known.forget_from(end));
     }
 }
 
-/// From which store on the stores are joined.
+/// From which store on the stores are given up.
 fn suffix(sizes: &[u64]) -> usize {
     let half = sizes.len() / 2;
     let mut total: u64 = sizes[half..].iter().sum();

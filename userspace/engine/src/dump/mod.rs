@@ -280,9 +280,8 @@ impl<'a> Session<'a> {
         self.observer.read_ahead(&running);
         let told = Arc::clone(&options.progress);
         let mut pages = PageWriter::create_telling(&dir.pages_path(), options.compression, told)?;
-        let mut first = self.chain.pages();
         if wanted.link {
-            first = self.chain.absorb(&mut self.trackings, &mut pages)?;
+            self.chain.shorten(&mut self.trackings);
             self.chain.stores.iter().try_for_each(|store| dir.link(&self.chain.dir.join(&store.file)))?;
         } else if !self.chain.stores.is_empty() {
             dir.set_parent(&self.chain.dir)?;
@@ -290,7 +289,7 @@ impl<'a> Session<'a> {
         let InUse { resident, huge } = InUse::by(&running);
         let rounds = options.precopy.rounds(resident);
         pages.set_limit(options.precopy.buffer);
-        let mut copier = Copier::new(&mut pages, first);
+        let mut copier = Copier::new(&mut pages, self.chain.pages());
         let precopy = match !self.guest && (rounds > 0 || track || !self.trackings.is_empty()) {
             true => Some(self.precopy(&mut copier, rounds.max(1), &running)?),
             false => None,

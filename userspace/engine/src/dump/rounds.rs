@@ -113,8 +113,11 @@ impl Rounds<'_, '_> {
                 }
                 Next::Freeze | Next::GiveUp => break,
             }
-            // What waits to be written must not compete with the tree, nor with the copying under the freeze.
-            self.copier.store.drain();
+            // A round that waits for the disk is a long one, in which much is written to. And what follows the last one must
+            // not wait for memory.
+            let left = (rounds.len() > 1).then(|| PAGE * expect(&rounds).0);
+            self.copier.store.await_room(left.map_or(u64::MAX, |left| 2 * left));
+            self.copier.store.reserve(4 * left.unwrap_or(0));
         }
         Ok(rounds)
     }
@@ -190,7 +193,9 @@ fn decide(rounds: &[Round], max: u32, max_freeze: Duration) -> Next {
     let max_us = max_freeze.as_micros() as u64;
     let (_, left_us) = expect(rounds);
     let soon = last.since_us != 0 && left_us <= max_us / 4;
-    let shrinking = rounds.len() < 2 || last.pages < rounds[rounds.len() - 2].pages / 4 * 3;
+    // Once little enough is left, another round must pay for the writes that it slows down.
+    let much = if left_us > max_us { 3 } else { 2 };
+    let shrinking = rounds.len() < 2 || last.pages < rounds[rounds.len() - 2].pages / 4 * much;
     match (rounds.len() as u32) < max {
         // A long round may have waited for the disk: another is short.
         true if soon && last.us > 4 * max_us && shrinking => Next::Another,

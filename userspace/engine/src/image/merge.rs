@@ -69,15 +69,15 @@ struct Move {
 }
 
 /// Where the pages of stores go when some are kept and what is used of the others goes to a new one behind them.
-pub(crate) struct Moves {
+struct Moves {
     all: Vec<Move>,
     /// Pages of the new store.
-    pub written: u64,
+    written: u64,
 }
 
 impl Moves {
     /// Of the stores `kept` all pages count, of the `rest` those that are `used`.
-    pub(crate) fn new(kept: &[&Store], rest: &[&Store], used: &PageSet) -> Self {
+    fn new(kept: &[&Store], rest: &[&Store], used: &PageSet) -> Self {
         let mut moves = Self { all: Vec::new(), written: 0 };
         let mut next = 0;
         for store in kept {
@@ -94,7 +94,7 @@ impl Moves {
     }
 
     /// The same runs where their pages have moved to: all of them must be among those that move.
-    pub(crate) fn runs(&self, runs: &[PageRun]) -> Vec<PageRun> {
+    fn runs(&self, runs: &[PageRun]) -> Vec<PageRun> {
         let mut new = Vec::new();
         for run in runs {
             let end = run.store + run.pages;
@@ -154,7 +154,7 @@ fn rewrite(
 }
 
 /// Appends the pages of a store that are `used`, in their order. `done` is told how many were.
-pub(crate) fn copy(store: &Store, used: &PageSet, writer: &mut PageWriter, mut done: impl FnMut(u64)) -> Result<()> {
+fn copy(store: &Store, used: &PageSet, writer: &mut PageWriter, mut done: impl FnMut(u64)) -> Result<()> {
     let used = store.local(used);
     if used.pages() == 0 {
         return Ok(());

@@ -88,8 +88,10 @@ pub(crate) enum Writes {
     Seen,
     /// Looks, and fails with EPERM where a mapping is not registered with a userfaultfd.
     Tracked,
-    /// The same, and protects all pages from now on.
+    /// The same, and protects pages from now on. What is absent is not marked: what comes there is not protected.
     Reset,
+    /// The same, and marks what is absent in page tables, which are memory of the process.
+    ResetAll,
 }
 
 impl Writes {
@@ -97,7 +99,7 @@ impl Writes {
         match self {
             Self::Seen => 0,
             Self::Tracked => PM_SCAN_CHECK_WPASYNC,
-            Self::Reset => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            Self::Reset | Self::ResetAll => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
         }
     }
 }
@@ -105,6 +107,9 @@ impl Writes {
 /// Regions asked for at once. The kernel gathers as many before it gives them; asked for more, it gathers again, and
 /// when it reaches the end then it still says that it came as far as the first time (`walk_end`).
 const REGIONS: usize = 512;
+
+/// It costs less to read what the page table says of so many bytes more than to make another system call.
+pub(crate) const NEAR: u64 = 16 * PAGE;
 
 /// The page tables of a process.
 pub(crate) struct Pagemap {
@@ -226,8 +231,8 @@ impl Pagemap {
         })
     }
 
-    /// Pages of a range that are not protected against writing, or were written to since; also those of which there is
-    /// nothing but a page table. `mapped`: the mappings in the range, ascending; none if
+    /// Pages of a range that are not protected against writing, or were written to since; but for [`Writes::Reset`] also those
+    /// of which there is nothing but a page table. `mapped`: the mappings in the range, ascending; none if
     /// it is one itself.
     pub(crate) fn written(
         &self,
@@ -236,9 +241,10 @@ impl Pagemap {
         writes: Writes,
         found: &mut Vec<Range>,
     ) -> io::Result<()> {
-        // The kernel has a shorter way for exactly this question.
-        let wanted =
-            Wanted { flags: writes.flags(), all_of: PAGE_IS_WRITTEN, told: PAGE_IS_WRITTEN, ..Default::default() };
+        // Without another condition the kernel has a shorter way.
+        let any_of = if writes == Writes::Reset { PAGE_IS_PRESENT | PAGE_IS_SWAPPED } else { 0 };
+        let (all_of, told) = (PAGE_IS_WRITTEN, PAGE_IS_WRITTEN);
+        let wanted = Wanted { flags: writes.flags(), all_of, any_of, told, ..Default::default() };
         self.in_parts(range, mapped, found, |range, found| {
             self.scan(range, wanted, |r| found.push(Range { start: r.start, end: r.end }))
         })
@@ -276,31 +282,36 @@ impl Pagemap {
     /// Scans for regions that tell swapped pages and guards; of the swapped ones it gives those that are marks only, or those
     /// that are not.
     fn scan_marks_apart(&self, range: Range, wanted: Wanted, marks: bool, found: &mut Vec<Region>) -> io::Result<()> {
-        let mut all = Vec::new();
-        self.scan(range, wanted, |r| all.push(*r))?;
-        all.iter().try_for_each(|r| match r.categories & wanted.told == PAGE_IS_SWAPPED {
-            true => self.swapped(r, |range, mark| {
+        let first = found.len();
+        let mut swapped: Vec<Range> = Vec::new();
+        self.scan(range, wanted, |r| match r.categories & wanted.told == PAGE_IS_SWAPPED {
+            true => swapped.push(Range { start: r.start, end: r.end }),
+            false => found.push(Region::new(r)),
+        })?;
+        for near in swapped.chunk_by(|a, b| b.start - a.end <= NEAR) {
+            self.swapped(near, |range, mark| {
                 if mark == marks {
                     found.push(Region { range, guard: false });
                 }
-            }),
-            false => {
-                found.push(Region::new(r));
-                Ok(())
-            }
-        })
+            })?;
+        }
+        found[first..].sort_by_key(|region| region.range.start);
+        Ok(())
     }
 
     /// Tells swapped pages from the marks that say of absent pages that they are protected against writing, which scans
     /// do not: those have the last of the swap types, where the kernel keeps what is no swap. Those of huge pages, which
     /// are never swapped, have nothing but the mark.
-    fn swapped(&self, region: &PageRegion, mut part: impl FnMut(Range, bool)) -> io::Result<()> {
+    fn swapped(&self, regions: &[Range], mut part: impl FnMut(Range, bool)) -> io::Result<()> {
         const TYPE: u64 = 0x1f;
         const PROTECTED: u64 = 1 << 57;
         let is_mark = |entry: u64| entry & TYPE == TYPE || entry == PROTECTED;
-        let entries = self.entries(region.start, (region.end - region.start) / PAGE)?;
-        let pages = (region.start..).step_by(PAGE as usize).zip(&entries);
-        pages.for_each(|(start, entry)| part(Range { start, end: start + PAGE }, is_mark(*entry)));
+        let (Some(first), Some(last)) = (regions.first(), regions.last()) else { return Ok(()) };
+        let entries = self.entries(first.start, (last.end - first.start) / PAGE)?;
+        for start in regions.iter().flat_map(|r| (r.start..r.end).step_by(PAGE as usize)) {
+            let entry = entries[((start - first.start) / PAGE) as usize];
+            part(Range { start, end: start + PAGE }, is_mark(entry));
+        }
         Ok(())
     }
 
@@ -350,10 +361,10 @@ impl Pagemap {
         Ok(self.entries(start, pages)?.into_iter().map(frame).collect())
     }
 
-    /// How many of the `pages` pages from `start` on, up to the first other one, are present and mapped nowhere else.
-    pub(crate) fn exclusive(&self, start: u64, pages: u64) -> io::Result<u64> {
+    /// Which of the `pages` pages from `start` on are present and mapped nowhere else.
+    pub(crate) fn exclusive(&self, start: u64, pages: u64) -> io::Result<Vec<bool>> {
         const EXCLUSIVE: u64 = 1 << 56;
-        Ok(self.entries(start, pages)?.iter().take_while(|entry| **entry & EXCLUSIVE != 0).count() as u64)
+        Ok(self.entries(start, pages)?.iter().map(|entry| entry & EXCLUSIVE != 0).collect())
     }
 
     /// What the file has for `pages` pages from `start`.

@@ -4,7 +4,10 @@ use super::{known, private::PrivatePages, ranges, source::Source};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
-    kernel::{PAGE, hugetlb, pagemap::Pagemap, pagemap::Range, pagemap::Writes},
+    kernel::{
+        PAGE, hugetlb,
+        pagemap::{NEAR, Pagemap, Range, Writes},
+    },
 };
 use standstill_images::{
     store::{Buffer, PageIndex, PageWriter},
@@ -47,6 +50,17 @@ enum Zeros {
     All,
 }
 
+impl Zeros {
+    /// Whether a page need not be stored.
+    fn is_left_out(self, address: u64, page: &[u8]) -> bool {
+        match self {
+            Self::All => false,
+            Self::First if address.is_multiple_of(hugetlb::SMALLEST) => false,
+            _ => is_zero(page),
+        }
+    }
+}
+
 /// Copies pages straight from the target into the buffers that are written to the store.
 pub(crate) struct Copier<'a> {
     pub(crate) store: &'a mut PageWriter,
@@ -54,8 +68,6 @@ pub(crate) struct Copier<'a> {
     buffer: Option<Buffer>,
     next: PageIndex,
     counts: Counts,
-    /// Which pages of zeros are stored as well.
-    zeros: Zeros,
     /// The processes may run.
     running: bool,
 }
@@ -63,7 +75,7 @@ pub(crate) struct Copier<'a> {
 impl<'a> Copier<'a> {
     /// For processes that may run: pages may go before they are copied. `first`: number of the first page of the store.
     pub(crate) fn new(store: &'a mut PageWriter, first: PageIndex) -> Self {
-        Self { store, buffer: None, next: first, counts: Counts::default(), zeros: Zeros::None, running: true }
+        Self { store, buffer: None, next: first, counts: Counts::default(), running: true }
     }
 
     /// From now on the processes do not run.
@@ -111,27 +123,30 @@ impl<'a> Copier<'a> {
             }
             None => None,
         };
-        let mut copied = Copied::default();
-        for cluster in clusters(&parts(pages)) {
-            let first = cluster[0].0.start;
-            let mut inherited = Vec::new();
-            if let Some((theirs, parent)) = &theirs {
-                let whole = Range { start: first, end: cluster[cluster.len() - 1].0.end };
-                inherited = self.inherited(source.pages(), theirs, *parent, whole)?;
-            }
-            // Neighbours that are alike are read at once, whatever mappings they are in.
-            for group in cluster.chunk_by(|a, b| a.0.end == b.0.start && a.1 == b.1) {
-                let range = Range { start: group[0].0.start, end: group[group.len() - 1].0.end };
-                self.zeros = group[0].1;
-                if inherited.is_empty() {
-                    self.range(pid, range, &source, &mut copied)?;
-                    continue;
+        let mut parts = parts(pages);
+        let mut inherited = Vec::new();
+        if let Some((theirs, parent)) = theirs {
+            let all = std::mem::take(&mut parts);
+            for cluster in all.chunk_by(|a, b| b.0.start - a.0.end <= NEAR) {
+                let whole = Range { start: cluster[0].0.start, end: cluster[cluster.len() - 1].0.end };
+                let pages = self.inherited(source.pages(), &theirs, parent, whole)?;
+                for (range, zeros) in cluster {
+                    let at = |address: u64| ((address - whole.start) / PAGE) as usize;
+                    let pages = &pages[at(range.start)..at(range.end)];
+                    let own = inherit(range.start, pages, &mut inherited);
+                    parts.extend(own.into_iter().map(|own| (own, *zeros)));
+                    self.counts.shared += pages.iter().flatten().count() as u64;
                 }
-                let at = |address: u64| ((address - first) / PAGE) as usize;
-                self.differing(pid, range, &inherited[at(range.start)..at(range.end)], &source, &mut copied)?;
             }
         }
-        self.zeros = Zeros::None;
+        let running = self.running;
+        let mut copied = self.copy(&parts, |parts, buffer| match source.gather(parts, buffer) {
+            Ok(n) if n >= PAGE as usize => Ok(n),
+            Ok(_) => Err(Error::Died(pid)),
+            Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
+            Err(e) => Err(e).context(|| format!("read the memory of {pid} at {:x}", parts[0].start)),
+        })?;
+        copied.runs = known::merge(copied.runs, inherited);
         Ok(copied)
     }
 
@@ -164,59 +179,19 @@ impl<'a> Copier<'a> {
             .collect())
     }
 
-    /// Copies the pages of a range that are not inherited.
-    fn differing(
-        &mut self,
-        pid: i32,
-        range: Range,
-        inherited: &[Option<PageIndex>],
-        source: &Source,
-        copied: &mut Copied,
-    ) -> Result<()> {
-        let mut n = 0;
-        for same in inherited.chunk_by(|a, b| a.is_some() == b.is_some()) {
-            let start = range.start + n as u64 * PAGE;
-            if same[0].is_some() {
-                for (i, &store) in same.iter().flatten().enumerate() {
-                    push_run(&mut copied.runs, PageRun { start: start + i as u64 * PAGE, pages: 1, store });
-                }
-                self.counts.shared += same.len() as u64;
-            } else {
-                let part = Range { start, end: start + same.len() as u64 * PAGE };
-                self.range(pid, part, source, copied)?;
-            }
-            n += same.len();
-        }
-        Ok(())
-    }
-
-    fn range(&mut self, pid: i32, range: Range, source: &Source, copied: &mut Copied) -> Result<()> {
-        let running = self.running;
-        self.copy(range.start, range.end, copied, |at, buffer| match source.read(at, buffer) {
-            Ok(n) if n >= PAGE as usize => Ok(n),
-            Ok(_) => Err(Error::Died(pid)),
-            Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
-            Err(e) => Err(e).context(|| format!("read the memory of {pid} at {at:x}")),
-        })
-    }
-
-    /// Stores the pages from `start` to `end` that hold something. `read` fills a buffer from an address on and tells how
-    /// much it read; not even a page: the first one is gone.
-    fn copy(
-        &mut self,
-        start: u64,
-        end: u64,
-        copied: &mut Copied,
-        read: impl Fn(u64, &mut [u8]) -> Result<usize>,
-    ) -> Result<()> {
+    /// Stores the pages of some parts that hold something. `read` fills a buffer with parts, one behind the other, and tells
+    /// how much it read; not even a page: the first one is gone.
+    fn copy(&mut self, parts: &[Part], read: impl Fn(&[Range], &mut [u8]) -> Result<usize>) -> Result<Copied> {
         let page = PAGE as usize;
-        let mut at = start;
-        while at < end {
+        let mut copied = Copied::default();
+        let mut rest = Rest { parts, done: 0 };
+        while !rest.parts.is_empty() {
             let mut buffer = self.buffer.take().unwrap_or_else(|| self.store.take_buffer());
             let first = self.next + (buffer.filled().len() / page) as u64;
             let spare = buffer.spare_mut();
-            let len = spare.len().min((end - at) as usize);
-            let got = match read(at, &mut spare[..len]) {
+            let wanted: Vec<Range> = rest.split(spare.len()).0.iter().map(|part| part.0).collect();
+            let length = ranges::size(&wanted) as usize;
+            let got = match read(&wanted, &mut spare[..length]) {
                 Ok(got) => got / page * page,
                 Err(e) => {
                     // A process has ended. What the buffer has is of others.
@@ -224,12 +199,15 @@ impl<'a> Copier<'a> {
                     return Err(e);
                 }
             };
-            let kept = self.keep(at, &mut spare[..got], first, &mut copied.runs);
-            buffer.advance(kept);
-            if got == 0 {
-                ranges::push(&mut copied.gone, Range { start: at, end: at + PAGE });
+            let (done, left) = rest.split(got.max(page));
+            rest = left;
+            let mut kept = 0;
+            if got > 0 {
+                kept = self.keep(&done, spare, first, &mut copied.runs);
+            } else {
+                done.iter().for_each(|gone| ranges::push(&mut copied.gone, gone.0));
             }
-            at += got.max(page) as u64;
+            buffer.advance(kept);
             if buffer.spare_mut().is_empty() {
                 self.next += (buffer.filled().len() / page) as u64;
                 self.store.append_buffer(buffer)?;
@@ -237,38 +215,36 @@ impl<'a> Copier<'a> {
                 self.buffer = Some(buffer);
             }
         }
-        Ok(())
+        Ok(copied)
     }
 
     /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
-    fn keep(&mut self, start: u64, pages: &mut [u8], first: PageIndex, runs: &mut Vec<PageRun>) -> usize {
+    fn keep(&mut self, parts: &[Part], pages: &mut [u8], first: PageIndex, runs: &mut Vec<PageRun>) -> usize {
         let page = PAGE as usize;
-        let zeros = self.zeros;
-        let is_zero = |at: usize, pages: &[u8]| match zeros {
-            Zeros::All => false,
-            Zeros::First if (start + at as u64).is_multiple_of(hugetlb::SMALLEST) => false,
-            _ => is_zero(&pages[at..at + page]),
-        };
-        let (mut from, mut kept) = (0, 0);
-        while from < pages.len() {
-            let zero = is_zero(from, pages);
-            let mut to = from + page;
-            while to < pages.len() && is_zero(to, pages) == zero {
-                to += page;
-            }
-            let count = ((to - from) / page) as u64;
-            if zero {
-                self.counts.zero += count;
-            } else {
+        let (mut at, mut kept) = (0, 0);
+        for (range, zeros) in parts {
+            let end = at + (range.end - range.start) as usize;
+            let address = |at: usize| range.end - (end - at) as u64;
+            while at < end {
+                let from = at;
+                let zero = zeros.is_left_out(address(from), &pages[from..from + page]);
+                at += page;
+                while at < end && zeros.is_left_out(address(at), &pages[at..at + page]) == zero {
+                    at += page;
+                }
+                let count = ((at - from) / page) as u64;
+                if zero {
+                    self.counts.zero += count;
+                    continue;
+                }
                 if kept != from {
-                    pages.copy_within(from..to, kept);
+                    pages.copy_within(from..at, kept);
                 }
                 let store = first + (kept / page) as u64;
-                push_run(runs, PageRun { start: start + from as u64, pages: count, store });
+                push_run(runs, PageRun { start: address(from), pages: count, store });
                 self.counts.stored += count;
-                kept += to - from;
+                kept += at - from;
             }
-            from = to;
         }
         kept
     }
@@ -277,24 +253,70 @@ impl<'a> Copier<'a> {
     pub(crate) fn shared(&mut self, source: &OwnedFd, parts: &[Range]) -> Result<Vec<PageRun>> {
         let context = || "read shared memory".to_string();
         let file = File::from(source.try_clone().context(context)?);
-        let mut copied = Copied::default();
-        let bytes = parts.iter().map(|part| part.end - part.start).sum();
-        self.expecting(bytes, |copier| {
-            parts.iter().try_for_each(|part| {
-                copier.copy(part.start, part.end, &mut copied, |at, buffer| {
+        let bytes = ranges::size(parts);
+        let parts: Vec<Part> = parts.iter().map(|part| (*part, Zeros::None)).collect();
+        let copied = self.expecting(bytes, |copier| {
+            copier.copy(&parts, |parts, mut buffer| {
+                for part in parts {
+                    let now;
+                    (now, buffer) = buffer.split_at_mut((part.end - part.start) as usize);
                     // The last page of a file may be cut short: the rest of it is zeros.
-                    let n = read_all(|part, at| file.read_at(part, at), at, buffer).context(context)?;
-                    buffer[n..].fill(0);
-                    Ok(buffer.len())
-                })
+                    let n = read_all(|part, at| file.read_at(part, at), part.start, now).context(context)?;
+                    now[n..].fill(0);
+                }
+                Ok(ranges::size(parts) as usize)
             })
         })?;
         Ok(copied.runs)
     }
 }
 
+/// Pages to copy, and which of them are stored although they are zeros.
+type Part = (Range, Zeros);
+
+/// Parts that are still to be copied.
+#[derive(Clone, Copy)]
+struct Rest<'a> {
+    parts: &'a [Part],
+    /// Bytes of the first one that are not.
+    done: u64,
+}
+
+impl Rest<'_> {
+    /// The next `bytes` bytes, as far as there are so many, and what follows.
+    fn split(mut self, bytes: usize) -> (Vec<Part>, Self) {
+        let mut bytes = bytes as u64;
+        let mut next = Vec::new();
+        while let Some(((range, zeros), others)) = self.parts.split_first()
+            && bytes > 0
+        {
+            let start = range.start + self.done;
+            let end = range.end.min(start + bytes);
+            next.push((Range { start, end }, *zeros));
+            bytes -= end - start;
+            self.done += end - start;
+            if end == range.end {
+                (self.parts, self.done) = (others, 0);
+            }
+        }
+        (next, self)
+    }
+}
+
+/// Says where the pages from `start` on are that are inherited; those that are not.
+fn inherit(start: u64, inherited: &[Option<PageIndex>], runs: &mut Vec<PageRun>) -> Vec<Range> {
+    let mut own = Vec::new();
+    for (at, store) in (start..).step_by(PAGE as usize).zip(inherited) {
+        match *store {
+            Some(store) => push_run(runs, PageRun { start: at, pages: 1, store }),
+            None => ranges::push(&mut own, Range { start: at, end: at + PAGE }),
+        }
+    }
+    own
+}
+
 /// The pages to copy, cut where mappings of another kind begin.
-fn parts(pages: &PrivatePages) -> Vec<(Range, Zeros)> {
+fn parts(pages: &PrivatePages) -> Vec<Part> {
     let others = ranges::subtract(&pages.ranges, &pages.over_files);
     let sets = [
         (ranges::intersect(&pages.ranges, &pages.over_files), Zeros::All),
@@ -305,13 +327,6 @@ fn parts(pages: &PrivatePages) -> Vec<(Range, Zeros)> {
         sets.into_iter().flat_map(|(set, zeros)| set.into_iter().map(move |r| (r, zeros))).collect();
     parts.sort_unstable_by_key(|part| part.0.start);
     parts
-}
-
-/// Ranges so near to each other that the page frames of all of them, and of what is between, are read at once.
-fn clusters(parts: &[(Range, Zeros)]) -> impl Iterator<Item = &[(Range, Zeros)]> {
-    /// Page table entries that are read as quickly as a system call is made.
-    const NEAR: u64 = 16 * PAGE;
-    parts.chunk_by(|a, b| b.0.start - a.0.end <= NEAR)
 }
 
 /// Reads until the buffer is full or `read` finds nothing more.
@@ -342,14 +357,6 @@ mod tests {
     use super::*;
     use crate::kernel::sys::Mapping;
     use standstill_images::store::Compression;
-
-    #[test]
-    fn near_ranges_are_one_cluster() {
-        let part = |start: u64, end: u64| (Range { start: start * PAGE, end: end * PAGE }, Zeros::None);
-        let parts = [part(0, 1), part(1, 4), part(20, 21), part(38, 39)];
-        assert_eq!(clusters(&parts).map(<[_]>::len).collect::<Vec<_>>(), [3, 1]);
-        assert_eq!(clusters(&[]).count(), 0);
-    }
 
     #[test]
     fn pages_are_cut_where_another_kind_of_mapping_begins() {

@@ -6,7 +6,7 @@ use crate::{
     kernel::{PAGE, pagemap::Range},
 };
 use serde::{Deserialize, Serialize};
-use standstill_images::types::PageRun;
+use standstill_images::{store::PageIndex, types::PageRun};
 
 /// Pages whose contents are known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,9 +42,17 @@ impl Known {
         self.runs = merge(std::mem::take(&mut self.runs), runs);
     }
 
-    /// The same pages at other places of the store, as `moved` says.
-    pub(crate) fn renumber(&mut self, moved: impl Fn(&[PageRun]) -> Vec<PageRun>) {
-        self.runs = moved(&self.runs);
+    /// Forgets the pages that the store has from number `end` on.
+    pub(crate) fn forget_from(&mut self, end: PageIndex) {
+        let kept = |run: &PageRun| PageRun { pages: run.pages.min(end.saturating_sub(run.store)), ..*run };
+        let mut forgotten = Vec::new();
+        for run in &mut self.runs {
+            let all = run.start + run.pages * PAGE;
+            *run = kept(run);
+            ranges::push(&mut forgotten, Range { start: run.start + run.pages * PAGE, end: all });
+        }
+        self.runs.retain(|run| run.pages > 0);
+        self.covered = ranges::subtract(&self.covered, &forgotten);
     }
 }
 
@@ -104,11 +112,14 @@ mod tests {
     proptest! {
         /// A sequence of rounds: some pages change or vanish, others are copied, every third of which are zeros.
         #[test]
-        fn knowledge_is_what_was_last_copied(rounds in proptest::collection::vec((sets(), sets()), 1..6)) {
+        fn knowledge_is_what_was_last_copied(rounds in proptest::collection::vec((sets(), sets(), 0..100u64), 1..6)) {
             let mut known = Known::default();
             let mut model: BTreeMap<u64, Option<u64>> = BTreeMap::new();
             let mut store = 0;
-            for (gone, copied) in rounds {
+            for (gone, copied, kept) in rounds {
+                // Of the store only some is kept, most times all.
+                known.forget_from(kept * 4);
+                model.retain(|_, place| place.is_none_or(|place| place < kept * 4));
                 known.keep(ranges::subtract(known.covered(), &bytes(&gone)));
                 model.retain(|page, _| !flat(&gone).contains(page));
                 let copied = ranges::subtract(&bytes(&copied), known.covered());

@@ -58,7 +58,8 @@ pub(crate) fn union(a: &[Range], b: &[Range]) -> Vec<Range> {
 
 /// Ranges in any order, which may overlap.
 pub(crate) fn set(mut ranges: Vec<Range>) -> Vec<Range> {
-    ranges.sort_unstable_by_key(|r| r.start);
+    // Most are the ascending ranges of two sets, which this sort notices.
+    ranges.sort_by_key(|r| r.start);
     joined(ranges)
 }
 
@@ -72,6 +73,16 @@ pub(crate) fn joined(ranges: impl IntoIterator<Item = Range>) -> Vec<Range> {
 /// Bytes.
 pub(crate) fn size(set: &[Range]) -> u64 {
     set.iter().map(|r| r.end - r.start).sum()
+}
+
+/// What is left without the first `bytes` bytes.
+pub(crate) fn after(set: &[Range], mut bytes: u64) -> Vec<Range> {
+    let rest = |range: &Range| {
+        let passed = bytes.min(range.end - range.start);
+        bytes -= passed;
+        Range { start: range.start + passed, end: range.end }
+    };
+    set.iter().map(rest).filter(|range| range.start < range.end).collect()
 }
 
 #[cfg(test)]
@@ -107,6 +118,9 @@ pub(crate) mod tests {
             prop_assert_eq!(flat(&intersect(&a, &b)), x.intersection(&y).copied().collect::<BTreeSet<_>>());
             prop_assert_eq!(flat(&union(&a, &b)), x.union(&y).copied().collect::<BTreeSet<_>>());
             prop_assert_eq!(size(&a), x.len() as u64);
+            for passed in 0..=x.len() {
+                prop_assert_eq!(flat(&after(&a, passed as u64)), x.iter().skip(passed).copied().collect::<BTreeSet<_>>());
+            }
         }
     }
 }

@@ -1,8 +1,13 @@
 //! Reading the private memory of another process without changing anything about it.
 
+use super::ranges;
 use crate::{
     error::{Context, Result},
-    kernel::{PAGE, pagemap::Pagemap, proc},
+    kernel::{
+        PAGE,
+        pagemap::{NEAR, Pagemap, Range},
+        proc,
+    },
 };
 use nix::{
     sys::uio::{RemoteIoVec, process_vm_readv},
@@ -35,25 +40,69 @@ impl Source {
 
     /// Fills a buffer of whole pages from `at` on, as far as it can; bytes.
     pub(crate) fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        /// Pages from which on it costs less to ask first who has them.
-        const BULK: u64 = 32;
-        let count = buffer.len() as u64 / PAGE;
-        if count >= BULK {
-            // process_vm_readv(2) copies once, /proc/pid/mem twice. But it pins pages, for which the kernel gives a process
-            // that shares them copy-on-write copies of its own, and it keeps to the process's own protections.
-            let own = self.pages.exclusive(at, count).unwrap_or(0) * PAGE;
-            if own >= BULK * PAGE {
-                let remote = RemoteIoVec { base: at as usize, len: own as usize };
-                let local = &mut [IoSliceMut::new(&mut buffer[..own as usize])];
-                // Otherwise the other way tells why it cannot be read.
-                if let Ok(read) = process_vm_readv(Pid::from_raw(self.pid), local, &[remote])
-                    && read >= PAGE as usize
-                {
-                    return Ok(read);
+        self.gather(&[Range { start: at, end: at + buffer.len() as u64 }], buffer)
+    }
+
+    /// Fills a buffer with parts of the memory, one behind the other, up to the first page that cannot be read; bytes. An
+    /// error: that is the first one of all.
+    pub(crate) fn gather(&self, parts: &[Range], buffer: &mut [u8]) -> io::Result<usize> {
+        let mut n = 0;
+        for alike in self.owned(parts).chunk_by(|a, b| a.1 == b.1) {
+            let parts: Vec<Range> = alike.iter().map(|part| part.0).collect();
+            let end = n + ranges::size(&parts) as usize;
+            let own = alike[0].1;
+            let quick = if own { self.read_own(&parts, &mut buffer[n..end]) } else { 0 };
+            n += quick;
+            // Otherwise the other way tells why a page cannot be read.
+            for part in ranges::after(&parts, quick as u64) {
+                let length = (part.end - part.start) as usize;
+                match self.memory.read_at(&mut buffer[n..n + length], part.start) {
+                    Ok(read) if read == length => n += read,
+                    Ok(read) => return Ok(n + read),
+                    Err(e) if n == 0 => return Err(e),
+                    Err(_) => return Ok(n),
                 }
             }
         }
-        self.memory.read_at(buffer, at)
+        Ok(n)
+    }
+
+    /// Reads pages that nobody else has with one system call, up to the first one where that does not work; bytes.
+    ///
+    /// process_vm_readv(2) copies once, /proc/pid/mem twice. But it pins pages, for which the kernel gives a process that
+    /// shares them copy-on-write copies of its own, and it keeps to the process's own protections.
+    fn read_own(&self, parts: &[Range], buffer: &mut [u8]) -> usize {
+        let remote = |part: &Range| RemoteIoVec { base: part.start as usize, len: (part.end - part.start) as usize };
+        let remote: Vec<RemoteIoVec> = parts.iter().map(remote).collect();
+        let local = &mut [IoSliceMut::new(buffer)];
+        let page = PAGE as usize;
+        process_vm_readv(Pid::from_raw(self.pid), local, &remote).map_or(0, |read| read / page * page)
+    }
+
+    /// The parts, cut where pages that only this process has meet others. Of few pages nobody is asked: that costs more
+    /// than it saves.
+    fn owned(&self, parts: &[Range]) -> Vec<(Range, bool)> {
+        const FEW: u64 = 4 * PAGE;
+        if ranges::size(parts) < FEW {
+            return parts.iter().map(|part| (*part, false)).collect();
+        }
+        let mut all: Vec<(Range, bool)> = Vec::new();
+        for near in parts.chunk_by(|a, b| b.start - a.end <= NEAR) {
+            let (start, end) = (near[0].start, near[near.len() - 1].end);
+            let owned = self.pages.exclusive(start, (end - start) / PAGE).unwrap_or_default();
+            for part in near {
+                let mut at = part.start;
+                let first = ((part.start - start) / PAGE) as usize;
+                let pages = ((part.end - part.start) / PAGE) as usize;
+                let owned = owned.get(first..first + pages).map_or_else(|| vec![false; pages], <[bool]>::to_vec);
+                for alike in owned.chunk_by(PartialEq::eq) {
+                    let end = at + alike.len() as u64 * PAGE;
+                    all.push((Range { start: at, end }, alike[0]));
+                    at = end;
+                }
+            }
+        }
+        all
     }
 }
 

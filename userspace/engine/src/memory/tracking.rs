@@ -68,7 +68,7 @@ impl Tracking {
             let part = &areas[span.clone()];
             match (ranges::meet(self.known.covered(), whole(part)), protect) {
                 // Mappings that are new to us all at once.
-                (false, true) if self.userfault.register(look.room(&span)).is_ok() => _ = look.protect(part)?,
+                (false, true) if look.ready(&span) => _ = look.protect(part)?,
                 // Under the freeze nothing is to be done for those.
                 (false, false) if part.iter().all(|area| !area.registered) => {}
                 _ => look.at(span)?,
@@ -88,13 +88,13 @@ impl Tracking {
         match pagemap.written(range, &[], Writes::Tracked, &mut found) {
             Err(e) if e.raw_os_error() == Some(libc::EPERM) && protect => {
                 self.userfault.register(range)?;
-                pagemap.written(range, &[], Writes::Reset, &mut found)?;
+                pagemap.written(range, &[], Writes::ResetAll, &mut found)?;
                 return Ok(vec![range]);
             }
             other => other?,
         }
         if protect {
-            pagemap.written(range, &[], Writes::Reset, &mut found)?;
+            pagemap.written(range, &[], Writes::ResetAll, &mut found)?;
         }
         // Only what is seen to be protected counts: addresses without a page table are taken for unwritten.
         pagemap.blank(range, &mut found)?;
@@ -114,10 +114,24 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
+    /// Whether pages of mappings can be protected; those that are not registered are from now on.
+    fn ready(&mut self, span: &Span) -> bool {
+        let room = self.room(span);
+        self.scan(&self.areas[span.clone()], Writes::Tracked).is_ok() || self.tracking.userfault.register(room).is_ok()
+    }
+
     /// Mappings that follow each other. Nothing is known of those that are not registered; if further writes are tracked,
     /// they are from now on.
     fn at(&mut self, span: Span) -> io::Result<()> {
         let areas = &self.areas[span.clone()];
+        if self.protect && is_large(&areas[0]) {
+            if self.protect(areas)? {
+                self.tracked.push(whole(areas));
+                return Ok(());
+            }
+            // It is another one than it was. All of it counts as written to.
+            self.written.push(whole(areas));
+        }
         // A scan that protects pages and fails in the middle has not told which of them were written to.
         match self.scan(areas, Writes::Tracked) {
             Ok(()) if !self.protect || self.protect(areas)? => self.tracked.push(whole(areas)),
@@ -194,15 +208,21 @@ impl AsFd for Tracking {
 /// Places in a list of mappings.
 type Span = std::ops::Range<usize>;
 
-/// Private mappings of the same kind between which there is no other.
+/// Private mappings of the same kind between which there is no other; large ones alone.
 fn spans(areas: &[Area]) -> impl Iterator<Item = Span> {
-    let chunks = areas.chunk_by(|a, b| can_be_tracked(a) && can_be_tracked(b) && a.kind == b.kind);
+    let alike = |a: &Area, b: &Area| a.kind == b.kind && !is_large(a) && !is_large(b);
+    let chunks = areas.chunk_by(move |a, b| can_be_tracked(a) && can_be_tracked(b) && alike(a, b));
     let mut next = 0;
     let places = chunks.map(move |chunk| {
         next += chunk.len();
         next - chunk.len()..next
     });
     places.filter(|span| can_be_tracked(&areas[span.start]))
+}
+
+/// Whether one look at a mapping instead of two is worth that nothing is known of it if it is another one meanwhile.
+fn is_large(area: &Area) -> bool {
+    area.range.end - area.range.start >= 32 << 20
 }
 
 fn can_be_tracked(area: &Area) -> bool {
