@@ -1,9 +1,13 @@
 //! The images that a session has made: their page stores, and how many there may be.
 
 use super::trackings::Trackings;
+use crate::{
+    image::{self, merge::Moves},
+    memory::known::Known,
+};
 use serde::{Deserialize, Serialize};
 use standstill_images::store::{PageIndex, PageStoreIndex};
-use std::path::PathBuf;
+use std::{cmp::Reverse, ops::Range, path::PathBuf};
 use tracing::debug;
 
 /// So many page stores are left alone.
@@ -24,34 +28,41 @@ impl Chain {
         self.stores.iter().map(PageStoreIndex::pages).sum()
     }
 
-    /// If there are many stores, takes the newest of them out of the chain, and what they have is not known any more: to
-    /// copy it again from memory costs less than to read it from the disk.
+    /// If there are many stores, takes those out of the chain of which the fewest pages are still of use. These are not known
+    /// any more: to copy them again from memory costs less than to read them from the disk.
     ///
-    /// A store goes only once those after it are half as large together, so that a page is copied again a logarithmic
-    /// number of times.
+    /// So small stores become large ones, and a page is copied again a logarithmic number of times.
     pub(super) fn shorten(&mut self, trackings: &mut Trackings) {
         if self.stores.len() < STORES {
             return;
         }
-        let sizes: Vec<u64> = self.stores.iter().map(PageStoreIndex::pages).collect();
-        let kept = suffix(&sizes);
-        debug!(stores = self.stores.len() - kept, "page stores given up");
-        self.stores.truncate(kept);
-        let end = self.pages();
-        trackings.known_mut().for_each(|known| known.forget_from(end));
+        let used = image::pages_of(trackings.known().flat_map(Known::runs));
+        let mut end = 0;
+        let ranges: Vec<_> = self
+            .stores
+            .iter()
+            .map(|store| {
+                let start = end;
+                end += store.pages();
+                start..end
+            })
+            .collect();
+        let of_use = |range: &Range<PageIndex>| used.within(range.clone()).map(|part| part.end - part.start).sum();
+        let kept = most(&ranges.iter().map(of_use).collect::<Vec<u64>>(), STORES / 2);
+        debug!(stores = self.stores.len(), kept = kept.len(), "page stores given up");
+        self.stores = kept.iter().map(|&n| self.stores[n].clone()).collect();
+        let moves = Moves::keeping(kept.iter().map(|&n| ranges[n].clone()));
+        trackings.known_mut().for_each(|known| known.renumber(|runs| moves.runs(runs)));
     }
 }
 
-/// From which store on the stores are given up.
-fn suffix(sizes: &[u64]) -> usize {
-    let half = sizes.len() / 2;
-    let mut total: u64 = sizes[half..].iter().sum();
-    let small = sizes[..half].iter().rev().take_while(|&&size| {
-        let small = size <= 2 * total;
-        total += size;
-        small
-    });
-    half - small.count()
+/// Where the `count` greatest of some numbers are.
+fn most(numbers: &[u64], count: usize) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..numbers.len()).collect();
+    places.sort_by_key(|&n| Reverse(numbers[n]));
+    places.truncate(count);
+    places.sort_unstable();
+    places
 }
 
 #[cfg(test)]
@@ -59,10 +70,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn large_stores_are_left_alone() {
-        assert_eq!(suffix(&[1000, 1, 1, 1, 1, 1, 1, 1]), 1);
-        assert_eq!(suffix(&[1000, 20, 1, 1, 1, 1, 1, 1]), 2);
-        assert_eq!(suffix(&[8; 8]), 0);
-        assert_eq!(suffix(&[0; 8]), 0);
+    fn what_is_of_use_stays() {
+        assert_eq!(most(&[1000, 1, 7, 1, 0, 5, 6, 9], 4), [0, 2, 6, 7]);
+        assert_eq!(most(&[3; 4], 2), [0, 1], "the older ones");
+        assert_eq!(most(&[3], 2), [0]);
     }
 }

@@ -77,6 +77,11 @@ struct Witnesses {
 
 impl Sharing {
     /// What is known of all objects.
+    pub(super) fn known(&self) -> impl Iterator<Item = &Known> {
+        self.objects.values().map(|seen| &seen.object.known)
+    }
+
+    /// The same, to change it.
     pub(super) fn known_mut(&mut self) -> impl Iterator<Item = &mut Known> {
         self.objects.values_mut().map(|seen| &mut seen.object.known)
     }

@@ -91,6 +91,11 @@ impl Trackings {
     }
 
     /// What is known of all memory.
+    pub(super) fn known(&self) -> impl Iterator<Item = &Known> {
+        self.by_pid.values().map(|tracking| &tracking.known).chain(self.sharing.known())
+    }
+
+    /// The same, to change it.
     pub(super) fn known_mut(&mut self) -> impl Iterator<Item = &mut Known> {
         self.by_pid.values_mut().map(|tracking| &mut tracking.known).chain(self.sharing.known_mut())
     }

@@ -69,21 +69,28 @@ struct Move {
 }
 
 /// Where the pages of stores go when some are kept and what is used of the others goes to a new one behind them.
-struct Moves {
+pub(crate) struct Moves {
     all: Vec<Move>,
     /// Pages of the new store.
     written: u64,
 }
 
 impl Moves {
+    /// Stores that become the only ones: all their pages count, in the same order.
+    pub(crate) fn keeping(stores: impl IntoIterator<Item = Range<PageIndex>>) -> Self {
+        let mut next = 0;
+        let all = stores.into_iter().map(|old| {
+            let new = next;
+            next += old.end - old.start;
+            Move { old, new }
+        });
+        Self { all: all.collect(), written: 0 }
+    }
+
     /// Of the stores `kept` all pages count, of the `rest` those that are `used`.
     fn new(kept: &[&Store], rest: &[&Store], used: &PageSet) -> Self {
-        let mut moves = Self { all: Vec::new(), written: 0 };
-        let mut next = 0;
-        for store in kept {
-            moves.all.push(Move { old: store.range(), new: next });
-            next += store.pages;
-        }
+        let mut moves = Self::keeping(kept.iter().map(|store| store.range()));
+        let next = kept.iter().map(|store| store.pages).sum::<PageIndex>();
         for old in rest.iter().flat_map(|store| used.within(store.range())) {
             let new = next + moves.written;
             moves.written += old.end - old.start;
@@ -93,8 +100,8 @@ impl Moves {
         moves
     }
 
-    /// The same runs where their pages have moved to: all of them must be among those that move.
-    fn runs(&self, runs: &[PageRun]) -> Vec<PageRun> {
+    /// The same runs where their pages have moved to. Pages that are not among those that move are left out.
+    pub(crate) fn runs(&self, runs: &[PageRun]) -> Vec<PageRun> {
         let mut new = Vec::new();
         for run in runs {
             let end = run.store + run.pages;

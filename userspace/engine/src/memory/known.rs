@@ -6,7 +6,7 @@ use crate::{
     kernel::{PAGE, pagemap::Range},
 };
 use serde::{Deserialize, Serialize};
-use standstill_images::{store::PageIndex, types::PageRun};
+use standstill_images::types::PageRun;
 
 /// Pages whose contents are known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,16 +42,14 @@ impl Known {
         self.runs = merge(std::mem::take(&mut self.runs), runs);
     }
 
-    /// Forgets the pages that the store has from number `end` on.
-    pub(crate) fn forget_from(&mut self, end: PageIndex) {
-        let kept = |run: &PageRun| PageRun { pages: run.pages.min(end.saturating_sub(run.store)), ..*run };
-        let mut forgotten = Vec::new();
-        for run in &mut self.runs {
-            let all = run.start + run.pages * PAGE;
-            *run = kept(run);
-            ranges::push(&mut forgotten, Range { start: run.start + run.pages * PAGE, end: all });
-        }
-        self.runs.retain(|run| run.pages > 0);
+    /// The pages are at other places of the store, as `moved` says; those that it leaves out are forgotten.
+    pub(crate) fn renumber(&mut self, moved: impl Fn(&[PageRun]) -> Vec<PageRun>) {
+        let pages = |runs: &[PageRun]| {
+            ranges::joined(runs.iter().map(|run| Range { start: run.start, end: run.start + run.pages * PAGE }))
+        };
+        let before = pages(&self.runs);
+        self.runs = moved(&self.runs);
+        let forgotten = ranges::subtract(&before, &pages(&self.runs));
         self.covered = ranges::subtract(&self.covered, &forgotten);
     }
 }
@@ -100,7 +98,10 @@ fn cut(runs: &[PageRun], set: &[Range]) -> Vec<PageRun> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::ranges::tests::{flat, sets};
+    use crate::{
+        image::merge::Moves,
+        memory::ranges::tests::{flat, sets},
+    };
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -112,14 +113,18 @@ mod tests {
     proptest! {
         /// A sequence of rounds: some pages change or vanish, others are copied, every third of which are zeros.
         #[test]
-        fn knowledge_is_what_was_last_copied(rounds in proptest::collection::vec((sets(), sets(), 0..100u64), 1..6)) {
+        fn knowledge_is_what_was_last_copied(rounds in proptest::collection::vec((sets(), sets(), (0..100u64, 0..40u64)), 1..6)) {
             let mut known = Known::default();
             let mut model: BTreeMap<u64, Option<u64>> = BTreeMap::new();
             let mut store = 0;
             for (gone, copied, kept) in rounds {
-                // Of the store only some is kept, most times all.
-                known.forget_from(kept * 4);
-                model.retain(|_, place| place.is_none_or(|place| place < kept * 4));
+                // A part of the store is given up, mostly nothing that is known.
+                let (first, end) = (kept.0 * 4, kept.0 * 4 + kept.1);
+                let moves = Moves::keeping([0..first, end..u64::MAX]);
+                known.renumber(|runs| moves.runs(runs));
+                model.retain(|_, place| place.is_none_or(|place| !(first..end).contains(&place)));
+                let moved = |place: u64| if place < first { place } else { place - (end - first) };
+                model.values_mut().flatten().for_each(|place| *place = moved(*place));
                 known.keep(ranges::subtract(known.covered(), &bytes(&gone)));
                 model.retain(|page, _| !flat(&gone).contains(page));
                 let copied = ranges::subtract(&bytes(&copied), known.covered());
