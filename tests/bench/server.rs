@@ -27,9 +27,9 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
             let mut target = Target::launch(&setting, "server", &["--rate", &rate.to_string()]);
             settle(&options.dir);
             let mut turns: Vec<Value> = Vec::new();
-            // The undisturbed turn is one of them, each time at another place.
-            for number in 0..=tools.len() {
-                let disturbed = tools.get((number + run) % (tools.len() + 1));
+            // Undisturbed before and after the tools: what a processor does in a minute changes from one to the next.
+            let disturbed = (0..tools.len()).map(|number| Some(&tools[(number + run) % tools.len()]));
+            for disturbed in std::iter::once(None).chain(disturbed).chain([None]) {
                 let by = disturbed.map_or("nobody", |(name, _)| name);
                 eprintln!("server: rate {rate}, snapshots by {by}, run {} of {}", run + 1, options.runs);
                 let mut figures = measure(&mut target, disturbed, seconds)?;
@@ -38,7 +38,8 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
                 turns.push(figures);
             }
             let throughput = |turn: &Value| turn[FIGURES[0]].as_f64().unwrap_or_default();
-            let alone = turns.iter().find(|turn| turn["by"] == "nobody").map_or(0.0, throughput);
+            let alone: Vec<f64> = turns.iter().filter(|turn| turn["by"] == "nobody").map(throughput).collect();
+            let alone = alone.iter().sum::<f64>() / alone.len() as f64;
             turns.iter_mut().for_each(|turn| turn["share"] = (throughput(turn) / alone).into());
             runs.append(&mut turns);
         }

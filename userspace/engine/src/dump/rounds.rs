@@ -4,8 +4,13 @@
 use super::{observer::Observer, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
+    image::push_run,
     kernel::{PAGE, proc, sys},
-    memory::{area::Area, copy::Copier, private, ranges},
+    memory::{
+        area::{Area, View},
+        copy::Copier,
+        private, ranges,
+    },
     task::Family,
     tree::sharing,
 };
@@ -62,6 +67,9 @@ impl Default for PrecopyOptions {
 
 /// Private memory from which on `Precopy::Auto` is worth another look at the tree.
 const LARGE: u64 = 16 << 20;
+
+/// Bytes of a large mapping that are looked at and copied before the next ones.
+const PART: u64 = 64 << 20;
 
 impl PrecopyOptions {
     /// How many rounds at most there are for a tree with so much memory.
@@ -152,14 +160,24 @@ impl Rounds<'_, '_> {
         self.trackings.begin(pid, self.timeout)?;
         let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
         let areas = Area::of_running(pid).context(|| format!("read the mappings of {pid}"))?;
-        let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
-        let copied = self.copier.private(&found, self.trackings.parent(ppid))?;
-        if let Some(tracking) = self.trackings.of_mut(pid) {
-            tracking.known.keep(found.unchanged);
-            tracking.known.learn(&ranges::subtract(&found.ranges, &copied.gone), copied.runs);
+        let parent = self.trackings.parent(ppid);
+        let (mut unchanged, mut found, mut gone, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for view in View::parts(&areas, PART) {
+            let (pages, _) = private::look(pid, &view, Some(tracking), true, 1)?;
+            let copied = self.copier.private(&pages, parent)?;
+            copied.runs.into_iter().for_each(|run| push_run(&mut runs, run));
+            for (all, part) in [(&mut unchanged, pages.unchanged), (&mut found, pages.ranges), (&mut gone, copied.gone)]
+            {
+                part.into_iter().for_each(|range| ranges::push(all, range));
+            }
         }
-        Ok(ranges::size(&found.ranges) / PAGE)
+        let pages = ranges::size(&found) / PAGE;
+        if let Some(tracking) = self.trackings.of_mut(pid) {
+            tracking.known.keep(unchanged);
+            tracking.known.learn(&ranges::subtract(&found, &gone), runs);
+        }
+        Ok(pages)
     }
 }
 

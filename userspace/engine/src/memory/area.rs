@@ -29,6 +29,56 @@ pub(crate) struct Area {
     pub huge: bool,
 }
 
+const LARGE: u64 = 32 << 20;
+
+/// Mappings of a process, of which some are looked at.
+#[derive(Clone, Debug)]
+pub(crate) struct View<'a> {
+    /// All of them.
+    pub areas: &'a [Area],
+    /// Where those are that meet `range`.
+    pub seen: std::ops::Range<usize>,
+    /// What is looked at. It begins and ends between mappings or in large ones.
+    range: Range,
+}
+
+impl<'a> View<'a> {
+    /// Everything.
+    pub(crate) fn all(areas: &'a [Area]) -> Self {
+        Self { areas, seen: 0..areas.len(), range: Range { start: 0, end: u64::MAX } }
+    }
+
+    /// One view after the other, with so many bytes of large mappings each. Who copies what one shows before he looks at
+    /// the next does not leave pages protected for long before they are copied, which others write to meanwhile.
+    pub(crate) fn parts(areas: &'a [Area], bytes: u64) -> Vec<Self> {
+        let large = areas.iter().filter(|area| area.is_private() && area.is_large());
+        let edges = large.flat_map(|area| (area.range.start..area.range.end).step_by(bytes as usize));
+        let edges: Vec<u64> = std::iter::once(0).chain(edges).chain([u64::MAX]).collect();
+        let part = |edges: &[u64]| {
+            let range = Range { start: edges[0], end: edges[1] };
+            let first = areas.partition_point(|area| area.range.end <= range.start);
+            let end = areas.partition_point(|area| area.range.start < range.end);
+            Self { areas, seen: first..end, range }
+        };
+        edges.windows(2).map(part).filter(|part| !part.seen.is_empty()).collect()
+    }
+
+    /// What of a range is looked at.
+    pub(crate) fn clip(&self, range: Range) -> Range {
+        Range { start: range.start.max(self.range.start), end: range.end.min(self.range.end) }
+    }
+
+    /// What is looked at of mappings that follow each other.
+    pub(crate) fn whole(&self, span: &[Area]) -> Range {
+        self.clip(Range { start: span[0].range.start, end: span[span.len() - 1].range.end })
+    }
+
+    /// The mappings as far as they are looked at.
+    pub(crate) fn clipped(&self) -> Vec<Area> {
+        self.areas[self.seen.clone()].iter().map(|area| Area { range: self.clip(area.range), ..*area }).collect()
+    }
+}
+
 /// Kinds of mappings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -68,6 +118,12 @@ impl Area {
         Ok(areas)
     }
 
+    /// Large enough to be looked at alone and in parts: a look that protects its pages asks once instead of twice, and for
+    /// that nothing is known of it if it is another mapping meanwhile.
+    pub(crate) fn is_large(&self) -> bool {
+        self.range.end - self.range.start >= LARGE
+    }
+
     pub(crate) fn is_private(&self) -> bool {
         self.kind != Kind::Other
     }
@@ -101,5 +157,43 @@ impl From<&MapLine> for Area {
             false => Kind::Anonymous,
         };
         Self::new(Range { start: line.start, end: line.end }, kind, false, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::ranges;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// All views together show each mapping once, small ones uncut, and of large ones not much at a time.
+        #[test]
+        fn parts_are_the_whole(sizes in proptest::collection::vec((0..3u64, 1..5u64, any::<bool>()), 0..12)) {
+            const STEP: u64 = LARGE / 2;
+            let mut at = 0;
+            let areas: Vec<Area> = sizes
+                .iter()
+                .map(|(gap, steps, shared)| {
+                    let start = at + gap * PAGE;
+                    at = start + steps * STEP;
+                    let kind = if *shared { Kind::Other } else { Kind::Anonymous };
+                    Area::new(Range { start, end: at }, kind, false, false)
+                })
+                .collect();
+            let parts = View::parts(&areas, STEP);
+            let shown: Vec<Area> = parts.iter().flat_map(View::clipped).collect();
+            let joined = |areas: &[Area]| ranges::joined(areas.iter().map(|area| area.range));
+            let size = |areas: &[Area]| areas.iter().map(|area| area.range.end - area.range.start).sum::<u64>();
+            prop_assert_eq!(joined(&shown), joined(&areas));
+            prop_assert_eq!(size(&shown), size(&areas));
+            for area in areas.iter().filter(|area| !area.is_private() || !area.is_large()) {
+                prop_assert_eq!(shown.iter().filter(|part| *part == area).count(), 1, "{:?}", area);
+            }
+            for part in &parts {
+                let large: Vec<Area> = part.clipped().into_iter().filter(|a| !areas.contains(a)).collect();
+                prop_assert!(size(&large) <= STEP);
+            }
+        }
     }
 }

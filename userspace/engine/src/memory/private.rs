@@ -1,7 +1,7 @@
 //! Which pages of a process belong to it alone, and which of them are not in the store yet.
 
 use super::{
-    area::{Area, Kind, REGISTERED},
+    area::{Area, Kind, REGISTERED, View},
     ranges,
     tracking::Tracking,
 };
@@ -58,11 +58,11 @@ impl PrivatePages {
 /// system call.
 const PASSED_OVER: u64 = 64 * PAGE;
 
-/// The private pages of a process, which may run, and its guards. `tracking`: what is known of its pages. `protect`:
+/// The private pages of a process, which may run, and its guards, as far as they are in view. `tracking`: what is known of its pages. `protect`:
 /// further writes are tracked. `threads`: for scans of large mappings.
 pub(crate) fn look(
     pid: i32,
-    areas: &[Area],
+    view: &View<'_>,
     tracking: Option<&Tracking>,
     protect: bool,
     threads: usize,
@@ -71,7 +71,7 @@ pub(crate) fn look(
     let pagemap = Pagemap::open(pid).context(|| format!("open the pagemap of {pid}"))?.with_threads(threads);
     // A page that is written to or goes after the first of these questions is found by the next dump.
     let unwritten = match tracking {
-        Some(tracking) => match tracking.unwritten(&pagemap, areas, protect) {
+        Some(tracking) => match tracking.unwritten(&pagemap, view, protect) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 return Err(Error::unsupported(pid, "a mapping", REGISTERED));
             }
@@ -79,6 +79,7 @@ pub(crate) fn look(
         },
         None => Vec::new(),
     };
+    let areas = &view.clipped()[..];
     let (present, guards) = present(&pagemap, areas).context(failed)?;
     let unchanged = ranges::intersect(&unwritten, &present);
     let over_files = area_set(areas, |a| a.kind == Kind::File);
@@ -94,7 +95,7 @@ pub(crate) type Job<'a> = (i32, &'a [Area], Option<&'a Tracking>);
 /// The same for several processes that do not run, by `threads` threads.
 pub(crate) fn look_at_all(jobs: &[Job<'_>], protect: bool, threads: usize) -> Result<Vec<(PrivatePages, Vec<Range>)>> {
     let workers = parallel::workers(jobs.len(), threads);
-    parallel::map(jobs, workers, |&(pid, areas, tracking)| look(pid, areas, tracking, protect, threads))
+    parallel::map(jobs, workers, |&(pid, areas, tracking)| look(pid, &View::all(areas), tracking, protect, threads))
 }
 
 /// Pages that hold something, and guards.
@@ -210,7 +211,7 @@ mod tests {
             let first = memory.start() / PAGE;
             let areas = [area(first, 2, Kind::File), area(first + 2, pages - 2, ANONYMOUS)];
             let pid = std::process::id() as i32;
-            let (found, guards) = look(pid, &areas, None, false, 1).unwrap();
+            let (found, guards) = look(pid, &View::all(&areas), None, false, 1).unwrap();
             assert_eq!(found.over_files, [range(first, first + 2)]);
             assert_eq!(found.unchanged, []);
             // Without guards in the kernel, or without its telling them apart, there is nothing to see.
@@ -236,7 +237,7 @@ mod tests {
     fn contents_that_the_kernel_may_drop_are_left_out() {
         let (memory, _) = sample(8);
         let areas = [area(memory.start() / PAGE, 8, Kind::Droppable)];
-        let (found, _) = look(std::process::id() as i32, &areas, None, false, 1).unwrap();
+        let (found, _) = look(std::process::id() as i32, &View::all(&areas), None, false, 1).unwrap();
         assert_eq!(found.ranges, []);
     }
 }

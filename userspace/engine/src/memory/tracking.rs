@@ -9,7 +9,7 @@
 //! such descriptors are not tracked (`dump/rounds.rs`).
 
 use super::{
-    area::{Area, Kind},
+    area::{Area, Kind, View},
     known::Known,
     ranges,
 };
@@ -62,11 +62,11 @@ impl Tracking {
     /// Known pages that have not been written to. `protect`: further writes are tracked.
     ///
     /// What changes while this looks counts as written to the next time. EBUSY: the process itself tracks some of them.
-    pub(super) fn unwritten(&self, pagemap: &Pagemap, areas: &[Area], protect: bool) -> io::Result<Vec<Range>> {
-        let mut look = Look { tracking: self, pagemap, areas, protect, written: Vec::new(), tracked: Vec::new() };
-        for span in spans(areas) {
-            let part = &areas[span.clone()];
-            match (ranges::meet(self.known.covered(), whole(part)), protect) {
+    pub(super) fn unwritten(&self, pagemap: &Pagemap, view: &View<'_>, protect: bool) -> io::Result<Vec<Range>> {
+        let mut look = Look { tracking: self, pagemap, view, protect, written: Vec::new(), tracked: Vec::new() };
+        for span in spans(view) {
+            let part = &view.areas[span.clone()];
+            match (ranges::meet(self.known.covered(), view.whole(part)), protect) {
                 // Mappings that are new to us all at once.
                 (false, true) if look.ready(&span) => _ = look.protect(part)?,
                 // Under the freeze nothing is to be done for those.
@@ -106,7 +106,7 @@ impl Tracking {
 struct Look<'a> {
     tracking: &'a Tracking,
     pagemap: &'a Pagemap,
-    areas: &'a [Area],
+    view: &'a View<'a>,
     protect: bool,
     written: Vec<Range>,
     /// Mappings that have been registered since the last look.
@@ -117,24 +117,25 @@ impl Look<'_> {
     /// Whether pages of mappings can be protected; those that are not registered are from now on.
     fn ready(&mut self, span: &Span) -> bool {
         let room = self.room(span);
-        self.scan(&self.areas[span.clone()], Writes::Tracked).is_ok() || self.tracking.userfault.register(room).is_ok()
+        self.scan(&self.view.areas[span.clone()], Writes::Tracked).is_ok()
+            || self.tracking.userfault.register(room).is_ok()
     }
 
     /// Mappings that follow each other. Nothing is known of those that are not registered; if further writes are tracked,
     /// they are from now on.
     fn at(&mut self, span: Span) -> io::Result<()> {
-        let areas = &self.areas[span.clone()];
-        if self.protect && is_large(&areas[0]) {
+        let areas = &self.view.areas[span.clone()];
+        if self.protect && areas[0].is_large() {
             if self.protect(areas)? {
-                self.tracked.push(whole(areas));
+                self.tracked.push(self.view.whole(areas));
                 return Ok(());
             }
             // It is another one than it was. All of it counts as written to.
-            self.written.push(whole(areas));
+            self.written.push(self.view.whole(areas));
         }
         // A scan that protects pages and fails in the middle has not told which of them were written to.
         match self.scan(areas, Writes::Tracked) {
-            Ok(()) if !self.protect || self.protect(areas)? => self.tracked.push(whole(areas)),
+            Ok(()) if !self.protect || self.protect(areas)? => self.tracked.push(self.view.whole(areas)),
             Ok(()) => {}
             Err(e) if e.raw_os_error() != Some(libc::EPERM) => return Err(e),
             Err(_) if areas.len() > 1 => {
@@ -158,8 +159,8 @@ impl Look<'_> {
     /// Mappings with the free addresses behind them, into which they may have grown meanwhile. One that is registered in
     /// part would be two, and mremap(2) of both at once fails. What is before them is for others to grow into.
     fn room(&self, span: &Span) -> Range {
-        let own = whole(&self.areas[span.clone()]);
-        let after = self.areas.get(span.end).map_or(own.end, |next| next.range.start);
+        let own = whole(&self.view.areas[span.clone()]);
+        let after = self.view.areas.get(span.end).map_or(own.end, |next| next.range.start);
         // The last one is the machine's.
         Range { start: own.start, end: after.min(arch::TASK_SIZE) }
     }
@@ -173,16 +174,16 @@ impl Look<'_> {
     }
 
     fn scan(&mut self, span: &[Area], writes: Writes) -> io::Result<()> {
-        scan(self.pagemap, span, writes, &mut self.written)
+        scan(self.pagemap, self.view, span, writes, &mut self.written)
     }
 }
 
-fn scan(pagemap: &Pagemap, span: &[Area], writes: Writes, written: &mut Vec<Range>) -> io::Result<()> {
+fn scan(pagemap: &Pagemap, view: &View<'_>, span: &[Area], writes: Writes, written: &mut Vec<Range>) -> io::Result<()> {
     match span[0].kind {
-        Kind::File => pagemap.written_over_files(whole(span), writes, written),
+        Kind::File => pagemap.written_over_files(view.whole(span), writes, written),
         _ => {
-            let mapped: Vec<Range> = span.iter().map(|area| area.range).collect();
-            pagemap.written(whole(span), &mapped, writes, written)
+            let mapped: Vec<Range> = span.iter().map(|area| view.clip(area.range)).collect();
+            pagemap.written(view.whole(span), &mapped, writes, written)
         }
     }
 }
@@ -191,7 +192,8 @@ fn scan(pagemap: &Pagemap, span: &[Area], writes: Writes, written: &mut Vec<Rang
 pub(crate) fn rehearse(pid: i32, areas: &[Area], threads: usize) -> io::Result<()> {
     let pagemap = Pagemap::open(pid)?.with_threads(threads);
     let mut written = Vec::new();
-    spans(areas).try_for_each(|span| scan(&pagemap, &areas[span], Writes::Seen, &mut written))
+    let view = View::all(areas);
+    spans(&view).try_for_each(|span| scan(&pagemap, &view, &areas[span], Writes::Seen, &mut written))
 }
 
 /// Addresses of mappings that follow each other.
@@ -208,21 +210,17 @@ impl AsFd for Tracking {
 /// Places in a list of mappings.
 type Span = std::ops::Range<usize>;
 
-/// Private mappings of the same kind between which there is no other; large ones alone.
-fn spans(areas: &[Area]) -> impl Iterator<Item = Span> {
-    let alike = |a: &Area, b: &Area| a.kind == b.kind && !is_large(a) && !is_large(b);
-    let chunks = areas.chunk_by(move |a, b| can_be_tracked(a) && can_be_tracked(b) && alike(a, b));
-    let mut next = 0;
+/// Private mappings in view of the same kind between which there is no other; large ones alone.
+fn spans(view: &View<'_>) -> impl Iterator<Item = Span> {
+    let alike = |a: &Area, b: &Area| a.kind == b.kind && !a.is_large() && !b.is_large();
+    let seen = &view.areas[view.seen.clone()];
+    let chunks = seen.chunk_by(move |a, b| can_be_tracked(a) && can_be_tracked(b) && alike(a, b));
+    let mut next = view.seen.start;
     let places = chunks.map(move |chunk| {
         next += chunk.len();
         next - chunk.len()..next
     });
-    places.filter(|span| can_be_tracked(&areas[span.start]))
-}
-
-/// Whether one look at a mapping instead of two is worth that nothing is known of it if it is another one meanwhile.
-fn is_large(area: &Area) -> bool {
-    area.range.end - area.range.start >= 32 << 20
+    places.filter(|span| can_be_tracked(&view.areas[span.start]))
 }
 
 fn can_be_tracked(area: &Area) -> bool {

@@ -21,6 +21,7 @@ use std::{
         },
     },
     path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 /// What a restore does about cgroups.
@@ -203,7 +204,19 @@ impl Mounts {
     /// Where a cgroup is.
     fn path(&mut self, hierarchy: &[u8], path: &Path) -> io::Result<PathBuf> {
         if !self.0.contains_key(hierarchy) {
-            self.0.insert(hierarchy.to_vec(), sys::mount_cgroups(hierarchy)?);
+            // A hierarchy without a mount and without children goes with its last mount, and until it is gone there cannot be
+            // another one.
+            const PATIENCE: Duration = Duration::from_secs(2);
+            let limit = Instant::now() + PATIENCE;
+            let mount = loop {
+                match sys::mount_cgroups(hierarchy) {
+                    Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < limit => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    other => break other?,
+                }
+            };
+            self.0.insert(hierarchy.to_vec(), mount);
         }
         let mut dir = PathBuf::from(format!("/proc/self/fd/{}", self.0[hierarchy].as_raw_fd()));
         dir.extend(path.components().filter(|c| matches!(c, Component::Normal(_))));

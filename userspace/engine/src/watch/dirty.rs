@@ -10,7 +10,11 @@ use crate::{
     dump::Watcher,
     error::Result,
     kernel::pagemap::Range,
-    memory::{area::Area, private, tracking::Tracking},
+    memory::{
+        area::{Area, View},
+        private,
+        tracking::Tracking,
+    },
 };
 use nix::{
     fcntl::OFlag,
@@ -165,7 +169,7 @@ impl Tracked {
         let last = self.looked.replace(Instant::now());
         let areas = Area::of_running(pid)
             .map_err(|source| crate::Error::System { call: "read the mappings".into(), source })?;
-        let (found, _) = private::look(pid, &areas, Some(tracking), true, 1)?;
+        let (found, _) = private::look(pid, &View::all(&areas), Some(tracking), true, 1)?;
         tracking.known.keep(found.unchanged);
         tracking.known.learn(&found.ranges, Vec::new());
         Ok(last.map(|last| Written { seconds: last.elapsed().as_secs_f64(), ranges: found.ranges }))
