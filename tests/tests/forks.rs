@@ -89,7 +89,7 @@ fn huge_pages() {
 #[test]
 fn mappings_that_a_fork_lacks() {
     cycle(&["--heap", "64", "--pages-per-second", "max", "--threads", "2", "--unforked"], &["--precopy=0"]);
-    cycle(&["--heap", "64", "--pages-per-second", "max", "--threads", "2", "--unforked"], &["--precopy=2"]);
+    cycle(&["--heap", "256", "--pages-per-second", "max", "--threads", "3", "--unforked"], &["--precopy=1"]);
 }
 
 #[test]

@@ -17,6 +17,11 @@ use std::{
 /// direct I/O has one piece of memory to look after instead of hundreds.
 struct Slab(NonNull<c_void>);
 
+// SAFETY: the mapping is no thread's own, and nobody but its halves goes to it, each to its own part.
+unsafe impl Send for Slab {}
+// SAFETY: the same.
+unsafe impl Sync for Slab {}
+
 /// Buffers of a slab.
 pub(super) const HALVES: usize = 2;
 
@@ -53,11 +58,6 @@ pub(super) struct Half {
     slab: Arc<Slab>,
     number: usize,
 }
-
-// SAFETY: a half is the only one with its number, and so the only way to its part of the memory.
-unsafe impl Send for Half {}
-// SAFETY: what can be done with a shared one is to read.
-unsafe impl Sync for Half {}
 
 impl Half {
     /// The two of a new slab.
