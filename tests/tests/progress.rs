@@ -31,9 +31,13 @@ impl Terminal {
         assert!(wait_until(Duration::from_secs(60), ended), "{}", self.tmux.screen());
         let screen = self.tmux.expect(&["ABOVE", "status 0"]);
         assert!(!screen.contains(BAR[2]), "the bar is still there:\n{screen}");
-        let written = fs::read(&self.written).expect("read what was written");
-        let written = String::from_utf8_lossy(&written);
+        let written = self.written();
         BAR.iter().all(|word| written.contains(word))
+    }
+
+    /// All that was ever shown.
+    fn written(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.written).expect("read what was written")).into_owned()
     }
 }
 
@@ -52,6 +56,8 @@ fn a_bar_in_a_terminal() {
         let args = dump_args(&target, &images, options);
         let Some(terminal) = Terminal::start(&tool, &target, &args) else { return };
         assert!(terminal.has_shown_bar(), "no bar: {args}");
+        let written = terminal.written();
+        assert!(!written.contains(" MiB, "), "the whole, 1 GiB, is not told from the beginning on: {args}\n{written}");
         if options.starts_with("-R") {
             target.assert_free();
             target.assert_well();

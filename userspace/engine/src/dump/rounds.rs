@@ -1,7 +1,7 @@
 //! Pre-copy: memory is copied while the tree runs, again and again what has changed meanwhile, so that little is left for
 //! the freeze.
 
-use super::{observer::Observer, trackings::Trackings};
+use super::{observer::Observer, target::InUse, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
@@ -159,12 +159,27 @@ impl Rounds<'_, '_> {
     fn process(&mut self, pid: i32) -> Result<u64> {
         self.trackings.begin(pid, self.timeout)?;
         let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
+        // Of memory of which nothing is known all may have to be copied. Who looks how far this has come wants to know that
+        // from the beginning on, and not part by part.
+        let mut ahead = if tracking.known.covered().is_empty() { InUse::by(&[pid]).resident } else { 0 };
+        self.copier.store.told().expect(ahead);
+        let pages = self.parts(pid, &mut ahead);
+        self.copier.store.told().drop_expected(ahead);
+        pages
+    }
+
+    /// Looks at a tracked process and copies what has changed, part by part. `ahead`: bytes that are expected already.
+    fn parts(&mut self, pid: i32, ahead: &mut u64) -> Result<u64> {
+        let Some(tracking) = self.trackings.of(pid) else { return Ok(0) };
         let areas = Area::of_running(pid).context(|| format!("read the mappings of {pid}"))?;
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
         let parent = self.trackings.parent(ppid);
         let (mut unchanged, mut found, mut gone, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for view in View::parts(&areas, PART) {
             let (pages, _) = private::look(pid, &view, Some(tracking), true, 1)?;
+            let now = ranges::size(&pages.ranges).min(*ahead);
+            self.copier.store.told().drop_expected(now);
+            *ahead -= now;
             let copied = self.copier.private(&pages, parent)?;
             copied.runs.into_iter().for_each(|run| push_run(&mut runs, run));
             for (all, part) in [(&mut unchanged, pages.unchanged), (&mut found, pages.ranges), (&mut gone, copied.gone)]
