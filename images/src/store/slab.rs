@@ -13,8 +13,8 @@ use std::{
     sync::Arc,
 };
 
-/// Memory for two buffers, which is one huge page where the kernel has one: it takes a hundredth of the time to touch, and
-/// direct I/O has one piece of memory to look after instead of hundreds.
+/// Memory for two buffers, which is one huge page where the kernel has one: it is touched with one page fault instead of
+/// hundreds, and direct I/O has one piece of memory to look after.
 struct Slab(NonNull<c_void>);
 
 // SAFETY: the mapping is no thread's own, and nobody but its halves goes to it, each to its own part.

@@ -17,7 +17,7 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
@@ -73,8 +73,6 @@ struct Output {
     /// So many bytes of the disk are the file's.
     allocated: Mutex<u64>,
     done: Mutex<Done>,
-    /// Something was done.
-    progress: Condvar,
 }
 
 #[derive(Default)]
@@ -103,8 +101,8 @@ impl PageWriter {
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io())?;
         // Where the file system has no direct I/O, the page cache does as well.
         let _ = fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT));
-        let (end, allocated, done, progress) = Default::default();
-        let output = Arc::new(Output { path: path.into(), file, compression, told, end, allocated, done, progress });
+        let (end, allocated, done) = Default::default();
+        let output = Arc::new(Output { path: path.into(), file, compression, told, end, allocated, done });
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         let threads = thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
@@ -294,7 +292,6 @@ impl Output {
                     done.error.get_or_insert(error);
                 }
             }
-            self.progress.notify_all();
         }
     }
 
