@@ -58,8 +58,8 @@ impl PrivatePages {
 /// system call.
 const PASSED_OVER: u64 = 64 * PAGE;
 
-/// The private pages of a process, which may run, and its guards, as far as they are in view. `tracking`: what is known of its pages. `protect`:
-/// further writes are tracked. `threads`: for scans of large mappings.
+/// The private pages of a process, which may run, and its guards, as far as they are in view. `tracking`: what is known of
+/// its pages. `protect`: further writes are tracked. `threads`: for scans of large mappings.
 pub(crate) fn look(
     pid: i32,
     view: &View<'_>,
