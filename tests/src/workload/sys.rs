@@ -1,6 +1,7 @@
 //! Thin wrappers for what the workloads need from the kernel.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 use std::{io, slice};
@@ -187,8 +188,13 @@ fn range_of(line: &str) -> Option<(usize, usize)> {
 }
 
 /// The fields of a `/proc/<pid>/stat` file from the state on, so that index 0 is what proc(5) calls field 3.
+///
+/// The file is read in one piece: of one that is read in pieces, those before a checkpoint tell of the process as it was
+/// then, and those after a restore of the restored one, whose numbers have other lengths.
 pub fn proc_stat_fields(path: &str) -> io::Result<Vec<String>> {
-    let text = fs::read_to_string(path)?;
+    let mut text = vec![0; 4096];
+    let length = File::open(path)?.read(&mut text)?;
+    let text = String::from_utf8_lossy(&text[..length]);
     let (_, rest) = text.rsplit_once(')').ok_or_else(|| io::Error::other("no comm in a stat file"))?;
     Ok(rest.split_whitespace().map(str::to_owned).collect())
 }

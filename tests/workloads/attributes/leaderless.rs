@@ -42,23 +42,27 @@ impl Leaderless {
             (pid, ours)
         };
         let child = Self { pid, pipes: RefCell::new(ours) };
-        while !child.is_led_by_the_dead() {
+        while child.not_led_by_the_dead().is_some() {
             std::thread::sleep(Duration::from_millis(1));
         }
         child
     }
 
-    fn is_led_by_the_dead(&self) -> bool {
-        let stat = proc_stat_fields(&format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+    /// The state, number of threads and exit status that its stat file tells, if they are not the expected ones.
+    fn not_led_by_the_dead(&self) -> Option<String> {
+        let stat = match proc_stat_fields(&format!("/proc/{}/stat", self.pid)) {
+            Ok(stat) => stat,
+            Err(error) => return Some(error.to_string()),
+        };
         // Fields 3, 20 and 52 of proc(5).
-        let is = |n: usize, value: &str| stat.get(n - 3).is_some_and(|field| field == value);
-        is(3, "Z") && is(20, "3") && is(52, &(STATUS << 8).to_string())
+        let found = [3, 20, 52].map(|n: usize| stat.get(n - 3).cloned().unwrap_or_default());
+        (found != ["Z".to_owned(), "3".to_owned(), (STATUS << 8).to_string()]).then(|| found.join(" "))
     }
 
     pub(crate) fn check(&self, checker: &Checker, end: bool) {
         let mut pipes = self.pipes.borrow_mut();
         let Some((to, from)) = pipes.as_mut() else { return };
-        checker.that(self.is_led_by_the_dead(), || "the leader is not as it was".to_owned());
+        checker.equal("what is not as it was of the leader", &self.not_led_by_the_dead(), &None);
         let waited = waitpid(self.pid, Some(WaitPidFlag::WNOHANG));
         checker.equal("nobody has ended", &waited, &Ok(WaitStatus::StillAlive));
         let mut answer = [0];
