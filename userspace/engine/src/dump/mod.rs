@@ -291,7 +291,7 @@ impl<'a> Session<'a> {
         pages.set_limit(options.precopy.buffer);
         let mut copier = Copier::new(&mut pages, self.chain.pages());
         let precopy = match !self.guest && (rounds > 0 || track || !self.trackings.is_empty()) {
-            true => Some(self.precopy(&mut copier, rounds.max(1), &running)?),
+            true => Some(self.precopy(&mut copier, rounds.max(1), &running, wanted.link)?),
             false => None,
         };
         if afterwards != Afterwards::Kill {
@@ -361,6 +361,7 @@ impl<'a> Session<'a> {
             }
         };
         drop(urgent);
+        self.trackings.release();
         options.progress.set_busy(false);
         let forked = forks.is_some();
         if let Some(forks) = forks {
@@ -425,8 +426,9 @@ impl<'a> Session<'a> {
         Ok(Some(dedup))
     }
 
-    /// Copies memory while the tree runs. `running`: its processes a moment ago.
-    fn precopy(&mut self, copier: &mut Copier<'_>, max: u32, running: &[i32]) -> Result<PrecopyStats> {
+    /// Copies memory while the tree runs. `running`: its processes a moment ago. `compare`: this session makes the next image,
+    /// too.
+    fn precopy(&mut self, copier: &mut Copier<'_>, max: u32, running: &[i32], compare: bool) -> Result<PrecopyStats> {
         let options = self.options;
         let observer = &mut self.observer;
         if let Some(iterators) = observer.iterators()
@@ -435,7 +437,7 @@ impl<'a> Session<'a> {
             self.trackings.refuse_direct_io(&entries);
         }
         let (trackings, timeout) = (&mut self.trackings, options.timeout);
-        let mut rounds = Rounds { trackings, copier, observer, root: options.pid, timeout };
+        let mut rounds = Rounds { trackings, copier, observer, root: options.pid, timeout, compare };
         let rounds = rounds.run(&mut self.looked, max, &options.precopy)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
         Ok(PrecopyStats { rounds, expected_pages, expected_us, ..Default::default() })

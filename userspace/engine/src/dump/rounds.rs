@@ -5,11 +5,14 @@ use super::{observer::Observer, target::InUse, trackings::Trackings};
 use crate::{
     error::{Context, Error, Result},
     image::push_run,
-    kernel::{PAGE, proc, sys},
+    kernel::{PAGE, pagemap::Range, proc, sys},
     memory::{
         area::{Area, View},
         copy::Copier,
-        private, ranges,
+        known::Known,
+        private::{self, PrivatePages},
+        ranges,
+        sums::Sums,
     },
     task::Family,
     tree::sharing,
@@ -91,6 +94,8 @@ pub(super) struct Rounds<'a, 'b> {
     pub root: i32,
     /// For stopping a process.
     pub timeout: Duration,
+    /// The next image is made by the same session: where most is written to, changes may be found by checksums.
+    pub compare: bool,
 }
 
 impl Rounds<'_, '_> {
@@ -106,7 +111,7 @@ impl Rounds<'_, '_> {
             let begin = Instant::now();
             let now = sys::monotonic();
             let (_, pids) = Family::of(self.root, self.observer.iterators());
-            let pages = self.round(&pids)?;
+            let pages = self.round(&pids, self.compare && rounds.is_empty())?;
             let since_us = looked.replace(now).map_or(0, |last| now.saturating_sub(last).as_micros() as u64);
             rounds.push(Round { pages, us: begin.elapsed().as_micros() as u64, since_us });
             debug!(?pids, round = ?rounds.last(), "pre-copied");
@@ -130,8 +135,9 @@ impl Rounds<'_, '_> {
         Ok(rounds)
     }
 
-    /// Copies what has changed since the last round; pages.
-    fn round(&mut self, pids: &[i32]) -> Result<u64> {
+    /// Copies what has changed since the last round; pages. `compare`: it is the first one of an image, before which memory
+    /// with checksums was not protected.
+    fn round(&mut self, pids: &[i32], compare: bool) -> Result<u64> {
         self.trackings.retain(pids);
         self.trackings.part();
         let others = sharing::of_running(pids);
@@ -140,7 +146,7 @@ impl Rounds<'_, '_> {
         let root = pids.first().copied();
         let mut pages = 0;
         for &pid in &firsts {
-            match self.process(pid) {
+            match self.process(pid, compare) {
                 Ok(copied) => pages += copied,
                 Err(e) if e.is_death() && (Some(pid) != root || is_led_by_the_dead(pid)) => self.trackings.remove(pid),
                 Err(e) if e.is_death() => return Err(Error::Died(pid)),
@@ -156,44 +162,65 @@ impl Rounds<'_, '_> {
         Ok(pages)
     }
 
-    fn process(&mut self, pid: i32) -> Result<u64> {
+    fn process(&mut self, pid: i32, compare: bool) -> Result<u64> {
         self.trackings.begin(pid, self.timeout)?;
         let Some(tracking) = self.trackings.of(pid).filter(|_| self.trackings.is_able(pid)) else { return Ok(0) };
         // Of memory of which nothing is known all may have to be copied. Who looks how far this has come wants to know that
         // from the beginning on, and not part by part.
         let mut ahead = if tracking.known.covered().is_empty() { InUse::by(&[pid]).resident } else { 0 };
         self.copier.store.told().expect(ahead);
-        let pages = self.parts(pid, &mut ahead);
+        let pages = self.parts(pid, &mut ahead, compare);
         self.copier.store.told().drop_expected(ahead);
         pages
     }
 
     /// Looks at a tracked process and copies what has changed, part by part. `ahead`: bytes that are expected already.
-    fn parts(&mut self, pid: i32, ahead: &mut u64) -> Result<u64> {
+    fn parts(&mut self, pid: i32, ahead: &mut u64, compare: bool) -> Result<u64> {
         let Some(tracking) = self.trackings.of(pid) else { return Ok(0) };
         let areas = Area::of_running(pid).context(|| format!("read the mappings of {pid}"))?;
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
         let parent = self.trackings.parent(ppid);
         let (mut unchanged, mut found, mut gone, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut sums, mut same) = (Vec::new(), 0);
         for view in View::parts(&areas, PART) {
             let (pages, _) = private::look(pid, &view, Some(tracking), true, 1)?;
             let now = ranges::size(&pages.ranges).min(*ahead);
             self.copier.store.told().drop_expected(now);
             *ahead -= now;
-            let copied = self.copier.private(&pages, parent)?;
+            let range = view.of_one().filter(|_| compare);
+            let copied = match range.and_then(|range| before(&tracking.known, range, &pages)) {
+                Some(before) => {
+                    let (copied, now) = self.copier.compared(&pages, &tracking.known, &before)?;
+                    let changed = ranges::size(&pages.ranges) / PAGE - if now.is_released() { copied.same } else { 0 };
+                    sums.extend(now.next(changed, pages.scanned()));
+                    copied
+                }
+                None => self.copier.private(&pages, parent)?,
+            };
+            same += copied.same;
             copied.runs.into_iter().for_each(|run| push_run(&mut runs, run));
             for (all, part) in [(&mut unchanged, pages.unchanged), (&mut found, pages.ranges), (&mut gone, copied.gone)]
             {
                 part.into_iter().for_each(|range| ranges::push(all, range));
             }
         }
-        let pages = ranges::size(&found) / PAGE;
+        let pages = ranges::size(&found) / PAGE - same;
         if let Some(tracking) = self.trackings.of_mut(pid) {
             tracking.known.keep(unchanged);
             tracking.known.learn(&ranges::subtract(&found, &gone), runs);
+            if compare {
+                tracking.known.set_sums(sums);
+            }
         }
         Ok(pages)
     }
+}
+
+/// The checksums to compare the memory of a range with. There may be none yet, if much of what is known was written to.
+fn before(known: &Known, range: Range, pages: &PrivatePages) -> Option<Sums> {
+    let new = || Sums::new(range).next(ranges::size(&pages.ranges) / PAGE, pages.scanned());
+    let is_known = ranges::meet(known.covered(), range);
+    known.sums(range).cloned().or_else(|| new().filter(|_| is_known))
 }
 
 /// Whether a process lives on without its leader, which would have to make a system call to have it tracked.

@@ -46,6 +46,11 @@ impl Trackings {
         self.known_mut().for_each(|known| *known = Known::default());
     }
 
+    /// Memory that the next image compares with checksums can be written to without a fault until then.
+    pub(super) fn release(&self) {
+        self.by_pid.values().for_each(Tracking::release);
+    }
+
     /// Whether it is of use to copy a process before the freeze.
     pub(super) fn is_able(&self, pid: i32) -> bool {
         self.by_pid.contains_key(&pid) && !self.unable.contains(&pid)

@@ -78,6 +78,16 @@ impl Userfault {
         let mut arg = Register { start: range.start, len: range.end - range.start, mode: REGISTER_MODE_WP, ioctls: 0 };
         // SAFETY: `arg` is a struct uffdio_register.
         unsafe { uffdio_register(self.0.as_raw_fd(), &raw mut arg) }?;
+        self.release(range)
+    }
+
+    /// Ends the protection of all pages in a range of registered mappings: they can be written to without a fault, and count
+    /// as written to.
+    ///
+    /// # Errors
+    /// ESRCH: the address space is no more. ENOENT: there is a mapping in the range that is not registered, or none. What is
+    /// before it may have lost its protection.
+    pub(crate) fn release(&self, range: Range) -> io::Result<()> {
         let mut arg = WriteProtect { start: range.start, len: range.end - range.start, mode: 0 };
         // SAFETY: `arg` is a struct uffdio_writeprotect.
         unsafe { uffdio_writeprotect(self.0.as_raw_fd(), &raw mut arg) }?;

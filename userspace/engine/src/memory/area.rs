@@ -48,12 +48,14 @@ impl<'a> View<'a> {
         Self { areas, seen: 0..areas.len(), range: Range { start: 0, end: u64::MAX } }
     }
 
-    /// One view after the other, with so many bytes of large mappings each. Who copies what one shows before he looks at
+    /// One view after the other: parts of large mappings with so many bytes each, and what is between those. Who copies what one shows before he looks at
     /// the next does not leave pages protected for long before they are copied, which others write to meanwhile.
     pub(crate) fn parts(areas: &'a [Area], bytes: u64) -> Vec<Self> {
         let large = areas.iter().filter(|area| area.is_private() && area.is_large());
-        let edges = large.flat_map(|area| (area.range.start..area.range.end).step_by(bytes as usize));
-        let edges: Vec<u64> = std::iter::once(0).chain(edges).chain([u64::MAX]).collect();
+        let edges =
+            large.flat_map(|area| (area.range.start..area.range.end).step_by(bytes as usize).chain([area.range.end]));
+        let mut edges: Vec<u64> = std::iter::once(0).chain(edges).chain([u64::MAX]).collect();
+        edges.dedup();
         let part = |edges: &[u64]| {
             let range = Range { start: edges[0], end: edges[1] };
             let first = areas.partition_point(|area| area.range.end <= range.start);
@@ -61,6 +63,12 @@ impl<'a> View<'a> {
             Self { areas, seen: first..end, range }
         };
         edges.windows(2).map(part).filter(|part| !part.seen.is_empty()).collect()
+    }
+
+    /// The memory in view, if it is part of one large anonymous mapping.
+    pub(crate) fn of_one(&self) -> Option<Range> {
+        let [area] = &self.areas[self.seen.clone()] else { return None };
+        (area.kind == Kind::Anonymous && area.is_large()).then(|| self.clip(area.range))
     }
 
     /// What of a range is looked at.

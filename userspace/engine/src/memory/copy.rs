@@ -38,11 +38,13 @@ pub(crate) struct Copied {
     pub runs: Vec<PageRun>,
     /// Pages that went while a running process was copied.
     pub gone: Vec<Range>,
+    /// Pages among them that the store had already, as their checksums say.
+    pub same: u64,
 }
 
 /// Pages of zeros that are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Zeros {
+pub(super) enum Zeros {
     None,
     /// The first one of each huge page, so that a restore takes the same huge pages from the machine.
     First,
@@ -67,9 +69,9 @@ pub(crate) struct Copier<'a> {
     /// What is being filled, and the number of its first page.
     buffer: Option<Buffer>,
     next: PageIndex,
-    counts: Counts,
+    pub(super) counts: Counts,
     /// The processes may run.
-    running: bool,
+    pub(super) running: bool,
 }
 
 impl<'a> Copier<'a> {
@@ -102,7 +104,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Tells of the bytes that `copy` may store before it does, and afterwards of those that it has not.
-    fn expecting<T>(&mut self, bytes: u64, copy: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+    pub(super) fn expecting<T>(&mut self, bytes: u64, copy: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let before = self.counts.stored;
         self.store.told().expect(bytes);
         let copied = copy(self)?;
@@ -140,12 +142,7 @@ impl<'a> Copier<'a> {
             }
         }
         let running = self.running;
-        let mut copied = self.copy(&parts, |parts, buffer| match source.gather(parts, buffer) {
-            Ok(n) if n >= PAGE as usize => Ok(n),
-            Ok(_) => Err(Error::Died(pid)),
-            Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
-            Err(e) => Err(e).context(|| format!("read the memory of {pid} at {:x}", parts[0].start)),
-        })?;
+        let mut copied = self.copy(&parts, |parts, buffer| read_private(&source, pid, running, parts, buffer))?;
         copied.runs = known::merge(copied.runs, inherited);
         Ok(copied)
     }
@@ -192,7 +189,7 @@ impl<'a> Copier<'a> {
             let wanted: Vec<Range> = rest.split(spare.len()).0.iter().map(|part| part.0).collect();
             let length = ranges::size(&wanted) as usize;
             let got = match read(&wanted, &mut spare[..length]) {
-                Ok(got) => got / page * page,
+                Ok(got) => got,
                 Err(e) => {
                     // A process has ended. What the buffer has is of others.
                     self.buffer = Some(buffer);
@@ -207,15 +204,31 @@ impl<'a> Copier<'a> {
             } else {
                 done.iter().for_each(|gone| ranges::push(&mut copied.gone, gone.0));
             }
-            buffer.advance(kept);
-            if buffer.spare_mut().is_empty() {
-                self.next += (buffer.filled().len() / page) as u64;
-                self.store.append_buffer(buffer)?;
-            } else {
-                self.buffer = Some(buffer);
-            }
+            self.fill(buffer, kept)?;
         }
         Ok(copied)
+    }
+
+    /// So many more bytes of a buffer are filled: hands it over when it is full.
+    fn fill(&mut self, mut buffer: Buffer, bytes: usize) -> Result<()> {
+        buffer.advance(bytes);
+        if buffer.spare_mut().is_empty() {
+            self.next += (buffer.filled().len() / PAGE as usize) as u64;
+            self.store.append_buffer(buffer)?;
+        } else {
+            self.buffer = Some(buffer);
+        }
+        Ok(())
+    }
+
+    /// Stores one page; its number.
+    pub(super) fn store_page(&mut self, page: &[u8]) -> Result<PageIndex> {
+        let mut buffer = self.buffer.take().unwrap_or_else(|| self.store.take_buffer());
+        let number = self.next + (buffer.filled().len() / PAGE as usize) as u64;
+        buffer.spare_mut()[..page.len()].copy_from_slice(page);
+        self.counts.stored += 1;
+        self.fill(buffer, page.len())?;
+        Ok(number)
     }
 
     /// Moves the pages that hold something to the front and notes where they go; how many bytes they are.
@@ -271,20 +284,38 @@ impl<'a> Copier<'a> {
     }
 }
 
+/// Reads parts of a process's memory, one behind the other; bytes, of whole pages. 0: the first page is gone, which can
+/// happen to a process that runs.
+pub(super) fn read_private(
+    source: &Source,
+    pid: i32,
+    running: bool,
+    parts: &[Range],
+    buffer: &mut [u8],
+) -> Result<usize> {
+    let page = PAGE as usize;
+    match source.gather(parts, buffer) {
+        Ok(n) if n >= page => Ok(n / page * page),
+        Ok(_) => Err(Error::Died(pid)),
+        Err(e) if running && e.raw_os_error() == Some(libc::EIO) => Ok(0),
+        Err(e) => Err(e).context(|| format!("read the memory of {pid} at {:x}", parts[0].start)),
+    }
+}
+
 /// Pages to copy, and which of them are stored although they are zeros.
 type Part = (Range, Zeros);
 
 /// Parts that are still to be copied.
 #[derive(Clone, Copy)]
-struct Rest<'a> {
-    parts: &'a [Part],
+pub(super) struct Rest<'a> {
+    pub parts: &'a [Part],
     /// Bytes of the first one that are not.
-    done: u64,
+    pub done: u64,
 }
 
 impl Rest<'_> {
     /// The next `bytes` bytes, as far as there are so many, and what follows.
-    fn split(mut self, bytes: usize) -> (Vec<Part>, Self) {
+    pub(super) fn split(mut self, bytes: usize) -> (Vec<Part>, Self) {
         let mut bytes = bytes as u64;
         let mut next = Vec::new();
         while let Some(((range, zeros), others)) = self.parts.split_first()

@@ -1,6 +1,6 @@
 //! What of an address space is in the store already, and true as long as nobody writes to it.
 
-use super::ranges;
+use super::{ranges, sums::Sums};
 use crate::{
     image::push_run,
     kernel::{PAGE, pagemap::Range},
@@ -15,6 +15,10 @@ pub(crate) struct Known {
     covered: Vec<Range>,
     /// Where the store has them, by address; those that hold only zeros are not there.
     runs: Vec<PageRun>,
+    /// Of memory that is not protected between two images: its pages are known to be what the store has if they have these
+    /// checksums, which without whoever made them are of no use.
+    #[serde(skip)]
+    sums: Vec<Sums>,
 }
 
 impl Known {
@@ -28,9 +32,25 @@ impl Known {
         &self.runs
     }
 
+    /// The checksums of the pages in this range, if it is one for which there are any.
+    pub(crate) fn sums(&self, range: Range) -> Option<&Sums> {
+        self.sums.iter().find(|sums| sums.range() == range)
+    }
+
+    /// The ranges that are not to be protected until the next image.
+    pub(crate) fn released(&self) -> impl Iterator<Item = Range> {
+        self.sums.iter().filter(|sums| sums.is_released()).map(Sums::range)
+    }
+
+    /// The checksums of known pages, instead of all that there were.
+    pub(crate) fn set_sums(&mut self, sums: Vec<Sums>) {
+        self.sums = sums;
+    }
+
     /// Forgets all but `kept`, which are known.
     pub(crate) fn keep(&mut self, kept: Vec<Range>) {
         if kept != self.covered {
+            self.sums.iter_mut().for_each(|sums| sums.keep(&kept));
             self.runs = cut(&self.runs, &kept);
             self.covered = kept;
         }

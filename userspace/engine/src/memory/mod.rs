@@ -3,6 +3,7 @@
 pub(crate) mod aio;
 pub(crate) mod area;
 pub(crate) mod collect;
+pub(crate) mod compare;
 pub(crate) mod copy;
 pub(crate) mod huge;
 pub(crate) mod known;
@@ -13,5 +14,6 @@ pub(crate) mod ranges;
 pub(crate) mod shared;
 pub(crate) mod smaps;
 pub(crate) mod source;
+pub(crate) mod sums;
 pub(crate) mod tracking;
 pub(crate) mod verify;

@@ -27,6 +27,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
+use tracing::debug;
 
 /// Tracks the writes to one address space until it is dropped.
 #[derive(Debug)]
@@ -57,6 +58,15 @@ impl Tracking {
     /// Goes on with what another process has begun.
     pub(crate) fn again(fd: OwnedFd, known: Known) -> Self {
         Self { userfault: Userfault::again(fd), known }
+    }
+
+    /// Ends the protection of memory of which the next image compares checksums. That it may not end everywhere does no harm.
+    pub(crate) fn release(&self) {
+        for range in self.known.released() {
+            if let Err(e) = self.userfault.release(range) {
+                debug!("pages at {:x} stay protected: {e}", range.start);
+            }
+        }
     }
 
     /// Known pages that have not been written to. `protect`: further writes are tracked.
