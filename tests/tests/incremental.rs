@@ -321,6 +321,40 @@ fn kept_snapshots_restore() {
     }
 }
 
+/// Memory that is written to everywhere between two snapshots is not protected meanwhile: what has changed is found by
+/// checksums.
+#[test]
+fn compared_snapshots_restore() {
+    let _turn = Turn::take();
+    let Some(tool) = standstill() else { return };
+    let mut random = Random::new(9);
+    let heap = ["--heap", "96", "--pages-per-second"];
+    let cases: [(&[&str], &[&str]); 4] = [
+        (&["20000"], &[]),
+        (&["10000", "--children", "2"], &[]),
+        (&["max", "--thp"], &["--max-rounds", "3"]),
+        (&["20000", "--threads", "2"], &["--snapshot", "fork"]),
+    ];
+    for (args, options) in cases {
+        let mut target = Target::workload("writer", &[&heap, args].concat());
+        let (store, log) = (target.images("store"), target.dir().join("log"));
+        let run =
+            tool.snapshot(target.pid(), &store, "700ms").args(["--keep", "5", "--count", "7", "-vv", "-o"]).arg(&log);
+        run.args(options).run().expect_success();
+        expect_well(&mut target);
+        let compared = fs::read_to_string(&log).expect("read the log");
+        let compared: Vec<&str> = compared.lines().filter(|line| line.contains(" compared ")).collect();
+        let some_changed = compared.iter().any(|line| !line.ends_with("same=0"));
+        assert!(some_changed, "{args:?}: memory was compared only so: {compared:#?}");
+        let numbers = kept(&store);
+        for number in [numbers[random.below(numbers.len())], numbers[random.below(numbers.len())]] {
+            take_back_at(&tool, &mut target, &store, &number.to_string());
+        }
+        take_back_at(&tool, &mut target, &store, "latest");
+        target.finish(0);
+    }
+}
+
 /// The result of a computation that nobody disturbs.
 #[track_caller]
 fn undisturbed(args: &[&str]) -> String {

@@ -179,6 +179,8 @@ pub(crate) struct Session<'a> {
     /// The tracking is somebody else's, and must not be disturbed.
     guest: bool,
     turn: Option<Turn>,
+    /// It was said that the tree writes too fast: once is enough.
+    warned: bool,
 }
 
 /// An image that is to be made.
@@ -195,8 +197,8 @@ pub(crate) struct Wanted<'a> {
 
 impl<'a> Session<'a> {
     pub(crate) fn open(options: &'a DumpOptions, observer: Observer) -> Self {
-        let (trackings, looked, chain, parent, guest, turn) = Default::default();
-        Self { options, observer, trackings, looked, chain, parent, guest, turn }
+        let (trackings, looked, chain, parent, guest, turn, warned) = Default::default();
+        Self { options, observer, trackings, looked, chain, parent, guest, turn, warned }
     }
 
     /// Goes on with what the keeper of the tree knows, if the image that it knows of is to be the parent. Whoever watches the
@@ -437,7 +439,8 @@ impl<'a> Session<'a> {
             self.trackings.refuse_direct_io(&entries);
         }
         let (trackings, timeout) = (&mut self.trackings, options.timeout);
-        let mut rounds = Rounds { trackings, copier, observer, root: options.pid, timeout, compare };
+        let mut rounds =
+            Rounds { trackings, copier, observer, root: options.pid, timeout, compare, warned: &mut self.warned };
         let rounds = rounds.run(&mut self.looked, max, &options.precopy)?;
         let (expected_pages, expected_us) = rounds::expect(&rounds);
         Ok(PrecopyStats { rounds, expected_pages, expected_us, ..Default::default() })

@@ -12,7 +12,7 @@ use crate::{
         known::Known,
         private::{self, PrivatePages},
         ranges,
-        sums::Sums,
+        sums::{self, Sums},
     },
     task::Family,
     tree::sharing,
@@ -96,6 +96,8 @@ pub(super) struct Rounds<'a, 'b> {
     pub timeout: Duration,
     /// The next image is made by the same session: where most is written to, changes may be found by checksums.
     pub compare: bool,
+    /// Whether it was said that the tree writes too fast.
+    pub warned: &'a mut bool,
 }
 
 impl Rounds<'_, '_> {
@@ -117,7 +119,8 @@ impl Rounds<'_, '_> {
             debug!(?pids, round = ?rounds.last(), "pre-copied");
             match decide(&rounds, max, options.max_freeze) {
                 Next::Another => {}
-                Next::GiveUp if options.snapshot == MemorySnapshot::Copy => {
+                Next::GiveUp if options.snapshot == MemorySnapshot::Copy && !*self.warned => {
+                    *self.warned = true;
                     warn!(
                         "the tree writes to its memory faster than it can be copied: the freeze will be longer than asked \
                          (--snapshot fork copies after it, if the tree goes on)"
@@ -181,7 +184,7 @@ impl Rounds<'_, '_> {
         let ppid = proc::stat(pid).context(|| format!("read /proc/{pid}/stat"))?.ppid;
         let parent = self.trackings.parent(ppid);
         let (mut unchanged, mut found, mut gone, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut sums, mut same) = (Vec::new(), 0);
+        let (mut summed, mut same) = (Vec::new(), 0);
         for view in View::parts(&areas, PART) {
             let (pages, _) = private::look(pid, &view, Some(tracking), true, 1)?;
             let now = ranges::size(&pages.ranges).min(*ahead);
@@ -191,8 +194,11 @@ impl Rounds<'_, '_> {
             let copied = match range.and_then(|range| before(&tracking.known, range, &pages)) {
                 Some(before) => {
                     let (copied, now) = self.copier.compared(&pages, &tracking.known, &before)?;
-                    let changed = ranges::size(&pages.ranges) / PAGE - if now.is_released() { copied.same } else { 0 };
-                    sums.extend(now.next(changed, pages.scanned()));
+                    debug!(pid, start = now.range().start, pages = pages.scanned(), same = copied.same, "compared");
+                    let changed = ranges::size(&pages.ranges) / PAGE - copied.same;
+                    if sums::pay(changed, pages.scanned(), true) {
+                        summed.push(now);
+                    }
                     copied
                 }
                 None => self.copier.private(&pages, parent)?,
@@ -209,7 +215,7 @@ impl Rounds<'_, '_> {
             tracking.known.keep(unchanged);
             tracking.known.learn(&ranges::subtract(&found, &gone), runs);
             if compare {
-                tracking.known.set_sums(sums);
+                tracking.known.set_sums(summed);
             }
         }
         Ok(pages)
@@ -218,9 +224,9 @@ impl Rounds<'_, '_> {
 
 /// The checksums to compare the memory of a range with. There may be none yet, if much of what is known was written to.
 fn before(known: &Known, range: Range, pages: &PrivatePages) -> Option<Sums> {
-    let new = || Sums::new(range).next(ranges::size(&pages.ranges) / PAGE, pages.scanned());
+    let much = || sums::pay(ranges::size(&pages.ranges) / PAGE, pages.scanned(), false);
     let is_known = ranges::meet(known.covered(), range);
-    known.sums(range).cloned().or_else(|| new().filter(|_| is_known))
+    known.sums(range).cloned().or_else(|| (is_known && much()).then(|| Sums::new(range)))
 }
 
 /// Whether a process lives on without its leader, which would have to make a system call to have it tracked.

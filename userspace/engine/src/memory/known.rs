@@ -37,9 +37,9 @@ impl Known {
         self.sums.iter().find(|sums| sums.range() == range)
     }
 
-    /// The ranges that are not to be protected until the next image.
-    pub(crate) fn released(&self) -> impl Iterator<Item = Range> {
-        self.sums.iter().filter(|sums| sums.is_released()).map(Sums::range)
+    /// The ranges for which there are checksums.
+    pub(crate) fn summed(&self) -> impl Iterator<Item = Range> {
+        self.sums.iter().map(Sums::range)
     }
 
     /// The checksums of known pages, instead of all that there were.

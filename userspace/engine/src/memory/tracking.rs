@@ -60,9 +60,9 @@ impl Tracking {
         Self { userfault: Userfault::again(fd), known }
     }
 
-    /// Ends the protection of memory of which the next image compares checksums. That it may not end everywhere does no harm.
+    /// Ends the protection of the memory that the next image compares by checksums. That it may not end everywhere does no harm.
     pub(crate) fn release(&self) {
-        for range in self.known.released() {
+        for range in self.known.summed() {
             if let Err(e) = self.userfault.release(range) {
                 debug!("pages at {:x} stay protected: {e}", range.start);
             }
