@@ -10,6 +10,7 @@ mod prediction;
 mod report;
 mod server;
 mod small;
+mod times;
 
 use std::process::ExitCode;
 

@@ -1,5 +1,5 @@
 //! A server under load, with snapshots every two seconds and without, in turn: latencies at a fixed rate of requests,
-//! throughput without one. All turns of a run are one process's: two that do the same differ by a tenth in what they do,
+//! throughput without one, and what the server's time went into. All turns of a run are one process's: two that do the same differ by a tenth in what they do,
 //! for where their pages are.
 
 use std::thread;
@@ -11,6 +11,7 @@ use standstill_tests::harness::{Setting, Target, Tool};
 use crate::measure::{settle, succeed, well};
 use crate::options::Options;
 use crate::report::{high_median, write_json};
+use crate::times::{SHARES, Times};
 
 /// Time from one snapshot to the next.
 const EVERY: Duration = Duration::from_secs(2);
@@ -66,6 +67,8 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
                 ms(FIGURES[5]),
                 figure("longest_pause_us") / 1e3,
             );
+            let shares = SHARES.map(|(name, title)| format!("{title} {:.1} %", 100.0 * figure(name)));
+            println!("              {}", shares.join("   "));
         }
     }
     write_json(options, &json!({ "case": "server", "seconds": seconds, "runs": runs }))
@@ -73,14 +76,16 @@ pub(crate) fn print(tools: &[(&'static str, Tool)], options: &Options) -> Result
 
 fn measure(target: &mut Target, by: Option<&(&'static str, Tool)>, seconds: u64) -> Result<Value, String> {
     target.reset_meter();
-    let begin = Instant::now();
+    let (begin, before) = (Instant::now(), Times::of(target.pid()));
     let length = Duration::from_secs(seconds);
     if let Some((_, tool)) = by {
         snapshots(tool, target, begin + length)?;
     }
     thread::sleep((begin + length).saturating_duration_since(Instant::now()));
+    let (after, lasted) = (Times::of(target.pid()), begin.elapsed());
     let verdict = well(target)?;
     let mut figures = json!({ "longest_pause_us": verdict.longest_pause_us });
+    after.note(&before, lasted.as_secs_f64(), &mut figures);
     for name in FIGURES {
         figures[name] = verdict.notes.get(name).copied().into();
     }
