@@ -80,7 +80,15 @@ impl Remote {
         let vdso = procmap::vdso(pid).context(|| format!("look for the vdso of {pid}"))?.ok_or_else(no_room)?;
         let mut code = vec![0u8; (vdso.end - vdso.start) as usize];
         self.memory()?.read_exact_at(&mut code, vdso.start).context(|| format!("read the vdso of {pid}"))?;
-        let used = code.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1).next_multiple_of(16);
+        // Of a dump that was killed one may be there.
+        if let Some(at) = arch::find_trampoline(&code).map(|at| vdso.start + at as u64)
+            && is_left_alone(pid, at)
+        {
+            self.trampoline = at;
+            return Ok(());
+        }
+        let used = code.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
+        let used = used.next_multiple_of(arch::TRAMPOLINE_ALIGNMENT);
         if code.len() < used + arch::TRAMPOLINE {
             return Err(no_room());
         }
@@ -304,6 +312,21 @@ impl Remote {
     }
 }
 
+/// Whether no thread of a process stands in the trampoline at an address, as far as can be seen: of one that runs it
+/// cannot.
+fn is_left_alone(pid: i32, trampoline: u64) -> bool {
+    let place = |tid: i32| -> Option<u64> {
+        // The last field is the program counter, whether the thread is in a system call or not.
+        let text = std::fs::read_to_string(proc::path(pid, &format!("task/{tid}/syscall"))).ok()?;
+        u64::from_str_radix(text.trim_end().rsplit(' ').next()?.strip_prefix("0x")?, 16).ok()
+    };
+    let within = trampoline..=trampoline + arch::TRAMPOLINE as u64;
+    // A leader that has exited stands nowhere.
+    let gone = |tid: i32| tid == pid && proc::stat(pid).is_ok_and(|stat| stat.is_dead_leader());
+    let alone = |tid: i32| place(tid).map_or_else(|| gone(tid), |place| !within.contains(&place));
+    proc::threads(pid).is_ok_and(|threads| threads.into_iter().all(alone))
+}
+
 impl Drop for Remote {
     fn drop(&mut self) {
         if let Err(e) = self.clean() {
@@ -325,5 +348,57 @@ fn settle(pid: i32, tid: i32) -> Result<()> {
             Wait::Signal(signal) => ptrace::cont(tid, signal).map_err(|e| failed(tid, e))?,
             _ => ptrace::cont(tid, 0).map_err(|e| failed(tid, e))?,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::FrozenTree;
+    use nix::{
+        sys::signal::{Signal, kill},
+        sys::wait::waitpid,
+        unistd::{ForkResult, fork, pause},
+    };
+    use std::{fs::OpenOptions, time::Duration};
+
+    /// Dumps that were killed have left no room, and the next one takes theirs and gives it back empty.
+    #[test]
+    fn the_room_of_killed_dumps_is_used_again() {
+        // SAFETY: the child waits until it is killed.
+        let child = match unsafe { fork() }.unwrap() {
+            ForkResult::Child => loop {
+                pause();
+            },
+            ForkResult::Parent { child } => child,
+        };
+        let pid = child.as_raw();
+        let vdso = procmap::vdso(pid).unwrap().unwrap();
+        let memory = OpenOptions::new().read(true).write(true).open(proc::path(pid, "mem")).unwrap();
+        let code = || {
+            let mut code = vec![0; (vdso.end - vdso.start) as usize];
+            memory.read_exact_at(&mut code, vdso.start).unwrap();
+            code
+        };
+        let empty = code();
+        let used = empty.iter().rposition(|&b| b != 0).unwrap() + 1;
+        let mut at = used.next_multiple_of(arch::TRAMPOLINE_ALIGNMENT);
+        let mut left = 0;
+        while at + arch::TRAMPOLINE <= empty.len() {
+            memory.write_all_at(&arch::trampoline(&Registers::default()), vdso.start + at as u64).unwrap();
+            at += arch::TRAMPOLINE;
+            left += 1;
+        }
+        for _ in 0..left {
+            let stopped = FrozenTree::stop_leader(pid, Duration::from_secs(5)).unwrap();
+            let mut remote = Remote::new(pid);
+            assert_eq!(remote.syscall(pid, libc::SYS_getpid, [0; 6]).unwrap() as i32, pid);
+            remote.detach().unwrap();
+            drop(stopped);
+        }
+        let cleaned = code() == empty;
+        kill(child, Signal::SIGKILL).unwrap();
+        waitpid(child, None).unwrap();
+        assert!(left > 0 && cleaned, "{left} were left");
     }
 }

@@ -169,6 +169,10 @@ impl Registers {
 
 /// Length of [`trampoline`].
 pub(crate) const TRAMPOLINE: usize = 224;
+/// It begins at a multiple of this.
+pub(crate) const TRAMPOLINE_ALIGNMENT: usize = 16;
+/// Length of the part of it that is always the same.
+const TRAMPOLINE_CODE: usize = 144;
 
 /// Where the code of [`trampoline`] begins for a clone(2) whose child waits for nothing but its end: it exits, and the
 /// caller waits for it.
@@ -237,11 +241,19 @@ pub(crate) fn trampoline(saved: &Registers) -> Vec<u8> {
     }
     emit(&mut code, &jump, loads.len());
     code.resize(data, 0xcc);
+    assert_eq!(code.len(), TRAMPOLINE_CODE);
     for value in loads.iter().map(|l| l.1).chain([saved.rip]) {
         code.extend_from_slice(&value.to_le_bytes());
     }
     assert_eq!(code.len(), TRAMPOLINE);
     code
+}
+
+/// Offset of a trampoline that is still in the code of a process, at the place for one that nobody took away.
+pub(crate) fn find_trampoline(code: &[u8]) -> Option<usize> {
+    let ours = &trampoline(&Registers::default())[..TRAMPOLINE_CODE];
+    let last = code.len().checked_sub(TRAMPOLINE)?;
+    (0..=last).step_by(TRAMPOLINE_ALIGNMENT).find(|&at| code[at..].starts_with(ours))
 }
 
 /// Offset of a `syscall` instruction in code.
