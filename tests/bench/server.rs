@@ -1,6 +1,6 @@
 //! A server under load, with snapshots every two seconds and without, in turn: latencies at a fixed rate of requests,
-//! throughput without one, and what the server's time went into. All turns of a run are one process's: two that do the same differ by a tenth in what they do,
-//! for where their pages are.
+//! throughput without one, and what the server's time went into. All turns of a run are one process's: two that do the
+//! same differ by a tenth in what they do, for where their pages are.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -2,7 +2,7 @@
 
 use super::{
     copy::{Copied, Copier, Rest, Zeros, is_zero, read_private},
-    known::Known,
+    known::{self, Known},
     private::PrivatePages,
     ranges,
     source::Source,
@@ -34,7 +34,6 @@ impl Copier<'_> {
         let new = sums.missing(&pages.unchanged);
         let parts: Vec<_> = ranges::union(&pages.ranges, &new).into_iter().map(|part| (part, Zeros::None)).collect();
         let mut rest = Rest { parts: &parts, done: 0 };
-        let mut places = Places { runs: known.runs(), next: 0 };
         let mut copied = Copied::default();
         let mut buffer = vec![0; AT_ONCE];
         while !rest.parts.is_empty() {
@@ -59,7 +58,7 @@ impl Copier<'_> {
                 if is_unchanged {
                     continue;
                 }
-                let same = places.of(address).filter(|_| before.is(address, sum));
+                let same = known::find(known.runs(), address).filter(|_| before.is(address, sum));
                 copied.same += u64::from(same.is_some());
                 let store = match same {
                     Some(store) => store,
@@ -69,21 +68,6 @@ impl Copier<'_> {
             }
         }
         Ok((copied, sums))
-    }
-}
-
-/// Where pages are, for who asks with ascending addresses.
-struct Places<'a> {
-    runs: &'a [PageRun],
-    next: usize,
-}
-
-impl Places<'_> {
-    fn of(&mut self, address: u64) -> Option<u64> {
-        let rest = &self.runs[self.next..];
-        self.next += rest.iter().take_while(|run| run.start + run.pages * PAGE <= address).count();
-        let run = self.runs.get(self.next)?;
-        (run.start <= address).then(|| run.store + (address - run.start) / PAGE)
     }
 }
 
